@@ -1,0 +1,282 @@
+"""The typed tree of settings: YAML, then ``section.key=value``; an unknown key is an error that names the nearest one.
+
+Every field has a sentence of help and a range. Inside the house a `Config` is trusted: it was validated at the door.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from privimage.errors import UserError
+from privimage.methods import METHODS, Method
+
+Kind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits", "glyphs"]
+
+
+class Section(BaseModel):
+    """One section of the settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Where a run lives."""
+
+    dir: Path = Field(description="the run directory; everything that a run writes is below it")
+
+
+class PublicData(Section):
+    """The public set: anyone may see it, with labels that the query function learns."""
+
+    kind: Kind = Field(description="how to read it")
+    path: Path | None = Field(None, description="file or folder; not needed for embedded sets")
+
+
+class SensitiveData(Section):
+    """The set that must stay private."""
+
+    kind: Kind = Field(description="how to read it")
+    path: Path | None = Field(None, description="training split: file or folder; not needed for embedded sets")
+    test_path: Path | None = Field(None, description="held-out split for evaluation; kinds with an own test split need none")
+    labelled: bool = Field(True, description="whether its labels are used; without them there is one row and one class")
+
+
+class Data(Section):
+    """Both image sets, brought to one shape."""
+
+    resolution: int = Field(ge=8, le=256, description="pixels of a side; images are centre-cropped and resized to it")
+    channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
+    public: PublicData
+    sensitive: SensitiveData
+    store: Literal["auto", "beton", "npy"] = Field("auto", description="how the prepared public set is kept: FFCV .beton; npy needs no compiled part; auto: beton where FFCV is installed")
+    workers: int = Field(2, ge=0, le=64, description="processes that prepare and decode public images, a rank")
+
+
+class Budget(Section):
+    """A limit for everything that is ever computed on one sensitive set, over all runs."""
+
+    epsilon: float = Field(gt=0, description="total epsilon that may be spent on the set")
+    delta: float = Field(gt=0, lt=1, description="delta at which that total is computed")
+
+
+class Privacy(Section):
+    """The promise."""
+
+    epsilon: float = Field(10.0, gt=0, description="epsilon of the whole run: query and fine-tuning together")
+    delta: float | None = Field(None, gt=0, lt=1, description="delta of the whole run; unset: 1 / (N ln N), with N taken as public")
+    accountant: Literal["pld", "rdp"] = Field("pld", description="pld is tighter (6-8 %% less noise); rdp is what the paper used")
+    noise_source: Literal["aes-ctr", "chacha20", "insecure-philox"] = Field(
+        "aes-ctr", description="generator of the Gaussian noise; insecure-philox is fast and not cryptographic"
+    )
+    insecure_fixed_key: int | None = Field(None, ge=0, description="tests only: derive all noise from this number; nothing is private then")
+    ledger: Path | None = Field(None, description="folder of the ledgers, one a sensitive set; unset: `ledgers` beside the run directory")
+    budget: Budget | None = Field(None, description="refuse a run that would exceed this total for the sensitive set")
+
+
+class Model(Section):
+    """The generator: DDPM++ for diffusion methods, BigGAN for GAN methods."""
+
+    width: int = Field(32, ge=8, le=512, description="base width nf of DDPM++")
+    multipliers: tuple[int, ...] = Field((1, 2, 2), min_length=1, max_length=6, description="channel multiplier of each level")
+    attention: tuple[int, ...] = Field((16,), description="resolutions with self-attention")
+    gan_width: int = Field(96, ge=8, le=256, description="width of BigGAN's generator and discriminator")
+
+
+class Query(Section):
+    """The semantic query function, trained on public images and labels."""
+
+    network: Literal["resnet50", "resnet-small"] = Field("resnet50", description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28")
+    batch_size: int = Field(8192, ge=1, description="images a step over all ranks")
+    steps: int = Field(9400, ge=1, description="training steps")
+    learning_rate: float = Field(0.01, gt=0, description="SGD learning rate, cosine schedule, momentum 0.9, weight decay 5e-4")
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="part of the public set held out to choose the checkpoint")
+    flip: bool = Field(True, description="random horizontal flips; off for characters")
+    checkpoint_every: int = Field(500, ge=1, description="steps between validations and checkpoints")
+
+
+class Select(Section):
+    """The semantic distribution query: the first of the two places that spend privacy."""
+
+    per_image: int = Field(1, ge=1, description="k1: public classes that each sensitive image votes for")
+    per_class: int = Field(1, ge=1, description="k2: public classes kept for each sensitive class")
+    noise_multiplier: float | None = Field(None, gt=0, description="sigma1; unset: the smallest that raises the noise of fine-tuning by at most max_rise")
+    max_rise: float = Field(0.005, gt=0, le=1, description="allowed relative rise of the fine-tuning noise when sigma1 is derived")
+
+
+class Pretrain(Section):
+    """Pretraining on the selected public images, without privacy cost."""
+
+    engine: Literal["ddp", "deepspeed"] = Field("ddp", description="data parallelism by torch DDP or DeepSpeed ZeRO")
+    deepspeed_config: Path | None = Field(None, description="DeepSpeed's JSON; unset: ZeRO stage 1 with bf16 on GPUs")
+    batch_size: int = Field(2048, ge=1, description="images a step over all ranks")
+    steps: int = Field(128_000, ge=1, description="training steps")
+    learning_rate: float = Field(1e-4, gt=0, description="Adam learning rate, no weight decay")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="probability of hiding an image's label")
+    flip: bool = Field(True, description="random horizontal flips; off for characters")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    log_every: int = Field(50, ge=1, description="steps between lines of the log and points of TensorBoard")
+
+
+class Finetune(Section):
+    """DP-SGD on the sensitive set: the second place that spends privacy."""
+
+    logical_batch_size: int = Field(16384, ge=1, description="B, the expected number of images a step; the sample rate is B / N")
+    physical_batch_size: int | Literal["auto"] = Field("auto", description="images that go through the network at once, a rank")
+    steps: int = Field(152, ge=1, description="T, the number of private steps")
+    noise_copies: int = Field(8, ge=1, description="K, noised copies of an image over which its gradient is averaged before clipping")
+    max_grad_norm: float = Field(1e-3, gt=0, description="C, the bound on the L2 norm of one image's gradient")
+    learning_rate: float = Field(3e-4, gt=0, description="Adam learning rate, no weight decay")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="probability of hiding an image's label, all its copies alike")
+    start_from: Literal["ema", "raw"] = Field("ema", description="which pretrained weights to start from")
+    gradients: Literal["folded", "vmap"] = Field("folded", description="per-image gradients: folded is fast, vmap(grad) is the plain oracle")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of forward and backward; norms, sums and noise are always fp32 or better")
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
+
+
+class Synthesize(Section):
+    """Sampling of the synthetic set."""
+
+    samples: int = Field(50_000, ge=1, description="images to synthesise, labels in turn so that each class gets the same share")
+    sampler: Literal["euler", "heun"] = Field("euler", description="deterministic Euler, or EDM's stochastic Heun")
+    sampler_steps: int = Field(50, ge=2, le=1000, description="noise levels from 80 to 0.002")
+    guidance: float = Field(0.0, ge=0, description="classifier-free guidance scale; 0 is off")
+    batch_size: int = Field(500, ge=1, description="images that go through the network at once, a rank")
+    images: bool = Field(False, description="also write the images as PNG files under release/images")
+
+
+class Evaluate(Section):
+    """Measures of the synthetic set; those that use sensitive data are not covered by the promise."""
+
+    classifiers: tuple[Literal["lr", "mlp", "cnn"], ...] = Field(("lr", "mlp", "cnn"), description="trained on synthetic images, tested on real ones")
+    cnn_epochs: int = Field(50, ge=1, description="epochs of the CNN")
+    cnn_batch_size: int = Field(512, ge=2, description="batch size of the CNN")
+    before: bool = Field(True, description="also measure the pretrained generator, before private fine-tuning")
+    features: Literal["auto", "2048", "768", "stand-in"] = Field("auto", description="features of FID and KID; auto: what inception_weights allows, else the stand-in")
+    inception_weights: Path | None = Field(None, description="Inception 2015-12-05 weights in torch-fidelity's format")
+    fidelity_samples: int = Field(5000, ge=10, description="synthetic images that enter FID, KID, precision and recall")
+    word_vectors: Path | None = Field(None, description="npz of words and vectors for the semantic distribution similarity")
+
+
+class Runtime(Section):
+    """How to run; none of these changes what is promised."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    threads: int | None = Field(None, ge=1, description="CPU threads a rank; unset: cores / local ranks")
+    seed: int = Field(0, ge=0, description="seed of public randomness only: query training, pretraining, synthesis")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of public training and of synthesis")
+    compile: bool = Field(False, description="torch.compile the generator in pretraining and synthesis")
+    timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others before it gives up")
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    method: str = Field("privimage+d", description="one of `privimage methods`")
+    run: RunSection
+    data: Data
+    privacy: Privacy = Privacy()
+    model: Model = Model()
+    query: Query = Query()
+    select: Select = Select()
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+    synthesize: Synthesize = Synthesize()
+    evaluate: Evaluate = Evaluate()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _method_is_known(self) -> "Config":
+        if self.method not in METHODS:
+            raise ValueError(f"method: unknown {self.method!r}{_nearest(self.method, METHODS)}; known: {', '.join(METHODS)}")
+        return self
+
+    @property
+    def spec(self) -> Method:
+        """What the chosen method pretrains on, which generator it uses, and whether it is private."""
+        return METHODS[self.method]
+
+    def to_yaml(self) -> str:
+        """The resolved settings as YAML; `load` reads it back to an equal tree."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _known_keys(location: tuple) -> list[str]:
+    model: type = Config
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location, key = first["loc"], ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown setting{_nearest(str(location[-1]), _known_keys(location[:-1]))}"
+    if first["type"] == "missing":
+        return f"{key}: required setting is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    value = first.get("input")
+    return f"{key}: {message[0].lower()}{message[1:]}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+
+
+def parse(tree: dict, origin: str = "configuration") -> Config:
+    """Validate a nested dict of settings. Raises UserError with one line that names the key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_one_line(error)}") from None
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides.
+
+    Raises UserError, in one line that names the file or the key, for a missing or malformed file, an unknown key, or a
+    value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"{item}: overrides are written section.key=value")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: expected sections with settings at the top level")
+    return parse(plain, str(path))
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """The settings that differ between two plain trees, as (key, old value, new value)."""
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append((name, a, b))
+    return found

@@ -1,0 +1,37 @@
+"""Checkpoints that are whole or not there: a digest in front of what torch.save wrote, a rename at the end."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import torch
+
+from privimage.errors import UserError
+from privimage.rundir import write_whole
+
+MAGIC = b"PRIVIMG1"
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) whole or not at all.
+
+    Raises UserError when the disk is full; the checkpoint that was there before is kept.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    write_whole(path, b"".join((MAGIC, hashlib.sha256(payload).digest(), payload)))
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict | None:
+    """Read a checkpoint onto `device`; None when there is none.
+
+    Raises UserError that names a truncated or altered file.
+    """
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    head, digest, payload = data[: len(MAGIC)], data[len(MAGIC) : len(MAGIC) + 32], data[len(MAGIC) + 32 :]
+    if head != MAGIC or hashlib.sha256(payload).digest() != digest:
+        raise UserError(f"{path}: damaged checkpoint (its digest does not match); delete it to begin this stage again")
+    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)

@@ -1,0 +1,134 @@
+"""The run directory: a folder a stage, `private/` that never leaves, `release/` that may."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from privimage.config import Config, differences
+from privimage.errors import UserError
+from privimage.methods import Method
+
+FREE = ("runtime.", "data.workers", "run.dir")  # may change between the stages of one run: they change no result and no promise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, fsync, rename. Raises UserError when the disk is full."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written ({error.strerror}); what was there before is kept, make room and run again") from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read JSON. Raises UserError that names a missing or damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError):
+        raise UserError(f"{path}: damaged, not readable as JSON") from None
+
+
+class RunDir:
+    """Paths and records of one run. Stages read what earlier ones left here and write their own folder."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @property
+    def private(self) -> Path:
+        """Keys, ledger pointer, losses of fine-tuning, metrics on sensitive data: mode 0700, never shared."""
+        return self._folder(self.path / "private", 0o700)
+
+    @property
+    def release(self) -> Path:
+        """The only folder that is meant to leave."""
+        return self._folder(self.path / "release")
+
+    @property
+    def tensorboard(self) -> Path:
+        """Public curves; those of fine-tuning are in `private/tensorboard`."""
+        return self._folder(self.path / "tensorboard")
+
+    def stage(self, name: str) -> Path:
+        """The folder of one stage."""
+        return self._folder(self.path / name)
+
+    @staticmethod
+    def _folder(path: Path, mode: int = 0o755) -> Path:
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(mode)
+        return path
+
+    def record(self, stage: str) -> dict | None:
+        """What a finished stage wrote down (seconds, memory, figures); None while it is not finished."""
+        path = self.path / stage / "done.json"
+        return read_json(path) if path.exists() else None
+
+    def require(self, stage: str) -> dict:
+        """The record of a stage that must have been finished before. Raises UserError that says what to run."""
+        record = self.record(stage)
+        if record is None:
+            raise UserError(f"{self.path}: stage {stage} is not finished; run `privimage {stage}` first, or `privimage run`")
+        return record
+
+    def finish(self, stage: str, record: dict) -> None:
+        """Mark a stage as finished; the last thing that it writes."""
+        write_json(self.stage(stage) / "done.json", record)
+
+    def lock(self):
+        """Hold the run directory against a second run at the same time. Raises UserError when it is held."""
+        self._folder(self.path)
+        handle = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path}: another run is using this directory; wait for it, or choose another run.dir") from None
+        return handle
+
+    def reconcile(self, config: Config) -> None:
+        """Write `config.yaml`, or compare with the one that is there: settings of stages already begun must be the same.
+
+        Raises UserError that names each setting that differs and says how to go on.
+        """
+        path = self.path / "config.yaml"
+        new = config.model_dump(mode="json")
+        if path.exists():
+            old = OmegaConf.to_container(OmegaConf.load(path))
+            clashes = [(k, a, b) for k, a, b in differences(old, new) if not self._may_change(k, config.spec)]
+            if clashes:
+                told = "; ".join(f"{key} was {a!r}, now {b!r}" for key, a, b in clashes)
+                raise UserError(
+                    f"{path}: this run was made with other settings ({told}); choose another run.dir, or go on with the old values"
+                    f" (`privimage run {path}`), or delete the folders of the stages that should be done again"
+                )
+        write_whole(path, config.to_yaml().encode())
+
+    def _may_change(self, key: str, method: Method) -> bool:
+        """A setting may change while no stage that reads it has begun."""
+        if key.startswith(FREE):
+            return True
+        section = key.split(".")[0]
+        if section not in method.stages:
+            return not any((self.path / stage).exists() for stage in method.stages)
+        return not (self.path / section).exists()
