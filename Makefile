@@ -1,0 +1,35 @@
+# Every target does its own set-up: on a fresh Debian 12 with Python 3.11 each of them is the only command to type.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test lint bench clean
+
+install: $(STAMP)
+
+# Installed once, and again when what is to be installed has changed.
+$(STAMP): setup.py tools/install.sh $(wildcard tools/install_ffcv.sh)
+	bash tools/install.sh $(PYTHON) $(VENV)
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/privimage run configs/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	bash tools/shellcheck.sh
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/loaders.py
+	$(BIN)/python benchmarks/private_step.py
+	$(BIN)/python benchmarks/scaling.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
