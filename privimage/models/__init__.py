@@ -1,0 +1,25 @@
+"""Generators and classifiers, built from the configuration."""
+
+from torch import nn
+
+from privimage.config import Config
+from privimage.errors import UserError
+from privimage.models.ddpmpp import DDPMpp
+from privimage.models.edm import Denoiser
+
+
+def parameters(module: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def build_diffusion(config: Config, n_classes: int) -> Denoiser:
+    """DDPM++ under the EDM preconditioning, from `model.*` and `data.*`; n_classes = 0 for an unlabelled set.
+
+    Raises UserError where the resolution cannot be halved for every level.
+    """
+    model, data = config.model, config.data
+    halvings = len(model.multipliers) - 1
+    if data.resolution % 2**halvings:
+        raise UserError(f"model.multipliers: {len(model.multipliers)} levels need a data.resolution divisible by {2**halvings}, not {data.resolution}")
+    return Denoiser(DDPMpp(data.resolution, data.channels, n_classes, model.width, model.multipliers, model.attention))

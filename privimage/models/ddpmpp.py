@@ -1,0 +1,152 @@
+"""DDPM++: the U-Net of the diffusion methods (Song et al. 2021, "Score-Based Generative Modeling through SDEs", appendix H).
+
+Written for per-image gradients: parameters live only in Conv2d, Linear, GroupNorm and Embedding layers, each of which runs
+exactly once in a forward pass; nothing is added in place and no statistic is taken over the batch.
+"""
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def groups(channels: int, most: int) -> int:
+    """The largest number of groups, `most` at the utmost, that divides `channels`."""
+    return max(count for count in range(1, max(most, 1) + 1) if channels % count == 0)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups(channels, min(channels // 4, 32)), channels, eps=1e-6)
+
+
+def _initialised(layer: Layer, scale: float = 1.0) -> Layer:
+    # Uniform with variance scale / mean(fan in, fan out), as in Song et al.; a scale of 1e-10 makes a block start as the identity.
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def sinusoidal(values: Tensor, dimension: int) -> Tensor:
+    """Sines and cosines of `values` (B,) at frequencies from 1 down to 1e-4: (B, dimension), fp32."""
+    half = dimension // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / max(half - 1, 1)
+    angles = values.float()[:, None] * 1e-4**exponents
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dimension % 2))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions, with a skip sum divided by sqrt(2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.query_key_value = _initialised(nn.Conv2d(channels, 3 * channels, 1))
+        self.output = _initialised(nn.Conv2d(channels, channels, 1), 1e-10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        packed = self.query_key_value(self.norm(images)).flatten(2).transpose(1, 2)[:, None]
+        query, key, value = packed.chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2).reshape(images.shape)
+        return (images + self.output(mixed)) / math.sqrt(2)
+
+
+class Block(nn.Module):
+    """BigGAN-style residual block that resamples inside: nearest x2 for "up", average pool for "down"; attention after it if asked."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, resample: str = "none", attention: bool = False) -> None:
+        super().__init__()
+        self.resample = resample
+        self.norm_1 = _norm(inputs)
+        self.conv_1 = _initialised(nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.embedding = _initialised(nn.Linear(embedding, outputs))
+        self.norm_2 = _norm(outputs)
+        self.conv_2 = _initialised(nn.Conv2d(outputs, outputs, 3, padding=1), 1e-10)
+        self.skip = _initialised(nn.Conv2d(inputs, outputs, 1)) if inputs != outputs or resample != "none" else None
+        self.attention = Attention(outputs) if attention else None
+
+    def _resampled(self, images: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(images, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(images, 2) if self.resample == "down" else images
+
+    def forward(self, images: Tensor, embedding: Tensor) -> Tensor:
+        """(B, inputs, H, W) and an activated embedding (B, E) -> (B, outputs, H', W')."""
+        hidden = self.conv_1(self._resampled(F.silu(self.norm_1(images))))
+        hidden = hidden + self.embedding(embedding)[:, :, None, None]
+        hidden = self.conv_2(F.silu(self.norm_2(hidden)))
+        skip = self._resampled(images)
+        hidden = ((skip if self.skip is None else self.skip(skip)) + hidden) / math.sqrt(2)
+        return hidden if self.attention is None else self.attention(hidden)
+
+
+class DDPMpp(nn.Module):
+    """The network F of the EDM preconditioning.
+
+    `resolution` must be divisible by 2^(levels - 1). `attention` lists the resolutions with self-attention: after each block on the
+    way down, after the last block of the level on the way up; the middle always has it. `n_classes` = 0 means no label embedding;
+    else label `n_classes` stands for "no label".
+    """
+
+    def __init__(
+        self, resolution: int, channels: int, n_classes: int, width: int = 32, multipliers: tuple[int, ...] = (1, 2, 2), attention: tuple[int, ...] = (16,)
+    ) -> None:
+        super().__init__()
+        if resolution % 2 ** (len(multipliers) - 1):
+            raise ValueError(f"a resolution of {resolution} cannot be halved {len(multipliers) - 1} times")
+        self.n_classes, self.width = n_classes, width
+        size = 4 * width
+        self.label = nn.Embedding(n_classes + 1, width) if n_classes else None
+        self.embed_1 = _initialised(nn.Linear(width, size))
+        self.embed_2 = _initialised(nn.Linear(size, size))
+        self.input = _initialised(nn.Conv2d(channels, width, 3, padding=1))
+
+        skips, current = [width], width
+        encoder, decoder = [], []
+        last = len(multipliers) - 1
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(2):
+                encoder.append(Block(current, width * multiplier, size, attention=resolution >> level in attention))
+                current = width * multiplier
+                skips.append(current)
+            if level < last:
+                encoder.append(Block(current, current, size, "down"))
+                skips.append(current)
+        self.encoder = nn.ModuleList(encoder)
+        self.middle = nn.ModuleList([Block(current, current, size, attention=True), Block(current, current, size)])
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for position in range(3):
+                decoder.append(Block(current + skips.pop(), width * multiplier, size, attention=position == 2 and resolution >> level in attention))
+                current = width * multiplier
+            if level > 0:
+                decoder.append(Block(current, current, size, "up"))
+        self.decoder = nn.ModuleList(decoder)
+        self.norm = _norm(current)
+        self.output = _initialised(nn.Conv2d(current, channels, 3, padding=1), 1e-10)
+
+    def forward(self, images: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """images (B, C, H, W) float, c_noise (B,) float, labels (B,) int64 in [0, n_classes] or None for no label -> (B, C, H, W).
+
+        Labels are ignored by a network with n_classes = 0.
+        """
+        embedding = sinusoidal(c_noise, self.width).to(images.dtype)
+        if self.label is not None:
+            if labels is None:
+                labels = torch.full((len(images),), self.n_classes, dtype=torch.int64, device=images.device)
+            embedding = embedding + self.label(labels)
+        # Each block's Linear wants the activated embedding: activated once here.
+        embedding = F.silu(self.embed_2(F.silu(self.embed_1(embedding))))
+        skips = [self.input(images)]
+        for block in self.encoder:
+            skips.append(block(skips[-1], embedding))
+        hidden = skips[-1]
+        for block in self.middle:
+            hidden = block(hidden, embedding)
+        for block in self.decoder:
+            hidden = block(hidden if block.resample == "up" else torch.cat([hidden, skips.pop()], dim=1), embedding)
+        return self.output(F.silu(self.norm(hidden)))
