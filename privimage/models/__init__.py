@@ -4,6 +4,7 @@ from torch import nn
 
 from privimage.config import Config
 from privimage.errors import UserError
+from privimage.models.biggan import Discriminator, Generator
 from privimage.models.ddpmpp import DDPMpp
 from privimage.models.edm import Denoiser
 
@@ -23,3 +24,18 @@ def build_diffusion(config: Config, n_classes: int) -> Denoiser:
     if data.resolution % 2**halvings:
         raise UserError(f"model.multipliers: {len(model.multipliers)} levels need a data.resolution divisible by {2**halvings}, not {data.resolution}")
     return Denoiser(DDPMpp(data.resolution, data.channels, n_classes, model.width, model.multipliers, model.attention))
+
+
+def build_gan(config: Config, n_classes: int) -> tuple[Generator, Discriminator]:
+    """BigGAN's two networks, from `model.gan_width` and `data.*`; an unlabelled set (n_classes = 0) has one class, label 0.
+
+    Raises UserError where the resolution does not come from doubling a map of 4x4 to 7x7.
+    """
+    data, width = config.data, config.model.gan_width
+    bottom = data.resolution
+    while bottom > 7 and bottom % 2 == 0:
+        bottom //= 2
+    if bottom > 7:
+        raise UserError(f"data.resolution: the GAN doubles a map of 4x4 to 7x7 up to the image, which never gives {data.resolution}")
+    shape = (data.resolution, data.channels, max(n_classes, 1), width)
+    return Generator(*shape), Discriminator(*shape)

@@ -3,6 +3,7 @@
 Nothing here draws a random number: noise levels, noise and churn are given by the caller, who owns all randomness.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -97,7 +98,7 @@ def sample(
         return (images - denoiser(images, sigma, labels, guidance=guidance)) / level
 
     images = latents * levels[0]
-    for index, (level, target) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for index, (level, target) in enumerate(itertools.pairwise(levels)):
         if sampler == "heun" and churn_noise is not None and S_MIN <= level <= S_MAX:
             raised = level * (1 + min(S_CHURN / steps, math.sqrt(2) - 1))
             images = images + math.sqrt(raised**2 - level**2) * S_NOISE * churn_noise(index)

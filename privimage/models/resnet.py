@@ -1,0 +1,76 @@
+"""Classifiers: the semantic query function, and the CNN that measures how useful a synthetic set is."""
+
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Classifier(nn.Module):
+    """A convolutional trunk and a linear head."""
+
+    def __init__(self, trunk: nn.Module, features: int, n_classes: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(features, n_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) float -> penultimate features (B, F)."""
+        return self.trunk(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) float -> logits (B, n_classes)."""
+        return self.head(self.features(images))
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class _Residual(nn.Module):
+    """x + two convolutions of x."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + self.branch(images)
+
+
+def classifier(name: str, channels: int, n_classes: int) -> Classifier:
+    """The query function: "resnet50" (He et al. 2016) with a stem for small images, or "resnet-small" (0.7 M parameters, 8x8 to 28x28).
+
+    The stem of resnet50 is a 3x3 convolution of stride 1 without max-pool, as is usual on CIFAR-10.
+    """
+    if name == "resnet50":
+        trunk = torchvision.models.resnet50(weights=None)
+        features = trunk.fc.in_features
+        trunk.conv1 = nn.Conv2d(channels, trunk.conv1.out_channels, 3, 1, 1, bias=False)
+        trunk.maxpool, trunk.fc = nn.Identity(), nn.Identity()
+        return Classifier(trunk, features, n_classes)
+    if name == "resnet-small":
+        layers = [_convolution(channels, 32), _convolution(32, 64, stride=2), _Residual(64), _convolution(64, 128, stride=2), _Residual(128)]
+        return Classifier(nn.Sequential(*layers, _convolution(128, 192), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 192, n_classes)
+    raise ValueError(f"unknown classifier {name!r}")
+
+
+class _Pool(nn.Module):
+    """Halve the map where at least 2x2 remain."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.max_pool2d(images, 2) if images.shape[-1] >= 4 else images
+
+
+def resnet9(channels: int, n_classes: int, resolution: int) -> Classifier:
+    """The CNN of the evaluation: the ResNet-9 of DAWNBench's fast CIFAR-10 entries (6.6 M parameters).
+
+    Images below 32x32 get half its width, a quarter of the work: characters need no more, and two cores can finish it.
+    """
+    width = 64 if resolution >= 32 else 32
+    trunk = nn.Sequential(
+        _convolution(channels, width),
+        _convolution(width, 2 * width), _Pool(), _Residual(2 * width),
+        _convolution(2 * width, 4 * width), _Pool(),
+        _convolution(4 * width, 8 * width), _Pool(), _Residual(8 * width),
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    return Classifier(trunk, 8 * width, n_classes)
