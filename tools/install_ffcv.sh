@@ -6,6 +6,8 @@
 set -euo pipefail
 
 python=${1:?"usage: install_ffcv.sh PYTHON"}
+# shellcheck source=tools/_apt.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_apt.sh"
 log=$(mktemp)
 shim=$(mktemp -d)
 trap 'rm -rf "$log" "$shim"' EXIT
@@ -34,18 +36,8 @@ give_up() {
 
 mapfile -t packages < <(missing_packages)
 if [ ${#packages[@]} -gt 0 ]; then
-    as_root=()
-    if [ "$(id -u)" != 0 ]; then
-        if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo -v; }; }; then
-            as_root=(sudo)
-        else
-            give_up "the apt packages ${packages[*]} are missing, and only root may install them (apt-get install ${packages[*]})"
-        fi
-    fi
-    command -v apt-get >/dev/null || give_up "these are missing (named as Debian names them): ${packages[*]}"
-    echo "installing apt packages: ${packages[*]}" >&2
-    { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}"; } >"$log" 2>&1 ||
-        give_up "apt-get could not install ${packages[*]} ($(grep -m1 '^E:' "$log" || tail -n1 "$log"))"
+    echo "FFCV needs Debian packages: ${packages[*]}" >&2
+    apt_install "${packages[@]}" || give_up "the Debian packages ${packages[*]} are missing and could not be installed"
 fi
 
 # FFCV asks for all of OpenCV (690 MB); it uses two modules of it. Where the whole is not there, describe these two.
