@@ -20,8 +20,8 @@ LATENT = 80
 def _orthogonal(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
         nn.init.orthogonal_(module.weight)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(bias)
 
 
 def _spectral(module: nn.Module) -> nn.Module:

@@ -1,0 +1,86 @@
+"""BigGAN has the published sizes, works on small images, and its discriminator suits per-image gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from privimage.config import Config, parse
+from privimage.errors import UserError
+from privimage.models import biggan, build_gan, parameters
+
+
+def settings(resolution: int, channels: int, width: int) -> Config:
+    kind = {"kind": "digits"}
+    data = {"resolution": resolution, "channels": channels, "public": kind, "sensitive": kind}
+    return parse({"run": {"dir": "unused"}, "data": data, "model": {"gan_width": width}})
+
+
+def test_cifar10_sizes_come_out_to_the_parameter() -> None:
+    with torch.device("meta"):
+        generator, discriminator = build_gan(settings(32, 3, 96), 10)
+    assert (parameters(generator), parameters(discriminator)) == (9_416_196, 2_372_167)
+
+
+def test_celeba64_sizes_come_out_as_published() -> None:
+    # 11.29 M and 19.56 M were published to four digits; the discriminator's holds with ten label rows of 1,024, one of which is used.
+    with torch.device("meta"):
+        generator, discriminator = build_gan(settings(64, 3, 64), 10)
+    assert (round(parameters(generator) / 1e6, 2), round(parameters(discriminator) / 1e6, 2)) == (11.29, 19.56)
+
+
+@pytest.mark.parametrize(("resolution", "channels", "n_classes"), [(8, 1, 10), (28, 1, 10), (32, 3, 10), (64, 3, 0)])
+def test_images_and_scores_have_their_shapes(resolution: int, channels: int, n_classes: int) -> None:
+    generator, discriminator = build_gan(settings(resolution, channels, 8), n_classes)
+    labels = torch.zeros(3, dtype=torch.int64)
+    images = generator(torch.randn(3, generator.latent_size), labels)
+    assert images.shape == (3, channels, resolution, resolution)
+    assert images.abs().max() <= 1
+    assert discriminator(images, labels).shape == (3,)
+
+
+@pytest.mark.parametrize("resolution", [8, 28, 32])
+def test_every_parameter_of_both_networks_learns(resolution: int) -> None:
+    generator, discriminator = build_gan(settings(resolution, 1, 8), 4)
+    labels = torch.arange(4)
+    if generator.attention is not None:
+        nn.init.ones_(generator.attention.gate)
+    biggan.g_loss(discriminator(generator(torch.randn(4, generator.latent_size), labels), labels)).mean().backward()
+    silent = [name for net in (generator, discriminator) for name, value in net.named_parameters() if value.grad is None or value.grad.abs().sum() == 0]
+    assert silent == []
+
+
+def test_each_chunk_of_the_latent_and_the_label_change_the_image() -> None:
+    generator = build_gan(settings(32, 3, 8), 10)[0].eval()
+    latents, labels = torch.randn(1, 80), torch.tensor([3])
+    image = generator(latents, labels)
+    for chunk in range(4):
+        moved = latents.clone()
+        moved[:, 20 * chunk : 20 * (chunk + 1)] += 1
+        assert (generator(moved, labels) - image).abs().max() > 1e-4
+    assert (generator(latents, torch.tensor([4])) - image).abs().max() > 1e-4
+
+
+def test_convolutions_of_the_generator_have_a_spectral_norm_of_one_and_those_of_the_discriminator_are_free() -> None:
+    generator, discriminator = build_gan(settings(32, 3, 8), 10)
+    with torch.no_grad():
+        for module in (*generator.modules(), *discriminator.modules()):
+            if hasattr(module, "parametrizations"):
+                module.parametrizations.weight.original.mul_(3)
+    generator(torch.randn(2, 80), torch.tensor([0, 1]))
+    layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    norms = [torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() for layer in layers]
+    assert len(norms) == 3 * 7 + 4 + 2
+    assert norms == pytest.approx([1.0] * len(norms), abs=0.1)
+    assert not any(hasattr(module, "parametrizations") for module in discriminator.modules())
+
+
+def test_hinge_losses_stop_at_the_margin() -> None:
+    scores = torch.tensor([-2.0, 0.0, 0.5, 3.0])
+    assert biggan.d_loss_real(scores).tolist() == [3.0, 1.0, 0.5, 0.0]
+    assert biggan.d_loss_fake(scores).tolist() == [0.0, 1.0, 1.5, 4.0]
+    assert biggan.g_loss(scores).tolist() == [2.0, 0.0, -0.5, -3.0]
+
+
+def test_a_resolution_that_no_doubling_gives_is_told_by_its_key() -> None:
+    with pytest.raises(UserError, match=r"data\.resolution: .* never gives 36"):
+        build_gan(settings(36, 3, 8), 10)

@@ -1,0 +1,101 @@
+"""DDPM++ has the sizes of the published networks and means the same at every resolution."""
+
+import pytest
+import torch
+
+from privimage.config import Config, parse
+from privimage.errors import UserError
+from privimage.models import build_diffusion, parameters
+from privimage.models.ddpmpp import DDPMpp, groups, sinusoidal
+
+CIFAR10 = [
+    (32, (1, 2, 2), 1_754_499), (32, (1, 2, 4), 3_954_563), (32, (1, 4, 4), 6_077_123),
+    (96, (1, 2, 2), 15_708_291), (128, (1, 2, 2), 27_907_587), (192, (1, 2, 2, 2), 88_578_819),
+]  # fmt: skip
+CELEBA32 = [
+    (32, (1, 2, 2), 1_804_451), (32, (1, 2, 4), 4_153_123), (32, (1, 4, 4), 6_275_683), (96, (1, 2, 2), 16_153_059), (128, (1, 2, 2), 28_697_219),
+]  # fmt: skip
+CELEBA64 = [
+    (32, (1, 1, 2, 2), 1_999_907), (32, (1, 1, 2, 4), 4_348_579), (32, (1, 1, 4, 4), 6_471_139), (96, (1, 1, 2, 2), 17_900_643),
+    (128, (1, 1, 2, 2), 31_801_475),
+]  # fmt: skip
+MNIST = [
+    (32, (1, 2, 2), 1_753_345), (64, (1, 2, 2), 6_988_289), (128, (1, 2, 2), 27_902_977),
+    (192, (1, 2, 2), 62_744_065), (256, (1, 2, 2), 111_511_553), (384, (1, 2, 2), 250_825_729),
+]  # fmt: skip
+SIZES = [
+    *((32, 3, 10, (16,), *row) for row in CIFAR10),
+    *((32, 3, 0, (8, 16), *row) for row in CELEBA32),
+    *((64, 3, 0, (8, 16), *row) for row in CELEBA64),
+    *((28, 1, 10, (7,), *row) for row in MNIST),
+]
+
+
+def settings(resolution: int, channels: int, **model: object) -> Config:
+    kind = {"kind": "digits"}
+    return parse({"run": {"dir": "unused"}, "data": {"resolution": resolution, "channels": channels, "public": kind, "sensitive": kind}, "model": model})
+
+
+@pytest.mark.parametrize(("resolution", "channels", "n_classes", "attention", "width", "multipliers", "expected"), SIZES)
+def test_every_published_size_comes_out_to_the_parameter(
+    resolution: int, channels: int, n_classes: int, attention: tuple[int, ...], width: int, multipliers: tuple[int, ...], expected: int
+) -> None:
+    config = settings(resolution, channels, width=width, multipliers=multipliers, attention=attention)
+    with torch.device("meta"):
+        assert parameters(build_diffusion(config, n_classes)) == expected
+
+
+def test_there_are_22_published_sizes() -> None:
+    assert len(SIZES) == 22
+
+
+@pytest.mark.parametrize(("resolution", "channels"), [(8, 1), (28, 1), (32, 3), (64, 3)])
+def test_output_has_the_shape_of_the_images(resolution: int, channels: int) -> None:
+    network = DDPMpp(resolution, channels, 10, width=8)
+    images = torch.randn(2, channels, resolution, resolution)
+    assert network(images, torch.zeros(2), torch.tensor([3, 10])).shape == images.shape
+
+
+def test_an_untrained_network_answers_almost_nothing() -> None:
+    output = DDPMpp(8, 1, 10, width=8)(torch.randn(4, 1, 8, 8), torch.randn(4), torch.arange(4))
+    assert 0 < output.abs().max() < 1e-3
+
+
+def test_label_n_classes_is_no_label_and_every_label_counts(perturbed) -> None:
+    network = perturbed(DDPMpp(8, 1, 10, width=8))
+    images, c_noise = torch.randn(1, 1, 8, 8).expand(11, -1, -1, -1), torch.zeros(11)
+    outputs = network(images, c_noise, torch.arange(11))
+    assert torch.allclose(outputs[10], network(images, c_noise, None)[0], atol=1e-6)
+    assert torch.pdist(outputs.flatten(1)).min() > 1e-3
+
+
+def test_an_unlabelled_network_has_no_label_embedding_and_ignores_labels(perturbed) -> None:
+    network = perturbed(DDPMpp(8, 1, 0, width=8))
+    images, c_noise = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    assert not any(isinstance(module, torch.nn.Embedding) for module in network.modules())
+    assert torch.equal(network(images, c_noise, torch.tensor([0, 1])), network(images, c_noise, None))
+
+
+def test_the_noise_level_reaches_the_output(perturbed) -> None:
+    network = perturbed(DDPMpp(8, 1, 0, width=8))
+    images = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
+    first, second = network(images, torch.tensor([-1.0, 1.0]), None)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_sinusoidal_embedding_runs_from_frequency_1_to_1e_4() -> None:
+    values = torch.tensor([-1.5, 0.0, 0.7])
+    embedded = sinusoidal(values, 8)
+    assert torch.allclose(embedded[:, 0], values.sin())
+    assert torch.allclose(embedded[:, 3], (values * 1e-4).sin())
+    assert torch.allclose(embedded[:, 4:] ** 2 + embedded[:, :4] ** 2, torch.ones(3, 4))
+    assert sinusoidal(values, 9).shape == (3, 9)
+
+
+def test_groups_divide_the_channels() -> None:
+    assert [groups(32, 8), groups(96, 24), groups(288, 32), groups(10, 2), groups(14, 3), groups(3, 32)] == [8, 24, 32, 2, 2, 3]
+
+
+def test_a_resolution_that_cannot_be_halved_is_told_by_its_key() -> None:
+    with pytest.raises(UserError, match=r"model\.multipliers: 4 levels need a data\.resolution divisible by 8, not 28"):
+        build_diffusion(settings(28, 1, multipliers=(1, 2, 2, 2)), 10)
