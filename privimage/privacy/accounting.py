@@ -1,0 +1,111 @@
+"""What a composition of mechanisms costs, and how much noise a promise needs. All numbers come from dp-accounting.
+
+Neighbouring data sets differ by adding or removing one image.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import dp_accounting
+from dp_accounting import pld, rdp
+from scipy.optimize import brentq
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # the RDP accountant reports each order that it skips
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A Gaussian mechanism applied `count` times, each time to a Poisson sample at `sample_rate`.
+
+    `noise_multiplier` is the standard deviation of the noise divided by the L2 sensitivity; `sample_rate` 1 is the plain
+    Gaussian mechanism.
+    """
+
+    noise_multiplier: float
+    sample_rate: float = 1.0
+    count: int = 1
+
+    def event(self) -> dp_accounting.DpEvent:
+        """This mechanism in dp-accounting's terms."""
+        single: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        if self.sample_rate < 1:
+            single = dp_accounting.PoissonSampledDpEvent(self.sample_rate, single)
+        return dp_accounting.SelfComposedDpEvent(single, self.count)
+
+
+FINE, COARSE = 1e-4, 1e-3  # discretisation of privacy losses: the one that is stated, the one that searches begin with
+
+
+@lru_cache(maxsize=32)
+def _composed(mechanisms: tuple[Mechanism, ...], accountant: str, interval: float) -> dp_accounting.PrivacyAccountant:
+    if not mechanisms:
+        return pld.PLDAccountant(value_discretization_interval=interval) if accountant == "pld" else rdp.RdpAccountant()
+    whole = copy.deepcopy(_composed(mechanisms[:-1], accountant, interval))
+    return whole.compose(mechanisms[-1].event(), 1) if mechanisms[-1].count else whole
+
+
+def epsilon(mechanisms: Iterable[Mechanism], delta: float, accountant: str = "pld", interval: float = FINE) -> float:
+    """Epsilon of the composition at `delta`, by privacy loss distributions (`pld`) or Rényi DP (`rdp`).
+
+    `interval` is the discretisation of the privacy loss (pld only); the result is an upper bound at any interval.
+    References: Koskela et al. 2020 and Doroshenko et al. 2022 (PLD); Mironov et al. 2019 (RDP of the sampled Gaussian).
+    """
+    return max(0.0, _composed(tuple(mechanisms), accountant, interval).get_epsilon(delta))
+
+
+Compose = Callable[[float], tuple[Mechanism, ...]]
+
+
+def _search(compose: Compose, target: float, delta: float, accountant: str, interval: float, guess: float) -> float:
+    def excess(log_noise: float) -> float:
+        return epsilon(compose(math.exp(log_noise)), delta, accountant, interval) - target
+
+    low = high = math.log(guess)
+    while excess(high) > 0:
+        low, high = high, high + 0.2
+        if high > math.log(1e7):
+            raise ValueError("no amount of noise keeps this promise")
+    while low > math.log(0.1) and excess(low) <= 0:
+        low, high = low - 0.1, low
+    return math.exp(brentq(excess, low, high, xtol=2e-5)) if excess(low) > 0 else math.exp(low)
+
+
+def _smallest_noise(compose: Compose, target: float, delta: float, accountant: str, guess: float) -> float:
+    """The smallest noise multiplier, to 5 digits, at which `compose(noise_multiplier)` costs at most `target` at `delta`.
+
+    Raises ValueError if no amount of noise is enough.
+    """
+    found = _search(compose, target, delta, accountant, COARSE, guess)
+    noise_multiplier = _round_up(found * (1 - 2e-5))
+    while epsilon(compose(noise_multiplier), delta, accountant) > target:
+        noise_multiplier = _round_up(noise_multiplier * (1 + 1e-5))
+    return noise_multiplier
+
+
+def finetune_noise(target: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...] = (), accountant: str = "pld") -> float:
+    """The noise multiplier of `steps` private steps that, composed with `others`, cost at most `target` epsilon at `delta`."""
+
+    def compose(sigma: float) -> tuple[Mechanism, ...]:
+        return (*others, Mechanism(sigma, sample_rate, steps))
+
+    # Rényi DP is quick and finds the neighbourhood in which privacy loss distributions then search.
+    guess = 1.0 if accountant == "rdp" else _search(lambda sigma: compose(sigma)[-1:], target, delta, "rdp", FINE, guess=1.0) * 0.95
+    return _smallest_noise(compose, target, delta, accountant, guess)
+
+
+def query_noise(target: float, delta: float, finetune: Mechanism, max_rise: float, accountant: str = "pld") -> float:
+    """The smallest noise multiplier of the query for which fine-tuning needs at most `1 + max_rise` times its noise alone.
+
+    `finetune` is the fine-tuning that would meet `target` without any query.
+    """
+    louder = Mechanism(finetune.noise_multiplier * (1 + max_rise), finetune.sample_rate, finetune.count)
+    return _smallest_noise(lambda sigma: (louder, Mechanism(sigma)), target, delta, accountant, guess=8.0)
+
+
+def _round_up(value: float, digits: int = 5) -> float:
+    scale = 10 ** (digits - 1 - math.floor(math.log10(value)))
+    return math.ceil(value * scale - 1e-9) / scale

@@ -1,0 +1,202 @@
+"""Rules for per-image gradients of single layers, with the noise copies folded in.
+
+The batch is laid out copies first, [K B, ...], so that [K, B C, H, W] is a view: a convolution with B groups then has one
+weight gradient an image, already summed over its K copies. Each rule computes it *in place of* the ordinary weight
+gradient, so that the backward pass does no work twice.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Folding:
+    """How the batch of the present pass is laid out: `copies` times `images`."""
+
+    images: int = 0
+    copies: int = 0
+
+
+class ConvolutionBackends:
+    """Which way each convolution takes, timed once when it is first used, or as told."""
+
+    def __init__(self, choices: dict[str, str]):
+        self.choices = choices
+
+    def weight_gradient(self, name: str, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor:
+        """Per-image weight gradients (B, O, C, kh, kw) of `layer` for its input x and its output's gradient g."""
+        if name not in self.choices:
+            self.choices[name] = min(WAYS, key=lambda way: _seconds(WAYS[way], layer, x, g, folding))
+        return WAYS[self.choices[name]](layer, x, g, folding)
+
+
+def _seconds(way: Callable, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> float:
+    best = float("inf")
+    for _ in range(3):
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        way(layer, x, g, folding)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor:
+    """One grouped convolution's weight gradient, a group an image."""
+    images, copies = folding.images, folding.copies
+    out_channels, in_channels, height, width = layer.weight.shape
+    x = x.reshape(copies, images * in_channels, *x.shape[2:])
+    g = g.reshape(copies, images * out_channels, *g.shape[2:])
+    shape_only = x.new_empty(1).expand(images * out_channels, in_channels, height, width)
+    _, weight_gradient, _ = torch.ops.aten.convolution_backward(
+        g, x, shape_only, None, layer.stride, layer.padding, layer.dilation, False, [0, 0], images, [False, True, False]
+    )
+    return weight_gradient.view(images, out_channels, in_channels, height, width)
+
+
+def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor:
+    """Patches times output gradients, a matrix product an image, in chunks that keep the patches small."""
+    images, copies = folding.images, folding.copies
+    if layer.kernel_size == (1, 1) and layer.stride == (1, 1):
+        x, g = x.reshape(copies, images, x.shape[1], -1), g.reshape(copies, images, g.shape[1], -1)
+        return torch.einsum("kbop,kbcp->boc", g, x).view(images, *layer.weight.shape)
+    x, g = x.view(copies, images, *x.shape[1:]), g.reshape(copies, images, g.shape[1], -1)
+    chunk = max(1, (1 << 24) // (copies * x[0, 0].numel() * layer.kernel_size[0] * layer.kernel_size[1]))
+    parts = []
+    for start in range(0, images, chunk):
+        part = x[:, start : start + chunk]
+        patches = F.unfold(part.flatten(0, 1), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        parts.append(torch.einsum("kbop,kbcp->boc", g[:, start : start + chunk], patches.view(*part.shape[:2], *patches.shape[1:])))
+    return torch.cat(parts).view(images, *layer.weight.shape)
+
+
+WAYS: dict[str, Callable[[nn.Conv2d, Tensor, Tensor, Folding], Tensor]] = {"grouped": grouped, "unfolded": unfolded}
+
+
+def _sum_bias(g: Tensor, folding: Folding) -> Tensor:
+    """Gradient of a bias on dimension 1: (K B, O, ...) -> (B, O)."""
+    return g.reshape(folding.copies, folding.images, g.shape[1], -1).sum((0, 3), dtype=torch.float32)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, layer, name, folding, backends):
+        dtype = _compute_dtype(x)
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.name, ctx.folding, ctx.backends = layer, name, folding, backends
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding, layer.dilation)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        layer, g, x_gradient = ctx.layer, g.contiguous(), None
+        if ctx.needs_input_grad[0]:
+            x_gradient, _, _ = torch.ops.aten.convolution_backward(
+                g, x, weight, None, layer.stride, layer.padding, layer.dilation, False, [0, 0], 1, [True, False, False]
+            )
+        layer.weight.grad_sample = ctx.backends.weight_gradient(ctx.name, layer, x, g, ctx.folding)
+        if layer.bias is not None:
+            layer.bias.grad_sample = _sum_bias(g, ctx.folding)
+        return x_gradient, None, None, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, layer, folding):
+        dtype = _compute_dtype(x)
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.folding = layer, folding
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        layer, shape = ctx.layer, (ctx.folding.copies, ctx.folding.images, -1)
+        inputs, outputs = x.view(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1])
+        layer.weight.grad_sample = torch.einsum("kbpo,kbpi->boi", outputs, inputs)
+        if layer.bias is not None:
+            layer.bias.grad_sample = outputs.sum((0, 2), dtype=torch.float32)
+        return g @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, layer, folding):
+        x = x.float().contiguous()
+        pixels = x[0, 0].numel()
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, len(x), x.shape[1], pixels, layer.num_groups, layer.eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.layer, ctx.folding = layer, folding
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, mean, rstd = ctx.saved_tensors
+        layer, g, channels, groups = ctx.layer, g.float().contiguous(), x.shape[1], ctx.layer.num_groups
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient, _, _ = torch.ops.aten.native_group_norm_backward(
+                g, x, mean, rstd, weight, len(x), channels, x[0, 0].numel(), groups, [True, False, False]
+            )
+        shift = g.flatten(2).sum(2)
+        product = torch.einsum("ncp,ncp->nc", g.flatten(2), x.flatten(2))
+        per_channel = channels // groups
+        scale = (product - mean.repeat_interleave(per_channel, 1) * shift) * rstd.repeat_interleave(per_channel, 1)
+        shape = (ctx.folding.copies, ctx.folding.images, channels)
+        layer.weight.grad_sample = scale.view(shape).sum(0)
+        layer.bias.grad_sample = shift.view(shape).sum(0)
+        return x_gradient, None, None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, index, weight, layer, folding):
+        ctx.save_for_backward(index)
+        ctx.layer, ctx.folding = layer, folding
+        return F.embedding(index, weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        layer, images = ctx.layer, ctx.folding.images
+        rows = torch.arange(images, device=g.device).repeat(ctx.folding.copies) * layer.num_embeddings + index
+        samples = g.new_zeros(images * layer.num_embeddings, layer.embedding_dim).index_add_(0, rows, g)
+        layer.weight.grad_sample = samples.view(images, layer.num_embeddings, layer.embedding_dim)
+        return None, None, None, None
+
+
+def _conv2d(name: str, layer: nn.Conv2d, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise ValueError(f"{name}: per-image gradients of a convolution need groups=1 and padding given in zeros")
+    return lambda x: _Conv2d.apply(x, layer.weight, layer.bias, layer, name, folding, backends)
+
+
+def _linear(name: str, layer: nn.Linear, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+    return lambda x: _Linear.apply(x, layer.weight, layer.bias, layer, folding)
+
+
+def _group_norm(name: str, layer: nn.GroupNorm, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+    return lambda x: _GroupNorm.apply(x, layer.weight, layer.bias, layer, folding)
+
+
+def _embedding(name: str, layer: nn.Embedding, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+    return lambda index: _Embedding.apply(index, layer.weight, layer, folding)
+
+
+RULES: dict[type, Callable] = {nn.Conv2d: _conv2d, nn.Linear: _linear, nn.GroupNorm: _group_norm, nn.Embedding: _embedding}

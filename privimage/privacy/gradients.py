@@ -1,0 +1,114 @@
+"""Per-image gradients, averaged over the noise copies of each image, behind Opacus' gradient-module interface.
+
+Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGradients`, fast, one rule a layer type, and
+`VmapGradients`, torch.func's vmap(grad), the plain oracle that the rules are tested against.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from opacus.grad_sample.gsm_base import AbstractGradSampleModule
+from torch import Tensor, nn
+
+from privimage.privacy.folded import RULES, ConvolutionBackends, Folding
+
+Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> (n,)
+
+
+class PerImageGradients(AbstractGradSampleModule):
+    """A module whose parameters get `grad_sample`: for each image the gradient of its loss averaged over its noise copies."""
+
+    def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        """Fill `p.grad_sample` for a batch.
+
+        Each tensor has shape (B, K, ...): K noise copies of B images. `losses(module, *flat)` gets them with one leading
+        size and returns one loss for each. Returns the losses averaged over the copies, (B,), detached.
+        """
+        raise NotImplementedError
+
+    def remove_hooks(self) -> None:
+        """Nothing is left on the wrapped module."""
+
+
+class FoldedGradients(PerImageGradients):
+    """Per-image weight gradients in place of the ordinary ones, summed over the copies by a grouped convolution."""
+
+    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None):
+        """Raises ValueError for a layer with parameters that has no rule.
+
+        `backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
+        repeats its predecessor to the bit; else each is timed when first used.
+        """
+        super().__init__(module)
+        self.folding = Folding()
+        self.convolutions = ConvolutionBackends(backends or {})
+        for name, layer in module.named_modules():
+            if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+                continue
+            if type(layer) not in RULES:
+                raise ValueError(f"{name}: no rule for per-image gradients of {type(layer).__name__}")
+            layer.forward = RULES[type(layer)](name, layer, self.folding, self.convolutions)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The way that each convolution takes, by name of the layer."""
+        return dict(self.convolutions.choices)
+
+    def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        images, copies = tensors[0].shape[:2]
+        flat = [t.transpose(0, 1).reshape(copies * images, *t.shape[2:]) for t in tensors]  # copies first: folding is then a view
+        self.folding.images, self.folding.copies = images, copies
+        per_image = losses(self._module, *flat).view(copies, images).mean(0)
+        per_image.sum().backward()
+        return per_image.detach()
+
+    def remove_hooks(self) -> None:
+        for layer in self._module.modules():
+            layer.__dict__.pop("forward", None)
+
+
+class VmapGradients(PerImageGradients):
+    """vmap(grad) over single images: slow, and right by construction."""
+
+    def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        parameters = {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
+
+        def one_image(parameters: dict[str, Tensor], *copies: Tensor) -> tuple[Tensor, Tensor]:
+            def bound(*args, **kwargs):
+                return torch.func.functional_call(self._module, parameters, args, kwargs)
+
+            loss = losses(bound, *copies).mean()
+            return loss, loss
+
+        gradients, per_image = torch.func.vmap(torch.func.grad(one_image, has_aux=True), in_dims=(None, *[0] * len(tensors)))(parameters, *tensors)
+        for name, p in self._module.named_parameters():
+            if p.requires_grad:
+                p.grad_sample = gradients[name]
+        return per_image.detach()
+
+
+GRADIENTS: dict[str, type[PerImageGradients]] = {"folded": FoldedGradients, "vmap": VmapGradients}
+
+
+@torch.no_grad()
+def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> tuple[Tensor, Tensor]:
+    """Add the clipped per-image gradients of a batch to the flat `gradient_sum` (P,), in place.
+
+    Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image with a gradient
+    that is not finite, or whose norm overflows, contributes exactly zero. Norms and sums are float32 or better.
+    Returns the norms (B,) before clipping and which images were finite (B,): both private.
+    """
+    samples = [p.grad_sample.float().flatten(1) for p in parameters]
+    norms = torch.stack([torch.linalg.vector_norm(s, dim=1) for s in samples]).norm(dim=0)
+    finite = norms.isfinite()
+    # The rounding of float32 norms and sums must not carry an image past the bound.
+    factors = torch.where(finite, (max_grad_norm * (1 - 1e-5) / norms).clamp(max=1.0), 0.0)
+    if not bool(finite.all()):
+        samples = [torch.where(finite[:, None], s, 0.0) for s in samples]
+    start = 0
+    for sample in samples:
+        part = gradient_sum[start : start + sample.shape[1]]
+        part += factors @ sample
+        start += sample.shape[1]
+    return norms, finite

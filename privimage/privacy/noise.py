@@ -1,0 +1,70 @@
+"""Gaussian noise from a cryptographic generator, four draws combined, prepared beside the computing."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from privimage.privacy.keys import RootKey
+
+CHUNK = 1 << 19  # numbers drawn at once, so that the float64 scratch stays in the cache
+
+
+def bit_generator(source: str, key: bytes) -> np.random.BitGenerator:
+    """A generator of the given kind from 32 secret bytes: `aes-ctr`, `chacha20`, or the not cryptographic `insecure-philox`."""
+    import randomgen
+
+    if source == "aes-ctr":
+        return randomgen.AESCounter(key=int.from_bytes(key[:16], "big"))
+    if source == "chacha20":
+        return randomgen.ChaCha(key=int.from_bytes(key, "big"), rounds=20)
+    return np.random.Philox(key=int.from_bytes(key[:16], "big"))
+
+
+def gaussian(source: str, key: bytes, size: int, standard_deviation: float) -> np.ndarray:
+    """`size` float64 draws of N(0, standard_deviation^2), each the scaled sum of four draws.
+
+    The sum of four takes away the holes that a single floating-point Gaussian has, by which an attacker could tell the
+    noise from the value (Mironov 2012; Holohan and Braghin 2021, Algorithm 1).
+    """
+    generator = np.random.Generator(bit_generator(source, key))
+    noise = np.empty(size)
+    for start in range(0, size, CHUNK):
+        part = noise[start : start + CHUNK]
+        generator.standard_normal(out=part)
+        for _ in range(3):
+            part += generator.standard_normal(len(part))
+        part *= standard_deviation / 2
+    return noise
+
+
+class NoiseStream:
+    """The noise of one rank for each private step, drawn one step ahead in a thread of its own.
+
+    `size` numbers a step of standard deviation `standard_deviation`; the stream of a (step, rank, attempt) is always the same.
+    """
+
+    def __init__(self, root: RootKey, source: str, size: int, standard_deviation: float, rank: int, attempt: int):
+        self.root, self.source, self.size, self.standard_deviation = root, source, size, standard_deviation
+        self.rank, self.attempt = rank, attempt
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="noise")
+        self.ahead: dict[int, Future] = {}
+
+    def _draw(self, step: int) -> torch.Tensor:
+        key = self.root.derive("finetune noise", self.attempt, step, self.rank)
+        return torch.from_numpy(gaussian(self.source, key, self.size, self.standard_deviation))
+
+    def prepare(self, step: int) -> None:
+        """Begin to draw the noise of `step` while the gradients are being computed."""
+        if step not in self.ahead:
+            self.ahead[step] = self.worker.submit(self._draw, step)
+
+    def take(self, step: int) -> torch.Tensor:
+        """The noise of `step`: float64 (size,) on the CPU."""
+        self.prepare(step)
+        return self.ahead.pop(step).result()
+
+    def close(self) -> None:
+        """Forget what was drawn ahead."""
+        self.worker.shutdown(wait=True, cancel_futures=True)
+        self.ahead.clear()

@@ -1,0 +1,128 @@
+"""DP-SGD's update over all ranks: each adds its part of the noise to its sum, one flat all-reduce adds up the sums.
+
+With W ranks, rank r holds the sum of its clipped per-image gradients and adds noise of standard deviation sigma C / sqrt(W) from
+its own stream; the total is the sum over the whole logical batch plus noise of standard deviation sigma C, for any W.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+
+from privimage.privacy.gradients import clip_and_sum_
+from privimage.privacy.noise import NoiseStream
+from privimage.privacy.plan import FinetunePlan
+
+
+class Ranks(Protocol):
+    """What the optimizer needs of the ranks."""
+
+    size: int
+    device: torch.device
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass
+class StepFigures:
+    """What the ranks counted during a private step. All but `stop` is computed on sensitive data: for `private/` only."""
+
+    stop: bool
+    images: int
+    non_finite: int
+    clipped: int
+    loss_sum: float
+    norm_sum: float
+
+
+class PrivateOptimizer(DPOptimizer):
+    """Opacus' optimizer with the clipping, noise and synchronisation of this project; works under BatchMemoryManager.
+
+    `step` returns true when a logical batch was completed; `figures` then tells what was counted. `charge(step)` is called
+    before the all-reduce, so that nothing is used that is not in the ledger.
+    """
+
+    FIGURES = 6
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        plan: FinetunePlan,
+        world: Ranks,
+        noise: NoiseStream | None,
+        first_step: int,
+        charge: Callable[[int], None],
+        stop_requested: Callable[[], bool],
+    ):
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_batch_size=plan.logical_batch_size,
+        )
+        self.world, self.noise, self.charge, self.stop_requested = world, noise, charge, stop_requested
+        self.next_step = first_step
+        self.size = sum(p.numel() for p in self.params)
+        # The gradient sum, and behind it the figures, which are outside the noised part.
+        self.flat = torch.zeros(self.size + self.FIGURES, device=world.device)
+        self.figures: StepFigures | None = None
+        if noise is not None:
+            noise.prepare(first_step)
+
+    def count_losses(self, losses: Tensor) -> None:
+        """Add the losses (B,) of a physical batch to the private figures."""
+        self.flat[self.size + 4] += losses.nan_to_num(0.0, 0.0, 0.0).sum()
+
+    def clip_and_accumulate(self) -> None:
+        """Clip the per-image gradients of a physical batch and add them to the sum; a rank without images adds nothing."""
+        if self.params[0].grad_sample is None:
+            return
+        norms, finite = clip_and_sum_(self.flat[: self.size], self.params, self.max_grad_norm)
+        figures = self.flat[self.size :]
+        figures[1] += len(norms)
+        figures[2] += (~finite).sum()
+        figures[3] += (norms[finite] > self.max_grad_norm).sum()
+        figures[5] += norms[finite].sum()
+        for p in self.params:
+            p.grad_sample = None
+
+    def add_noise(self) -> None:
+        """Add this rank's noise to its sum, and all ranks' noised sums together."""
+        self.charge(self.next_step)
+        if self.noise is not None:
+            noise = self.noise.take(self.next_step)
+            self.noise.prepare(self.next_step + 1)
+            gradient_sum = self.flat[: self.size]
+            gradient_sum.copy_(gradient_sum.double() + noise.to(self.flat.device) if gradient_sum.is_cuda else gradient_sum.double().add_(noise))
+        self.flat[self.size] = float(self.stop_requested())
+        self.world.all_reduce_(self.flat)
+
+    def scale_grad(self) -> None:
+        """Divide by the expected batch size q N, never by the realised one."""
+        start = 0
+        for p in self.params:
+            p.grad = (self.flat[start : start + p.numel()] / self.expected_batch_size).view_as(p)
+            start += p.numel()
+        stop, images, non_finite, clipped, loss_sum, norm_sum = self.flat[self.size :].tolist()
+        self.figures = StepFigures(stop > 0, int(images), int(non_finite), int(clipped), loss_sum, norm_sum)
+        self.flat.zero_()
+
+    def pre_step(self, closure=None) -> bool:
+        """Everything before the update; false while the logical batch goes on."""
+        self.clip_and_accumulate()
+        if self._check_skip_next_step():
+            return False
+        self.add_noise()
+        self.scale_grad()
+        self.next_step += 1
+        return True
+
+    def step(self, closure=None) -> bool:
+        """Take in a physical batch; update when it completes the logical one, and return whether it did."""
+        if not self.pre_step():
+            return False
+        self.original_optimizer.step()
+        return True
