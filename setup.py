@@ -17,6 +17,7 @@ setup(
     long_description=readme.read_text() if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["privimage", "privimage.*"]),
     package_data={"privimage": ["py.typed"]},
@@ -46,7 +47,6 @@ setup(
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.7", "types-PyYAML"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -19,6 +19,4 @@ if [ ! -x "$venv/bin/pip" ]; then
     "$python" -m venv "$venv"
 fi
 "$venv/bin/python" -m pip install --quiet --editable '.[cluster,dev]'
-if ! bash tools/install_ffcv.sh "$venv/bin/python"; then
-    echo "install: going on without FFCV's compiled part; public images are then kept as .npy (data.store=npy) and stream more slowly" >&2
-fi
+bash tools/install_ffcv.sh "$venv/bin/python"

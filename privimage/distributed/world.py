@@ -1,15 +1,26 @@
-"""Who am I: rank, size and device, from the variables of the launcher that started this process."""
+"""The ranks of a run: their device, their collectives, and how they end together."""
 
+import contextlib
 import gc
+import itertools
 import os
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from privimage.config import Runtime
-from privimage.errors import UserError
+from privimage.distributed.failure import Watch
+from privimage.distributed.launch import Place, find_place, free_port
+from privimage.errors import UserError, status_of, tell
+
+CONNECT_MINUTES = 5.0  # how long a rank waits for the others to appear; nodes of one job start within seconds of each other
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -21,11 +32,21 @@ class World:
     size: int
     local_size: int
     device: torch.device
+    address: str = "127.0.0.1"
+    port: int = 0
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
+    _turns: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        """NCCL between GPUs, gloo between CPUs."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
@@ -33,38 +54,112 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast_object(self, value):
-        """The main rank's `value` (any picklable object), on every rank."""
+    def broadcast_object(self, value: Any) -> Any:
+        """The main rank's `value` (any picklable object), on every rank; the others wait for it as long as it takes."""
         if self.size == 1:
             return value
+        self.barrier()
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier()
+        """Wait for all ranks as long as it takes: the main rank may be preparing data for hours.
+
+        The time-out of collectives does not apply here. A rank that fails meanwhile ends the wait, through its `Watch`.
+        """
+        if self.store is None:
+            return
+        key = f"barrier/{next(self._turns)}"
+        arrived = self.store.add(key, 1)
+        while arrived < self.size:
+            time.sleep(POLL_SECONDS)
+            arrived = self.store.add(key, 0)
+
+    def variables(self) -> dict[str, str]:
+        """This rank's place as torchrun would state it, for libraries that read the environment."""
+        names = {"RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_RANK": self.local_rank, "LOCAL_WORLD_SIZE": self.local_size}
+        return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port or free_port())}
+
+    def fail(self, error: BaseException) -> int:
+        """Tell the user why this rank ends early, in one line where `error` was foreseen, and end the other ranks too.
+
+        Returns the exit status where this rank is alone. Of several, only the first to fail tells; all end here, with its status.
+        """
+        status = status_of(error)
+        message = str(error) if status != 1 else "".join(traceback.format_exception(error))
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted"
+        if self.size > 1 and _is_lost_contact(error):
+            message = f"rank {self.rank} lost contact with the others ({str(error).splitlines()[0]}); start all ranks again to go on from the last checkpoint"
+        if self.watch:
+            self.watch.fail(status, message)
+        tell(status, message)
+        return status
 
     def close(self) -> None:
-        """Leave the process group; tensors are collected first, since gloo may abort at exit otherwise."""
+        """Leave the process group together; tensors are collected first, since gloo may abort at exit otherwise."""
+        if self.watch:
+            self.watch.close()
+            with contextlib.suppress(RuntimeError):  # the main rank, which serves the store, may be gone already
+                self.barrier()
         if dist.is_initialized():
             gc.collect()
             dist.destroy_process_group()
 
 
 def connect(runtime: Runtime) -> World:
-    """Find out rank and size from torchrun's variables, take a device, and join the process group."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available() if runtime.device == "auto" else runtime.device == "cuda"
-    if cuda and not torch.cuda.is_available():
+    """Find this rank's place, take a device, and join the process group.
+
+    Raises UserError, in one line, for half-set variables, a device that is not there, or ranks that do not meet.
+    """
+    place = find_place()
+    device = _device(runtime, place)
+    torch.set_num_threads(runtime.threads or _threads(place))
+    if place.size == 1:
+        return World(0, 0, 1, 1, device)
+    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+    timeout = timedelta(minutes=runtime.timeout_minutes)
+    try:
+        meeting = dist.rendezvous("env://", place.rank, place.size, timeout=min(timeout, timedelta(minutes=CONNECT_MINUTES)))
+        store, *_ = next(meeting)
+        watch = Watch(dist.PrefixStore("privimage/watch", store.clone()), place.rank, place.size)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("privimage", store), rank=place.rank, world_size=place.size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"{place.launcher}: rank {place.rank} of {place.size} did not meet the others at {place.address}:{place.port} ({first});"
+            " check that all ranks started, that the name resolves and that the port is open"
+        ) from None
+    watch.start()
+    shared = dist.PrefixStore("privimage/world", store)
+    return World(place.rank, place.local_rank, place.size, place.local_size, device, place.address, place.port, shared, watch)
+
+
+def _device(runtime: Runtime, place: Place) -> torch.device:
+    if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UserError("runtime.device: cuda was asked for, and torch sees no GPU")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // local_size))
-    if cuda:
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=runtime.timeout_minutes))
-    return World(rank, local_rank, size, local_size, device)
+    visible = torch.cuda.device_count()
+    # A launcher may show each rank a GPU of its own (visible is 1 then), or all GPUs of the node to all its ranks.
+    index = 0 if visible == 1 else place.local_rank
+    if index >= visible:
+        raise UserError(f"runtime.device: local rank {place.local_rank} has no GPU, {visible} are visible; start one rank a GPU")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _threads(place: Place) -> int:
+    # SLURM says how many CPUs a task has; elsewhere the ranks of a node share those that this process may use.
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "") if place.launcher == "SLURM" else ""
+    return int(given) if given.isdigit() else max(1, len(os.sched_getaffinity(0)) // place.local_size)
+
+
+def _is_lost_contact(error: BaseException) -> bool:
+    # gloo raises plain RuntimeErrors; NCCL's and the store's have a class of their own.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

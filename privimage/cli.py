@@ -1,0 +1,101 @@
+"""The command `privimage`: one sub-command a stage. It parses and hands over, nothing else."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from privimage.errors import UserError, tell
+
+app = typer.Typer(
+    name="privimage",
+    help="Differentially private image synthesis: a private image set in, a synthetic one with a proof of its privacy out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that replace those of the file")]
+STAGES = {
+    "prepare": "Bring the public set to its resolution and write it in the form that training streams.",
+    "query": "Train the semantic query function on the public labels.",
+    "select": "Ask the sensitive set, with noise, which public classes resemble it.",
+    "pretrain": "Pretrain the generator on the selected public images.",
+    "finetune": "Fine-tune the generator on the sensitive set with differential privacy.",
+    "synthesize": "Sample the synthetic set into release/.",
+    "evaluate": "Measure the synthetic set and write the report.",
+}
+
+
+def _run(config: Path, overrides: list[str] | None, stages: tuple[str, ...]) -> NoReturn:
+    from privimage import pipeline
+    from privimage.config import load
+
+    sys.exit(pipeline.run(load(config, overrides or ()), stages))
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run all stages of the method; those that are finished are skipped."""
+    _run(config, overrides, ())
+
+
+def _add(stage: str, description: str) -> None:
+    @app.command(name=stage, help=description)
+    def command(config: ConfigFile, overrides: Overrides = None) -> None:
+        _run(config, overrides, (stage,))
+
+
+for _name, _description in STAGES.items():
+    _add(_name, _description)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show the budget, noise, steps, parameters, and the time and memory to ask for, without touching data."""
+    from privimage.config import load
+    from privimage.planning import show
+
+    show(load(config, overrides or ()))
+
+
+@app.command()
+def privacy(path: Annotated[Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")]) -> None:
+    """Compose what was spent on a sensitive set, from its ledger."""
+    from privimage.privacy.ledger import show
+
+    show(path)
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
+    """Rebuild evaluate/report.html from what the run left."""
+    from privimage.evaluation.report import rebuild
+    from privimage.rundir import RunDir
+
+    rebuild(RunDir(path))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that can be run, as settings of one pipeline."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from privimage.methods import METHODS
+
+    table = Table("method", "", "pretraining data", "generator", "private", "stages")
+    for name, method in METHODS.items():
+        table.add_row(name, method.title, method.pretraining, method.generator, "yes" if method.private else "no", " ".join(method.stages))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> None:
+    """Entry point; the exit status is 0 done, 2 a mistake told in one line, 75 stopped with the state saved, 1 anything else."""
+    try:
+        app()
+    except UserError as error:
+        tell(error.status, str(error))
+        sys.exit(error.status)

@@ -1,0 +1,75 @@
+"""How ranks end together: whoever fails first says so in the store, and every rank ends with the same status at once.
+
+Without this a rank that meets a mistake (a missing file on one node, a full disk) leaves the others in a collective
+operation until its time-out, and each of them then tells a story of its own.
+"""
+
+import os
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from privimage.errors import tell
+
+LOOK_SECONDS = 0.5
+SEEN_SECONDS = 10.0  # how long the first to fail waits until the others have seen it; it may be the one that serves the store
+GONE_SECONDS = 20.0  # how long the main rank may be out of reach before this one gives up; a short cut of the network only stalls
+
+
+class Watch(threading.Thread):
+    """A thread of each rank that looks for the failure of another one. It has a connection to the store of its own."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(name="privimage-watch", daemon=True)
+        self.store, self.rank, self.size = store, rank, size
+        self.closing = threading.Event()
+
+    def run(self) -> None:
+        """Look until closed; end this process with the status of the first rank that failed."""
+        last_answer = time.monotonic()
+        while not self.closing.wait(LOOK_SECONDS):
+            try:
+                failed = self.store.check(["failed"])
+                last_answer = time.monotonic()
+            except RuntimeError:
+                failed = False
+                if time.monotonic() - last_answer > GONE_SECONDS:
+                    tell(1, f"rank {self.rank}: the main rank is gone; start all ranks again to go on from the last checkpoint")
+                    self._leave(1)
+            if failed:
+                status = int(self.store.get("failed").decode().split()[1])
+                self.store.add("seen", 1)
+                self._leave(status)
+
+    def fail(self, status: int, message: str) -> NoReturn:
+        """End this process with `status`, telling `message`; with the status of another rank where that one was first."""
+        self.closing.set()
+        try:
+            mine = f"{self.rank} {status}"
+            first = self.store.compare_set("failed", "", mine).decode()
+            if first != mine:
+                self.store.add("seen", 1)
+                self._leave(int(first.split()[1]))
+            tell(status, message)  # before the others end: their launcher may kill this rank as soon as it sees that
+            deadline = time.monotonic() + SEEN_SECONDS
+            while self.store.add("seen", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(LOOK_SECONDS / 5)
+        except RuntimeError:  # the store went with the main rank
+            tell(status, message)
+        self._leave(status)
+
+    def close(self) -> None:
+        """Stop looking: the run is over on this rank."""
+        self.closing.set()
+        if self.is_alive():
+            self.join()
+
+    @staticmethod
+    def _leave(status: int) -> NoReturn:
+        # The main thread may be inside a collective operation that never returns: no exception reaches it there.
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(status)

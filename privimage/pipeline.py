@@ -1,0 +1,112 @@
+"""The order of the stages: skips what is finished, measures the rest, and lets all ranks end together."""
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from privimage.config import Config
+from privimage.distributed.preemption import stop
+from privimage.distributed.world import World, connect
+from privimage.errors import Stopped, UserError, leave_status, tell
+from privimage.progress import say
+from privimage.rundir import RunDir, read_json, write_json
+
+
+def run(config: Config, stages: Sequence[str] = ()) -> int:
+    """Run `stages`, or all stages of the method, and return the exit status: 0 done, 2, 75 or 1 (see `privimage.errors`).
+
+    What ends a run early is told here, whichever rank it happened on. Raises UserError only where the ranks do not meet.
+    """
+    world = connect(config.runtime)
+    stop.install(told=world.is_main)
+    status = 0
+    try:
+        with _claimed(config, world) as run_dir:
+            for name in stages or config.spec.stages:
+                _run_stage(name, config, run_dir, world)
+        if world.is_main:
+            leave_status(status)
+    except Stopped as error:
+        status = Stopped.status
+        world.barrier()  # nobody ends while another rank is saving
+        if world.is_main:
+            tell(status, str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        status = world.fail(error)
+    world.close()
+    return status
+
+
+@contextlib.contextmanager
+def _claimed(config: Config, world: World) -> Iterator[RunDir]:
+    # The main rank holds the directory and answers for its settings; where it fails, the others end in this barrier.
+    run_dir = RunDir(config.run.dir)
+    lock = run_dir.lock() if world.is_main else contextlib.nullcontext()
+    with lock:
+        if world.is_main:
+            run_dir.reconcile(config)
+        world.barrier()
+        yield run_dir
+
+
+def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None:
+    if name not in config.spec.stages:
+        raise UserError(f"method: {config.method} has no stage {name}; it runs {', '.join(config.spec.stages)}")
+    if world.broadcast_object(run_dir.record(name) is not None):
+        if world.is_main:
+            say(f"{name}: done before")
+        return
+    if stop.agreed(world):
+        raise Stopped(f"before {name}; run again to go on")
+    if world.is_main:
+        say(f"{name}: {world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}")
+    _reset_peak(world)
+    with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
+        record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)
+    measured = {"seconds": seconds(), "peak_memory_bytes": _peak(world), "ranks": world.size, "images_per_second": record["images"] / seconds()}
+    if world.is_main:
+        run_dir.finish(name, {**record, **measured})
+    world.barrier()
+
+
+@contextlib.contextmanager
+def _timed(path: Path, world: World) -> Iterator[Callable[[], float]]:
+    """Seconds of a stage over all its resumes; those of a killed one are lost."""
+    before = read_json(path)["seconds"] if path.exists() else 0.0
+    started = time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
+    try:
+        yield seconds
+    finally:
+        if world.is_main and path.parent.exists():
+            try:
+                path.parent.rmdir()  # nothing was done yet, so that settings may still be changed
+            except OSError:
+                write_json(path, {"seconds": seconds()})
+
+
+def _reset_peak(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    else:
+        with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(world: World) -> int:
+    """The largest peak of memory of all ranks since `_reset_peak`, in bytes: of the GPU, or resident."""
+    if world.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(world.device)
+    else:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        own = int(status["VmHWM"].split()[0]) * 1024
+    peaks = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    peaks[world.rank] = own
+    return int(world.all_reduce_(peaks).max())
