@@ -1,0 +1,1 @@
+"""How useful, how alike and how safe a synthetic set is, and the report that says so."""

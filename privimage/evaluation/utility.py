@@ -1,0 +1,171 @@
+"""Classifiers trained on synthetic images and tested on real ones: logistic regression, an MLP and a CNN.
+
+The three accuracies are always reported separately: taking the best of them on the test set would be selection on the
+test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from privimage.distributed.world import World
+from privimage.models.resnet import resnet9
+from privimage.progress import Progress
+
+MLP_IMAGES = 2_000_000  # images that the MLP sees, over all epochs: 40 epochs of 50,000 images
+LEARNING_RATE = 0.1  # of the CNN at a batch of 512, in proportion at others
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A set of images uint8 (N, C, H, W) with labels int64 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a trained classifier says about a set: labels (N,) and penultimate features (N, F)."""
+
+    labels: np.ndarray
+    features: np.ndarray
+
+
+def percent(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Share of correct labels, in percent."""
+    return float(100 * np.mean(predicted == labels))
+
+
+def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Counts int64 (n_classes, n_classes): rows are true classes, columns predicted ones."""
+    return np.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def pixels(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat float32 pixels for LR and MLP: in [0, 1], minus the mean training image, divided by one number.
+
+    Dividing each pixel by its own deviation would blow up those that hardly ever change, such as the border of a digit.
+    """
+    flat = train.reshape(len(train), -1).astype(np.float32) / 255
+    mean = flat.mean(0)
+    flat -= mean
+    scale = float(flat.std()) or 1.0
+    return flat / scale, (test.reshape(len(test), -1).astype(np.float32) / 255 - mean) / scale
+
+
+def _fit(model: object, train: Labelled, test: Labelled) -> float:
+    from sklearn.exceptions import ConvergenceWarning
+
+    if len(np.unique(train.labels)) == 1:  # scikit-learn refuses a single class; the only thing to say is its name
+        return percent(np.full_like(test.labels, train.labels[0]), test.labels)
+    inputs, tests = pixels(train.images, test.images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed amount of work is intended
+        model.fit(inputs, train.labels)  # type: ignore[attr-defined]
+    return percent(model.predict(tests), test.labels)  # type: ignore[attr-defined]
+
+
+def logistic_regression(train: Labelled, test: Labelled, seed: int) -> float:
+    """Accuracy in percent of multinomial logistic regression: L2 with C = 1, at most 200 L-BFGS iterations on all images.
+
+    About a minute for 50,000 images of 3,072 values on one core.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    return _fit(LogisticRegression(C=1.0, max_iter=200, random_state=seed), train, test)
+
+
+def mlp(train: Labelled, test: Labelled, seed: int) -> float:
+    """Accuracy in percent of an MLP with one hidden layer of 100 (ReLU, Adam 1e-3, batch 200, L2 1e-4).
+
+    It sees about two million images, in 20 to 200 epochs, which bounds its time: a few minutes for 50,000 images of 3,072
+    values on one core.
+    """
+    from sklearn.neural_network import MLPClassifier
+
+    epochs = min(200, max(20, MLP_IMAGES // len(train)))
+    return _fit(MLPClassifier(hidden_layer_sizes=(100,), max_iter=epochs, random_state=seed), train, test)
+
+
+SHALLOW: dict[str, Callable[[Labelled, Labelled, int], float]] = {"lr": logistic_regression, "mlp": mlp}
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1]: constants only, so that nothing is fitted."""
+    return images.float() / 127.5 - 1
+
+
+def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, flip: bool, seed: int, world: World, label: str = "cnn") -> nn.Module:
+    """The CNN of METHOD section 5: ResNet-9, SGD, momentum 0.9, weight decay 5e-4, cosine, the weights of the last epoch.
+
+    The learning rate is 0.1 at a batch of 512 and in proportion at others: small sets need small batches to get enough steps.
+
+    `batch_size` is the global one: each rank takes every `world.size`-th image of a batch and the gradients of the summed
+    loss are added up, so that the update is that of the whole batch but for batch-norm statistics, which each rank takes
+    over its own share. All ranks must call it together and get the same network.
+    """
+    images, labels = torch.from_numpy(train.images).to(world.device), torch.from_numpy(train.labels).to(world.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE * batch_size / 512, momentum=0.9, weight_decay=5e-4)
+    steps = epochs * math.ceil(len(train) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)  # order and flips, equal on all ranks
+
+    network.train()
+    with Progress(label, total=epochs, shown=world.is_main) as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(train), generator=generator)
+            mirrored = torch.rand(len(train), generator=generator) < (0.5 if flip else 0.0)
+            loss_sum = torch.zeros(1, device=world.device)
+            for start in range(0, len(train), batch_size):
+                batch = order[start : start + batch_size]
+                mine = batch[world.rank :: world.size]
+                optimizer.zero_grad(set_to_none=True)
+                if len(mine):  # a rank without images still takes part in the sum of gradients
+                    inputs = _scaled(images[mine.to(world.device)])
+                    inputs = torch.where(mirrored[mine].to(world.device)[:, None, None, None], inputs.flip(-1), inputs)
+                    loss = F.cross_entropy(network(inputs), labels[mine.to(world.device)], reduction="sum")
+                    (loss / len(batch)).backward()
+                    loss_sum += loss.detach()
+                _add_up([p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters], parameters, world)
+                optimizer.step()
+                schedule.step()
+            bar.advance(loss=f"{float(world.all_reduce_(loss_sum)) / len(train):.3f}")
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            world.all_reduce_(buffer).div_(world.size)
+    return network.eval()
+
+
+def _add_up(gradients: list[Tensor], parameters: list[nn.Parameter], world: World) -> None:
+    """Set each parameter's gradient to the sum over the ranks, with one all-reduce."""
+    if world.size == 1:
+        return
+    flat = world.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, images: np.ndarray, device: torch.device, batch_size: int = 1000) -> Predictions:
+    """Labels and penultimate features of images uint8 (N, C, H, W) under a trained CNN."""
+    labels, features = [], []
+    for start in range(0, len(images), batch_size):
+        inputs = _scaled(torch.from_numpy(images[start : start + batch_size]).to(device))
+        hidden = network.features(inputs)  # type: ignore[operator]
+        features.append(hidden.float().cpu().numpy())
+        labels.append(network.head(hidden).argmax(1).cpu().numpy())  # type: ignore[operator]
+    return Predictions(np.concatenate(labels), np.concatenate(features))
