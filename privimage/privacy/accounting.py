@@ -57,6 +57,15 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float, accountant: str = "pl
     return max(0.0, _composed(tuple(mechanisms), accountant, interval).get_epsilon(delta))
 
 
+def best_guess(mechanisms: Iterable[Mechanism]) -> float:
+    """How often at most an attacker is right who tells whether one image was in the set, in [0.5, 1]; 0.5 is a coin toss.
+
+    It knows all other images and every output, and both answers are equally likely beforehand: then it is right with
+    probability (1 + TV) / 2, and the total variation distance TV of the outputs is delta at epsilon 0 (by PLD).
+    """
+    return (1 + min(1.0, _composed(tuple(mechanisms), "pld", COARSE).get_delta(0.0))) / 2
+
+
 Compose = Callable[[float], tuple[Mechanism, ...]]
 
 
