@@ -44,6 +44,8 @@ class SensitiveData(Section):
     path: Path | None = Field(None, description="training split: file or folder; not needed for embedded sets")
     test_path: Path | None = Field(None, description="held-out split for evaluation; kinds with an own test split need none")
     labelled: bool = Field(True, description="whether its labels are used; without them there is one row and one class")
+    count: int | None = Field(None, ge=1, description="N, the number of training images, taken as public; `plan` needs it, the data must agree")
+    classes: int | None = Field(None, ge=1, description="the number of classes, taken as public; `plan` needs it, the data must agree")
 
 
 class Data(Section):
@@ -69,7 +71,7 @@ class Privacy(Section):
 
     epsilon: float = Field(10.0, gt=0, description="epsilon of the whole run: query and fine-tuning together")
     delta: float | None = Field(None, gt=0, lt=1, description="delta of the whole run; unset: 1 / (N ln N), with N taken as public")
-    accountant: Literal["pld", "rdp"] = Field("pld", description="pld is tighter (6-8 %% less noise); rdp is what the paper used")
+    accountant: Literal["pld", "rdp"] = Field("pld", description="pld is tighter (6-8 % less noise); rdp is what the paper used")
     noise_source: Literal["aes-ctr", "chacha20", "insecure-philox"] = Field(
         "aes-ctr", description="generator of the Gaussian noise; insecure-philox is fast and not cryptographic"
     )

@@ -41,6 +41,11 @@ class Progress:
         elif self.shown and error_type is None:
             say(f"{self.label}: {self.done}/{self.total} in {time.monotonic() - self.started:.0f} s")
 
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self.start) / max(time.monotonic() - self.started, 1e-9)
+
     def advance(self, count: int = 1, **extra: str) -> None:
         """Count `count` more units as done."""
         self.done += count
@@ -49,6 +54,5 @@ class Progress:
             self.bar.update(self.task, completed=self.done, extra=text)
         elif self.shown and time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
-            rate = (self.done - self.start) / (self.last_line - self.started)
-            left = (self.total - self.done) / rate
+            left = (self.total - self.done) / self.rate
             say(f"{self.label}: {self.done}/{self.total}  {left:.0f} s left  {text}".rstrip())

@@ -7,7 +7,6 @@ Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGra
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 
@@ -18,6 +17,18 @@ Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> 
 
 class PerImageGradients(AbstractGradSampleModule):
     """A module whose parameters get `grad_sample`: for each image the gradient of its loss averaged over its noise copies."""
+
+    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None):
+        """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
+        repeats its predecessor to the bit; else each is timed when first used.
+        """
+        super().__init__(module)
+        self.convolutions = ConvolutionBackends(dict(backends or {}))
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The way that each convolution takes, by name of the layer."""
+        return dict(self.convolutions.choices)
 
     def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
         """Fill `p.grad_sample` for a batch.
@@ -35,25 +46,15 @@ class FoldedGradients(PerImageGradients):
     """Per-image weight gradients in place of the ordinary ones, summed over the copies by a grouped convolution."""
 
     def __init__(self, module: nn.Module, backends: dict[str, str] | None = None):
-        """Raises ValueError for a layer with parameters that has no rule.
-
-        `backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
-        repeats its predecessor to the bit; else each is timed when first used.
-        """
-        super().__init__(module)
+        """Raises ValueError for a layer with parameters that has no rule."""
+        super().__init__(module, backends)
         self.folding = Folding()
-        self.convolutions = ConvolutionBackends(backends or {})
         for name, layer in module.named_modules():
             if not any(p.requires_grad for p in layer.parameters(recurse=False)):
                 continue
             if type(layer) not in RULES:
                 raise ValueError(f"{name}: no rule for per-image gradients of {type(layer).__name__}")
             layer.forward = RULES[type(layer)](name, layer, self.folding, self.convolutions)
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """The way that each convolution takes, by name of the layer."""
-        return dict(self.convolutions.choices)
 
     def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
         images, copies = tensors[0].shape[:2]

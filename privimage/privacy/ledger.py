@@ -103,14 +103,18 @@ class Ledger:
         they are the same computation with the same noise.
         """
         with self._locked() as handle:
-            entry = {"run": run, "charge": hashlib.sha256(f"{run}|{identity}".encode()).hexdigest()[:32], "mechanism": _pack(mechanism)}
-            self._append(handle, entry)
+            self._append(handle, {"run": run, "charge": charge_name(run, identity), "mechanism": _pack(mechanism)})
 
     def not_private(self, run: str) -> None:
         """Write down that `run` uses the set without noise: what it makes must not be shared."""
         with self._locked() as handle:
             if run not in self.read().not_private:
                 self._append(handle, {"run": run, "not_private": True})
+
+
+def charge_name(run: str, identity: str) -> str:
+    """The name under which a charge is kept; it tells nothing of the identity."""
+    return hashlib.sha256(f"{run}|{identity}".encode()).hexdigest()[:32]
 
 
 def _pack(mechanism: Mechanism) -> list:

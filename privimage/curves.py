@@ -1,0 +1,52 @@
+"""TensorBoard, continued in the same folder after a restart without double points."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Curves:
+    """Scalars and pictures of one stage; does nothing on ranks other than the main one."""
+
+    def __init__(self, folder: Path, stage: str, step: int, shown: bool):
+        self.writer = SummaryWriter(str(folder / stage), purge_step=step) if shown else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of several curves at `step`."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """A grid of uint8 images (N, C, H, W)."""
+        if self.writer:
+            from torchvision.utils import make_grid
+
+            self.writer.add_image(name, make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5)), pad_value=64), step)
+
+    def text(self, name: str, text: str) -> None:
+        """A text, shown as it stands."""
+        if self.writer:
+            self.writer.add_text(name, f"```\n{text}\n```")
+
+    def flush(self) -> None:
+        """Bring all points to the disk, as before a checkpoint."""
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self.writer:
+            self.writer.close()
+
+
+def memory(device: torch.device) -> float:
+    """Bytes that this process has used at most: on the GPU where there is one, else in main memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

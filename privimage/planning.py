@@ -1,0 +1,112 @@
+"""`privimage plan`: what a configuration promises and what it will cost, without touching data."""
+
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from privimage.config import Config
+from privimage.errors import UserError
+from privimage.models import build_diffusion, edm, parameters
+from privimage.privacy.account import plan_without_noise
+from privimage.privacy.plan import PrivacyPlan, make_plan
+
+# (images, classes) of the training splits that are read by kind: public facts.
+KNOWN = {"cifar10": (50_000, 10), "mnist": (60_000, 10), "fashion-mnist": (60_000, 10), "celeba": (202_599, 1), "digits": (1437, 10)}
+
+
+def public_size(config: Config) -> tuple[int, int]:
+    """N and the number of classes (0 if unlabelled), as far as the configuration tells. Raises UserError if it does not."""
+    sensitive = config.data.sensitive
+    known = KNOWN.get(sensitive.kind, (None, None))
+    count, classes = sensitive.count or known[0], sensitive.classes or known[1]
+    if count is None:
+        raise UserError("data.sensitive.count: `plan` does not touch data; give the number of sensitive images")
+    if not sensitive.labelled:
+        return count, 0
+    if classes is None:
+        raise UserError("data.sensitive.classes: `plan` does not touch data; give the number of sensitive classes, or labelled: false")
+    return count, classes
+
+
+def show(config: Config) -> None:
+    """Print the budget split, noise multipliers by both accountants, steps, parameters, and estimated time and memory."""
+    count, classes = public_size(config)
+    console = Console(highlight=False)
+    if config.spec.private:
+        plan = make_plan(config, count)
+        other = make_plan(config, count, "rdp" if plan.accountant == "pld" else "pld")
+        _show_privacy(console, plan, other)
+        if plan.delta >= 1 / count:
+            console.print(f"[yellow]warning:[/] delta {plan.delta:g} is not below 1/N = {1 / count:.2g}: revealing one whole image would be within the promise")
+    else:
+        plan = plan_without_noise(config, count)
+        console.print(f"{config.spec.title} adds no noise: its output is [bold]not private[/].")
+    if config.spec.generator == "diffusion":
+        _show_cost(console, config, plan, classes)
+
+
+def _show_privacy(console: Console, plan: PrivacyPlan, other: PrivacyPlan) -> None:
+    pld, rdp = (plan, other) if plan.accountant == "pld" else (other, plan)
+    finetune = plan.finetune
+    table = Table(title=f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {finetune.count:,} images; used: {plan.accountant.upper()}", title_justify="left")
+    for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
+        table.add_column(column, justify="left" if column == "mechanism" else "right")
+    if pld.query and rdp.query:
+        table.add_row("semantic distribution query", "1", "1", f"{pld.query.noise_multiplier:.4g}", f"{rdp.query.noise_multiplier:.4g}")
+    rate = f"{float(finetune.sample_rate):.6g}"
+    table.add_row("DP-SGD fine-tuning", f"{finetune.steps}", rate, f"{pld.finetune.noise_multiplier:.4g}", f"{rdp.finetune.noise_multiplier:.4g}")
+    console.print(table)
+    share = "" if plan.query is None else f" The query raises the noise of fine-tuning from {_alone(plan):.4g} to {finetune.noise_multiplier:.4g}."
+    console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}.{share}")
+
+
+def _alone(plan: PrivacyPlan) -> float:
+    from privimage.privacy.accounting import finetune_noise
+
+    finetune = plan.finetune
+    return finetune_noise(plan.epsilon, plan.delta, float(finetune.sample_rate), finetune.steps, (), plan.accountant)
+
+
+def _show_cost(console: Console, config: Config, plan: PrivacyPlan, classes: int) -> None:
+    device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
+    denoiser = build_diffusion(config, classes).to(device)
+    size = parameters(denoiser)
+    forward, memory = _measured(denoiser, config, device, classes)
+    finetune, work = plan.finetune, Table(title=f"work, from a short measurement on this machine's {device.type}, one rank", title_justify="left")
+    for column in ("stage", "steps", "images a step", "estimated hours", "memory"):
+        work.add_column(column, justify="left" if column == "stage" else "right")
+
+    def row(name: str, steps: int, images: float, passes: float, at_once: float) -> None:
+        hours = steps * images * passes * forward / 3600
+        work.add_row(name, f"{steps:,}", f"{images:,.0f}", f"{hours:.3g}", f"{(size * 20 + at_once * memory) / 2**30:.2g} GiB")
+
+    if config.spec.pretraining != "none":
+        row("pretrain", config.pretrain.steps, config.pretrain.batch_size, 3, config.pretrain.batch_size)
+    at_once = 32 if config.finetune.physical_batch_size == "auto" else config.finetune.physical_batch_size
+    row("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, at_once * finetune.noise_copies + at_once * size * 4 / memory)
+    settings = config.synthesize
+    calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
+    row("synthesize", calls, settings.samples, 1, settings.batch_size / 8)
+    console.print(f"generator: {size:,} parameters")
+    console.print(work)
+    console.print("Hours and memory are of one rank that does all the work: divide by the number of ranks; the network of the query is not included.")
+
+
+def _measured(denoiser: torch.nn.Module, config: Config, device: torch.device, classes: int) -> tuple[float, float]:
+    """Seconds of a forward pass an image, and bytes of activations an image in training."""
+    images = 256 if device.type == "cuda" else 8
+    shape = (images, config.data.channels, config.data.resolution, config.data.resolution)
+    x, sigma = torch.zeros(shape, device=device), torch.ones(images, device=device)
+    labels = torch.zeros(images, dtype=torch.int64, device=device) if classes else None
+    held: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t.numel() * t.element_size()), t)[1], lambda t: t):
+        edm.loss(denoiser, x, labels, sigma, x)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            denoiser(x, sigma, labels).sum().item()
+            best = min(best, time.perf_counter() - start)
+    return best / images, sum(held) / images

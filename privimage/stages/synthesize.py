@@ -1,0 +1,149 @@
+"""Sample the synthetic set and put the release together, from an allow-list, as the last thing that the run makes."""
+
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from privimage import __version__
+from privimage.config import Config
+from privimage.curves import Curves
+from privimage.data.sensitive import ImageDraws
+from privimage.data.sources import read_sensitive
+from privimage.distributed import checkpoint
+from privimage.distributed.preemption import stop
+from privimage.distributed.world import World
+from privimage.errors import Stopped
+from privimage.models import build_diffusion, edm
+from privimage.privacy import keys
+from privimage.privacy.account import key_path, open_account, statement, statement_for_people
+from privimage.progress import Progress
+from privimage.rundir import RunDir, write_json, write_whole
+
+RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
+
+
+def run(config: Config, run: RunDir, world: World) -> dict:
+    """Draw `synthesize.samples` images from the averaged weights and write release/.
+
+    The images are the same whatever the number of ranks: each has its own random numbers, and goes through the network in
+    a block that does not depend on the ranks. Labels are drawn in turn: the frequencies of the sensitive labels are private.
+    """
+    settings = config.synthesize
+    run.require("finetune")
+    weights = checkpoint.load(run.stage("finetune") / "weights.pt", world.device)
+    assert weights is not None  # the stage is finished
+    denoiser = build_diffusion(config, weights["n_classes"]).to(world.device)
+    denoiser.load_state_dict(weights["ema"])
+    count = settings.samples
+    _sample_blocks(config, run, world, denoiser, weights["n_classes"], count, "after")
+    before = _pretrained(config, run, world, weights["n_classes"])
+    if before is not None:
+        _sample_blocks(config, run, world, before, weights["n_classes"], min(count, config.evaluate.fidelity_samples), "before")
+    world.barrier()
+    if before is not None and world.is_main:
+        images, labels = _gathered(config, run, min(count, config.evaluate.fidelity_samples), weights["n_classes"], "before")
+        _write_npz(run.stage("synthesize") / "before.npz", images, labels)
+    _release(config, run, world, weights, denoiser)
+    return {"images": count}
+
+
+def _pretrained(config: Config, run: RunDir, world: World, n_classes: int) -> nn.Module | None:
+    """The generator before private fine-tuning, if it has the same labels."""
+    if not config.evaluate.before or config.spec.pretraining == "none":
+        return None
+    state = checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
+    if state is None or state["n_classes"] != n_classes:
+        return None
+    denoiser = build_diffusion(config, n_classes).to(world.device)
+    denoiser.load_state_dict(state["ema"])
+    return denoiser
+
+
+def _sample_blocks(config: Config, run: RunDir, world: World, denoiser: nn.Module, n_classes: int, count: int, name: str) -> None:
+    """Sample this rank's blocks of images; blocks that are there already are kept."""
+    settings, seed = config.synthesize, config.runtime.seed
+    folder = run.stage("synthesize") / f"blocks-{name}"
+    folder.mkdir(exist_ok=True)
+    denoiser.eval()
+    draws, shape = ImageDraws(world.device), (config.data.channels, config.data.resolution, config.data.resolution)
+    blocks = range(0, count, settings.batch_size)
+    pixels = int(np.prod(shape))
+    curves = Curves(run.tensorboard, f"synthesize-{name}", 0, world.is_main)
+    with Progress(f"synthesize ({name})", len(blocks), shown=world.is_main) as bar:
+        for number, start in enumerate(blocks):
+            bar.advance()
+            path = folder / f"{start:09d}.npy"
+            if number % world.size != world.rank or path.exists():
+                continue
+            indices = torch.arange(start, min(start + settings.batch_size, count), device=world.device)
+            labels = indices % n_classes if n_classes else None
+            latents = draws.normal(seed, indices, pixels).view(-1, *shape)
+
+            def churn(step: int, indices: torch.Tensor = indices) -> torch.Tensor:
+                return draws.normal(seed + 1 + step, indices, pixels).view(-1, *shape)
+
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+                images = edm.sample(denoiser, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn)
+            images = edm.to_uint8(images)
+            np.save(temporary := folder / f".{start}.npy", images.permute(0, 2, 3, 1).cpu().numpy())
+            write_whole(path, temporary.read_bytes())
+            temporary.unlink()
+            if start == 0:
+                curves.images(0, "samples", images[:100])
+            if stop.requested:
+                break
+    curves.close()
+    if stop.agreed(world):
+        raise Stopped("synthesize: finished blocks are kept")
+
+
+def _gathered(config: Config, run: RunDir, count: int, n_classes: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    folder = run.stage("synthesize") / f"blocks-{name}"
+    images = np.concatenate([np.load(folder / f"{start:09d}.npy") for start in range(0, count, config.synthesize.batch_size)])
+    return images, np.arange(count) % max(n_classes, 1)
+
+
+def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.name}")
+    np.savez_compressed(temporary, images=images, labels=labels.astype(np.int64))
+    made = temporary if temporary.exists() else temporary.with_name(f"{temporary.name}.npz")
+    write_whole(path, made.read_bytes())
+    made.unlink()
+
+
+def _release(config: Config, run: RunDir, world: World, weights: dict, denoiser: nn.Module) -> None:
+    """Write release/ from the allow-list, then destroy the key: nobody can subtract the noise any more."""
+    sensitive = read_sensitive(config, "train")
+    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
+    if not world.is_main:
+        return
+    said = statement(config, account, {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()})
+    images, labels = _gathered(config, run, config.synthesize.samples, weights["n_classes"], "after")
+    release = run.release
+    for entry in release.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    _write_npz(release / "synthetic.npz", images, labels)
+    if config.synthesize.images:
+        _write_images(release / "images", images, labels)
+    model = {"weights": {name: value.cpu() for name, value in weights["ema"].items()}, "classes": weights["classes"], "n_classes": weights["n_classes"]}
+    torch.save(model | {"model": config.model.model_dump(mode="json"), "resolution": config.data.resolution, "channels": config.data.channels}, release / "model.pt")
+    write_json(release / "PRIVACY.json", said)
+    write_whole(release / "PRIVACY.md", statement_for_people(said).encode())
+    strangers = sorted(entry.name for entry in release.iterdir() if entry.name not in RELEASED)
+    assert not strangers, f"{release}: {strangers} are not on the allow-list"
+    keys.destroy(key_path(run))
+    for name in ("after", "before"):
+        shutil.rmtree(run.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
+
+
+def _write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    from PIL import Image
+
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / str(label) / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(path)
