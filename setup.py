@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["privimage", "privimage.*"]),
-    package_data={"privimage": ["py.typed"]},
+    package_data={"privimage": ["py.typed", "evaluation/*.j2"]},
     entry_points={"console_scripts": ["privimage = privimage.cli:main"]},
     # The upper bound on torch decides between builds: where a CPU wheel is at hand pip takes it, elsewhere the CUDA build.
     install_requires=[
@@ -41,6 +41,7 @@ setup(
         "torch-fidelity>=0.4.0,<0.5",
         "scikit-learn>=1.4,<2",
         "matplotlib>=3.8,<4",
+        "jinja2>=3.1,<4",
     ],
     extras_require={
         "cluster": ["deepspeed>=0.17,<0.20", "mpi4py>=4.0,<5", "openmpi>=5.0.8,<6; platform_system == 'Linux'"],
