@@ -1,12 +1,14 @@
 """DDPM++ has the sizes of the published networks and means the same at every resolution."""
 
+import math
+
 import pytest
 import torch
 
 from privimage.config import Config, parse
 from privimage.errors import UserError
 from privimage.models import build_diffusion, parameters
-from privimage.models.ddpmpp import DDPMpp, groups, sinusoidal
+from privimage.models.ddpmpp import Block, DDPMpp, groups, sinusoidal
 
 CIFAR10 = [
     (32, (1, 2, 2), 1_754_499), (32, (1, 2, 4), 3_954_563), (32, (1, 4, 4), 6_077_123),
@@ -59,6 +61,20 @@ def test_output_has_the_shape_of_the_images(resolution: int, channels: int) -> N
 def test_an_untrained_network_answers_almost_nothing() -> None:
     output = DDPMpp(8, 1, 10, width=8)(torch.randn(4, 1, 8, 8), torch.randn(4), torch.arange(4))
     assert 0 < output.abs().max() < 1e-3
+
+
+def test_a_fresh_block_passes_its_input_on_divided_by_sqrt_2_and_again_by_its_attention() -> None:
+    images, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    assert torch.allclose(Block(8, 8, 16)(images, embedding), images / math.sqrt(2), atol=1e-3)
+    assert torch.allclose(Block(8, 8, 16, attention=True)(images, embedding), images / 2, atol=1e-3)
+
+
+def test_attention_follows_every_block_down_the_first_in_the_middle_and_the_last_of_a_level_up() -> None:
+    network = DDPMpp(32, 3, 0, width=8, multipliers=(1, 2, 2), attention=(16,))
+    placed = [[block.attention is not None for block in part] for part in (network.encoder, network.middle, network.decoder)]
+    down, up = [False, False, False, True, True, False, False, False], [False, False, False, False, False, False, True, False, False, False, False]
+    assert placed == [down, [True, False], up]
+    assert [block.resample for block in network.decoder] == ["none", "none", "none", "up"] * 2 + ["none"] * 3
 
 
 def test_label_n_classes_is_no_label_and_every_label_counts(perturbed) -> None:
