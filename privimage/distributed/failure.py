@@ -15,7 +15,7 @@ import torch.distributed as dist
 from privimage.errors import tell
 
 LOOK_SECONDS = 0.5
-SEEN_SECONDS = 10.0  # how long the first to fail waits until the others have seen it; it may be the one that serves the store
+LEFT_SECONDS = 10.0  # how long the main rank, which serves the store, waits until all others have left
 GONE_SECONDS = 20.0  # how long the main rank may be out of reach before this one gives up; a short cut of the network only stalls
 
 
@@ -40,9 +40,7 @@ class Watch(threading.Thread):
                     tell(1, f"rank {self.rank}: the main rank is gone; start all ranks again to go on from the last checkpoint")
                     self._leave(1)
             if failed:
-                status = int(self.store.get("failed").decode().split()[1])
-                self.store.add("seen", 1)
-                self._leave(status)
+                self._follow(int(self.store.get("failed").decode().split()[1]))
 
     def fail(self, status: int, message: str) -> NoReturn:
         """End this process with `status`, telling `message`; with the status of another rank where that one was first."""
@@ -50,15 +48,20 @@ class Watch(threading.Thread):
         try:
             mine = f"{self.rank} {status}"
             first = self.store.compare_set("failed", "", mine).decode()
-            if first != mine:
-                self.store.add("seen", 1)
-                self._leave(int(first.split()[1]))
-            tell(status, message)  # before the others end: their launcher may kill this rank as soon as it sees that
-            deadline = time.monotonic() + SEEN_SECONDS
-            while self.store.add("seen", 0) < self.size - 1 and time.monotonic() < deadline:
-                time.sleep(LOOK_SECONDS / 5)
+            if first == mine:
+                tell(status, message)  # before the others end: their launcher may kill this rank as soon as it sees that
+            self._follow(int(first.split()[1]))
         except RuntimeError:  # the store went with the main rank
             tell(status, message)
+            self._leave(status)
+
+    def _follow(self, status: int) -> NoReturn:
+        if self.rank > 0:
+            self.store.add("left", 1)
+        else:  # it serves the store, from which the others have yet to learn
+            deadline = time.monotonic() + LEFT_SECONDS
+            while self.store.add("left", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(LOOK_SECONDS / 5)
         self._leave(status)
 
     def close(self) -> None:
