@@ -163,6 +163,7 @@ class Evaluate(Section):
     features: Literal["auto", "2048", "768", "stand-in"] = Field("auto", description="features of FID and KID; auto: what inception_weights allows, else the stand-in")
     inception_weights: Path | None = Field(None, description="Inception 2015-12-05 weights in torch-fidelity's format")
     fidelity_samples: int = Field(5000, ge=10, description="synthetic images that enter FID, KID, precision and recall")
+    reference_samples: int | None = Field(None, ge=10, description="sensitive training images that they are compared with; unset: as many as fidelity_samples")
     word_vectors: Path | None = Field(None, description="npz of words and vectors for the semantic distribution similarity")
 
 
