@@ -43,6 +43,16 @@ class Curves:
             self.writer.close()
 
 
+def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a curve as written so far, without those that a restart replaced; empty where there is none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    found = events.Scalars(name) if name in events.Tags()["scalars"] else []
+    return [event.step for event in found], [event.value for event in found]
+
+
 def memory(device: torch.device) -> float:
     """Bytes that this process has used at most: on the GPU where there is one, else in main memory."""
     if device.type == "cuda":
