@@ -1,5 +1,6 @@
 """TensorBoard, continued in the same folder after a restart without double points."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a curve as written so far, without those that a restart replaced; empty where there is none."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    if not folder.is_dir():
+        return [], []
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each restart
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     found = events.Scalars(name) if name in events.Tags()["scalars"] else []
