@@ -10,6 +10,7 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.models import build_diffusion, edm, parameters
 from privimage.privacy.account import plan_without_noise
+from privimage.privacy.accounting import finetune_noise
 from privimage.privacy.plan import PrivacyPlan, make_plan
 
 # (images, classes) of the training splits that are read by kind: public facts.
@@ -54,17 +55,17 @@ def _show_privacy(console: Console, plan: PrivacyPlan, other: PrivacyPlan) -> No
     for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
     if pld.query and rdp.query:
-        table.add_row("semantic distribution query", "1", "1", f"{pld.query.noise_multiplier:.4g}", f"{rdp.query.noise_multiplier:.4g}")
+        table.add_row("semantic query", "1", "1", f"{pld.query.noise_multiplier:.4g}", f"{rdp.query.noise_multiplier:.4g}")
     rate = f"{float(finetune.sample_rate):.6g}"
-    table.add_row("DP-SGD fine-tuning", f"{finetune.steps}", rate, f"{pld.finetune.noise_multiplier:.4g}", f"{rdp.finetune.noise_multiplier:.4g}")
+    table.add_row("fine-tuning, beside the query" if plan.query else "fine-tuning", f"{finetune.steps}", rate, f"{pld.finetune.noise_multiplier:.4g}", f"{rdp.finetune.noise_multiplier:.4g}")
+    if plan.query:
+        table.add_row("(fine-tuning, were there no query)", f"{finetune.steps}", rate, f"{_alone(pld):.4g}", f"{_alone(rdp):.4g}", style="dim")
     console.print(table)
-    share = "" if plan.query is None else f" The query raises the noise of fine-tuning from {_alone(plan):.4g} to {finetune.noise_multiplier:.4g}."
-    console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}.{share}")
+    rise = "" if plan.query is None else f"; the query raises the noise of fine-tuning by {100 * (finetune.noise_multiplier / _alone(plan) - 1):.2f} %"
+    console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}{rise}")
 
 
 def _alone(plan: PrivacyPlan) -> float:
-    from privimage.privacy.accounting import finetune_noise
-
     finetune = plan.finetune
     return finetune_noise(plan.epsilon, plan.delta, float(finetune.sample_rate), finetune.steps, (), plan.accountant)
 

@@ -95,6 +95,7 @@ def _smallest_noise(compose: Compose, target: float, delta: float, accountant: s
     return noise_multiplier
 
 
+@lru_cache(maxsize=64)
 def finetune_noise(target: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...] = (), accountant: str = "pld") -> float:
     """The noise multiplier of `steps` private steps that, composed with `others`, cost at most `target` epsilon at `delta`."""
 

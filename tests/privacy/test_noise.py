@@ -1,0 +1,83 @@
+"""The noise: Gaussian, of the right size, from the right keys. False-alarm rates are stated; all keys are fixed."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from privimage.privacy.keys import RootKey, destroy, insecure_fixed, open_root
+from privimage.privacy.noise import NoiseStream, gaussian
+
+KEY = insecure_fixed(3)
+SOURCES = ["aes-ctr", "chacha20", "insecure-philox"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_noise_is_gaussian_of_the_stated_deviation(source: str) -> None:
+    """Kolmogorov-Smirnov and a chi-squared test of the variance, false-alarm rate 1e-3 each."""
+    draws = gaussian(source, KEY.derive("test"), 200_000, 2.5)
+    assert stats.kstest(draws / 2.5, "norm").pvalue > 1e-3
+    statistic = (draws**2).sum() / 2.5**2
+    assert 5e-4 < stats.chi2.cdf(statistic, len(draws)) < 1 - 5e-4
+
+
+def test_four_draws_are_combined() -> None:
+    """The first number is half the sum of the four streams' first numbers, so no single draw can be recognised in it."""
+    import randomgen
+
+    key = KEY.derive("test")
+    generator = np.random.Generator(randomgen.AESCounter(key=int.from_bytes(key[:16], "big")))
+    parts = [generator.standard_normal(10) for _ in range(4)]
+    assert np.allclose(gaussian("aes-ctr", key, 10, 2.0), sum(parts), rtol=1e-15)
+
+
+def test_no_two_numbers_of_a_long_stream_are_equal() -> None:
+    draws = gaussian("aes-ctr", KEY.derive("test"), 1_500_000, 1.0)
+    assert len(np.unique(draws)) == len(draws)
+
+
+def test_the_stream_of_a_step_is_repeatable_and_differs_by_step_rank_and_attempt() -> None:
+    def first(step: int, rank: int, attempt: int) -> torch.Tensor:
+        stream = NoiseStream(KEY, "aes-ctr", 100, 1.0, rank, attempt)
+        noise = stream.take(step)
+        stream.close()
+        return noise
+
+    base = first(4, 0, 0)
+    assert torch.equal(base, first(4, 0, 0))
+    for other in (first(5, 0, 0), first(4, 1, 0), first(4, 0, 1)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < 0.4
+
+
+def test_noise_drawn_ahead_is_the_noise_of_its_step() -> None:
+    ahead, plain = (NoiseStream(KEY, "chacha20", 50, 1.0, 0, 0) for _ in range(2))
+    for step in range(5):
+        ahead.prepare(step + 1)
+    assert all(torch.equal(ahead.take(step), plain.take(step)) for step in range(5))
+
+
+def test_derived_keys_do_not_collide() -> None:
+    """Contexts that would read the same when joined must differ: ('a', 12) and ('a1', 2), 1 and '1'."""
+    derived = [KEY.derive("a", 12), KEY.derive("a", 1, 2), KEY.derive("a1", 2), KEY.derive("a", "12"), KEY.derive("a", 1, "2")]
+    assert len(set(derived)) == len(derived)
+
+
+def test_a_new_key_is_secret_and_kept(tmp_path) -> None:
+    path = tmp_path / "root.key"
+    first = open_root(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert open_root(path).derive("x") == first.derive("x")
+    assert open_root(tmp_path / "other.key").derive("x") != first.derive("x")
+
+
+def test_a_key_is_not_shown() -> None:
+    key = RootKey(bytes(range(32)))
+    assert bytes(range(32)).hex() not in repr(key) + str(key) + key.name
+
+
+def test_a_destroyed_key_is_gone(tmp_path) -> None:
+    path = tmp_path / "root.key"
+    open_root(path)
+    destroy(path)
+    assert not path.exists()
+    destroy(path)
