@@ -24,8 +24,8 @@ from privimage.rundir import write_whole
 PUBLISHED = "6726825d"  # first digits of the sha256 of torch-fidelity's weights-inception-2015-12-05
 NAMES = {"2048": "FID", "768": "FD-768", "stand-in": "stand-in FD"}
 NOTES = {
-    "2048": "Inception features, as in published work",
-    "768": "earlier Inception features: good for comparing runs, not comparable to published FID",
+    "2048": "features of the Inception network",
+    "768": "the middle features (768) of the Inception network: good for comparing runs, not comparable to published FID",
     "stand-in": "features of a fixed random network: it only ranks runs on the same set, and is not comparable to published numbers",
 }
 
@@ -44,9 +44,15 @@ class Extractor:
         return NAMES[self.features]
 
     @property
-    def published(self) -> bool:
-        """Whether the weights are, by their digest, those that published numbers use."""
-        return self.features == "2048" and bool(self.sha256 and self.sha256.startswith(PUBLISHED))
+    def identity(self) -> str:
+        """Tells features of this extractor from those of any other."""
+        return f"{self.features}-{(self.sha256 or 'none')[:16]}"
+
+    @property
+    def note(self) -> str:
+        """What was compared, and with what it is comparable, for the report."""
+        foreign = self.features == "2048" and not (self.sha256 or "").startswith(PUBLISHED)
+        return NOTES[self.features] + (" but from another weights file than published work uses" if foreign else "")
 
 
 class StandIn(nn.Module):
@@ -199,8 +205,26 @@ def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
     return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
 
 
-def compare(synthetic: Tensor, real: Tensor) -> dict:
-    """All measures of two feature sets: fid, kid, kid_std, precision, recall."""
-    kid, kid_std = kernel_distance(synthetic, real)
-    precision, recall = precision_recall(synthetic, real)
-    return {"fid": frechet_distance(synthetic, real), "kid": kid, "kid_std": kid_std, "precision": precision, "recall": recall}
+def described(extractor: Extractor, synthetic: Tensor, real: Tensor) -> dict:
+    """All measures of two feature sets (N, D) and (M, D), under names that say what they are.
+
+    `distance` and `kernel_distance` are always there; `fid` and `kid` repeat them only where they may be called so.
+    """
+    distance, (kernel, deviation), (precision, recall) = frechet_distance(synthetic, real), kernel_distance(synthetic, real), precision_recall(synthetic, real)
+    genuine = extractor.features == "2048"
+    return {
+        "name": extractor.name,
+        "fid": distance if genuine else None,
+        "kid": kernel if genuine else None,
+        "precision": precision,
+        "recall": recall,
+        "samples": len(synthetic),
+        "features": extractor.features,
+        "distance": distance,
+        "kernel_name": extractor.name.replace("FID", "KID").replace("FD", "KD"),
+        "kernel_distance": kernel,
+        "kernel_deviation": deviation,
+        "reference_samples": len(real),
+        "weights_sha256": extractor.sha256,
+        "note": extractor.note,
+    }

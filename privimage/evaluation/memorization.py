@@ -45,7 +45,7 @@ def check(synthetic: np.ndarray, train: np.ndarray, held_out: np.ndarray, device
     Returns the nearest training images, and
     - `nearest_is_training`: share of synthetic images whose nearest real image is one of training, ties counted by half;
     - `expected`: that share without memorisation, N_train / (N_train + N_held_out), if both splits are drawn alike;
-    - `excess`: (share - expected) / (1 - expected): 0 without memorisation, 1 if all are copies; `standard_error` of it;
+    - `excess`: (share - expected) / (1 - expected): around 0 without memorisation, 1 if all are copies;
     - `identical`: synthetic images that equal a training image in every pixel.
     """
     inside, outside = nearest(synthetic, train, device), nearest(synthetic, held_out, device)
@@ -55,7 +55,6 @@ def check(synthetic: np.ndarray, train: np.ndarray, held_out: np.ndarray, device
         "nearest_is_training": share,
         "expected": expected,
         "excess": (share - expected) / (1 - expected),
-        "standard_error": float(np.sqrt(expected * (1 - expected) / len(synthetic)) / (1 - expected)),
         "identical": int(np.sum(inside.distance == 0)),
         "images": len(synthetic),
     }

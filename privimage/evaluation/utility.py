@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privimage.distributed.world import World
+from privimage.models.edm import to_unit
 from privimage.models.resnet import resnet9
 from privimage.progress import Progress
 
@@ -100,11 +101,6 @@ def mlp(train: Labelled, test: Labelled, seed: int) -> float:
 SHALLOW: dict[str, Callable[[Labelled, Labelled, int], float]] = {"lr": logistic_regression, "mlp": mlp}
 
 
-def _scaled(images: Tensor) -> Tensor:
-    """uint8 to [-1, 1]: constants only, so that nothing is fitted."""
-    return images.float() / 127.5 - 1
-
-
 def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, flip: bool, seed: int, world: World, label: str = "cnn") -> nn.Module:
     """The CNN of METHOD section 5: ResNet-9, SGD, momentum 0.9, weight decay 5e-4, cosine, the weights of the last epoch.
 
@@ -135,7 +131,7 @@ def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, 
                 mine = batch[world.rank :: world.size]
                 optimizer.zero_grad(set_to_none=True)
                 if len(mine):  # a rank without images still takes part in the sum of gradients
-                    inputs = _scaled(images[mine.to(world.device)])
+                    inputs = to_unit(images[mine.to(world.device)])
                     inputs = torch.where(mirrored[mine].to(world.device)[:, None, None, None], inputs.flip(-1), inputs)
                     loss = F.cross_entropy(network(inputs), labels[mine.to(world.device)], reduction="sum")
                     (loss / len(batch)).backward()
@@ -164,7 +160,7 @@ def predict(network: nn.Module, images: np.ndarray, device: torch.device, batch_
     """Labels and penultimate features of images uint8 (N, C, H, W) under a trained CNN."""
     labels, features = [], []
     for start in range(0, len(images), batch_size):
-        inputs = _scaled(torch.from_numpy(images[start : start + batch_size]).to(device))
+        inputs = to_unit(torch.from_numpy(images[start : start + batch_size]).to(device))
         hidden = network.features(inputs)  # type: ignore[operator]
         features.append(hidden.float().cpu().numpy())
         labels.append(network.head(hidden).argmax(1).cpu().numpy())  # type: ignore[operator]

@@ -1,0 +1,116 @@
+"""evaluate/report.json, the figures of a run for programs, and evaluate/report.html, the same for people.
+
+The page is one file without links to anywhere. It is for the owner of the data: what was computed on sensitive images
+without noise is marked as not covered by the promise.
+"""
+
+import base64
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from privimage import __version__
+from privimage.config import Config
+from privimage.methods import METHODS
+from privimage.rundir import RunDir, read_json, write_json, write_whole
+
+PACKAGES = ("torch", "torchvision", "numpy", "opacus", "dp-accounting", "torch-fidelity", "scikit-learn", "ffcv", "deepspeed")
+MEASURED = ("seconds", "peak_memory_bytes", "images_per_second")
+SENSITIVE = ("accuracy", "accuracy_before", "fidelity", "fidelity_before", "semantics", "memorization")  # computed on sensitive images without noise
+CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP, one hidden layer", "cnn": "CNN (ResNet-9)"}
+STAGES = {
+    "prepare": "Prepare the public images",
+    "query": "Train the query function",
+    "select": "Select, privately",
+    "pretrain": "Pretrain on public images",
+    "finetune": "Fine-tune, privately",
+    "synthesize": "Synthesise",
+    "evaluate": "Evaluate",
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of PrivImage, Python and the packages that the numbers depend on; absent ones are left out."""
+    found = {"privimage": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def resources(run: RunDir, stages: tuple[str, ...]) -> dict[str, dict]:
+    """Seconds, peak memory in bytes and images per second of each finished stage, from its record."""
+    records = {stage: record for stage in stages if (record := run.record(stage)) is not None}
+    return {stage: {name: record.get(name) for name in MEASURED} for stage, record in records.items()}
+
+
+def write(run: RunDir, config: Config, results: dict) -> None:
+    """Write report.json and report.html.
+
+    `results` holds what the stage measured: privacy, accuracy, accuracy_before, fidelity, fidelity_before, semantics,
+    memorization, selection, synthetic, sensitive, parameters, evaluate (the resources of the evaluation itself).
+    """
+    measured = {**resources(run, config.spec.stages), "evaluate": results.pop("evaluate")}
+    report = {
+        "method": config.method,
+        "run": run.path.resolve().name,
+        **results,
+        "resources": measured,
+        "versions": versions(),
+        "not_covered_by_the_promise": list(SENSITIVE),
+    }
+    write_json(run.stage("evaluate") / "report.json", report)
+    rebuild(run)
+
+
+def rebuild(run: RunDir) -> None:
+    """Make report.html again from report.json, the stages' records and the figures, without touching any data.
+
+    Raises UserError that names a missing or damaged report.json.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    path = run.path / "evaluate" / "report.json"
+    report = read_json(path)
+    measured = {**report["resources"], **resources(run, METHODS[report["method"]].stages)}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(duration=_duration, size=_size, plain=_plain, count=lambda value: f"{value:,}")
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        title=METHODS[report["method"]].title,
+        resources=measured,
+        stages=STAGES,
+        classifiers=CLASSIFIERS,
+        figures=_embedded(path.parent / "figures"),
+    )
+    write_whole(path.with_name("report.html"), page.encode())
+
+
+def _embedded(folder: Path) -> dict[str, str]:
+    """All pictures of a folder as data URIs, by name."""
+    return {file.stem: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode() for file in sorted(folder.glob("*.png"))}
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
+
+
+def _size(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def _plain(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits, without exponent where it is neither huge nor tiny."""
+    if value is None:
+        return "-"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"

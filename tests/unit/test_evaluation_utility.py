@@ -1,0 +1,94 @@
+"""Classifiers learn what can be learnt from the training images alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from privimage.distributed.world import World
+from privimage.evaluation import utility
+from privimage.evaluation.utility import Labelled
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+
+
+def bars(count: int, seed: int, noise: float = 20.0) -> Labelled:
+    """Three classes that are easy to tell apart: a bright bar at the left, in the middle, at the right."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 3, count)
+    images = random.normal(60, noise, (count, 1, 8, 8))
+    for column in range(2):
+        images[np.arange(count), 0, :, 1 + 2 * labels + column] += 130
+    return Labelled(np.clip(images, 0, 255).astype(np.uint8), labels.astype(np.int64))
+
+
+def cnn(train: Labelled, **changes: object) -> torch.nn.Module:
+    settings: dict = {"epochs": 3, "batch_size": 32, "flip": False, "seed": 0, "world": ALONE} | changes
+    return utility.train_cnn(train, 3, **settings)
+
+
+@pytest.mark.parametrize("name", ["lr", "mlp"])
+def test_separable_classes_are_learnt(name: str) -> None:
+    assert utility.SHALLOW[name](bars(300, 0), bars(200, 1), 0) >= 99
+
+
+@pytest.mark.parametrize("name", ["lr", "mlp"])
+def test_labels_without_meaning_give_chance(name: str) -> None:
+    train, test = bars(300, 0), bars(3000, 1)
+    shuffled = Labelled(train.images, np.random.default_rng(2).permutation(train.labels))
+    assert 20 < utility.SHALLOW[name](shuffled, test, 0) < 47
+
+
+@pytest.mark.parametrize("name", ["lr", "mlp"])
+def test_a_training_set_of_one_class_gives_its_share(name: str) -> None:
+    train, test = bars(300, 0), bars(200, 1)
+    only = Labelled(train.images[train.labels == 1], train.labels[train.labels == 1])
+    assert utility.SHALLOW[name](only, test, 0) == pytest.approx(100 * np.mean(test.labels == 1))
+
+
+def test_the_cnn_learns_separable_classes() -> None:
+    test = bars(200, 1)
+    predictions = utility.predict(cnn(bars(300, 0)), test.images, ALONE.device)
+    assert utility.percent(predictions.labels, test.labels) >= 99
+    assert predictions.features.shape == (200, 256)
+
+
+def test_the_cnn_is_the_same_each_time() -> None:
+    train = bars(100, 0)
+    first, second = cnn(train, epochs=1), cnn(train, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_mirrored_images_are_seen_only_where_images_may_be_mirrored() -> None:
+    # classes that are each other's mirror image cannot be told apart once training mirrors them
+    train, test = bars(400, 0), bars(400, 1)
+    sides = {name: Labelled(s.images[s.labels != 1], s.labels[s.labels != 1]) for name, s in (("train", train), ("test", test))}
+    accuracy = {}
+    for flip in (False, True):
+        predicted = utility.predict(cnn(sides["train"], flip=flip, epochs=4), sides["test"].images, ALONE.device).labels
+        accuracy[flip] = utility.percent(predicted, sides["test"].labels)
+    assert accuracy[False] >= 99
+    assert accuracy[True] < 80
+
+
+def test_training_pixels_are_centred_and_test_pixels_follow_them() -> None:
+    train, test = bars(300, 0).images, bars(50, 1).images
+    inputs, tests = utility.pixels(train, test)
+    assert inputs.mean(0) == pytest.approx(0, abs=1e-4)
+    assert inputs.std() == pytest.approx(1, abs=1e-4)
+    again, _ = utility.pixels(train, 255 - test)
+    assert np.array_equal(inputs, again)  # the test images have no say
+    assert tests.shape == (50, 64)
+
+
+def test_pixels_that_never_change_stay_small() -> None:
+    train = bars(100, 0).images.copy()
+    train[..., 0, 0] = 0
+    test = train[:1].copy()
+    test[..., 0, 0] = 255
+    assert abs(utility.pixels(train, test)[1][0, 0]) < 10
+
+
+def test_confusion_counts_rows_by_truth() -> None:
+    counts = utility.confusion(np.array([0, 1, 1, 2]), np.array([0, 0, 1, 2]), 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert utility.percent(np.array([0, 1, 1, 2]), np.array([0, 0, 1, 2])) == 75
