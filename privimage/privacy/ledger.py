@@ -2,7 +2,9 @@
 
 A line is a *plan* (what a run is going to do, written before it starts), or a *charge* (one use of a mechanism, written
 before its output is used). Charges with the same identity are replays of the same computation with the same noise and
-count once. A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism announced.
+count once.
+A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism that its run had announced
+and not yet charged in full; if it does not tell its run, of every run's.
 """
 
 import fcntl
@@ -10,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +70,7 @@ class Ledger:
     def _append(self, handle: int, entry: dict) -> None:
         size = os.fstat(handle).st_size
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-        line = (b"\n" if torn else b"") + json.dumps(entry, sort_keys=True).encode() + b"\n"
+        line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
         try:
             if os.write(handle, line) != len(line):
                 raise OSError(28, "no space left")
@@ -130,6 +133,11 @@ def _more(charged: tuple[Mechanism, ...], plan: tuple[Mechanism, ...]) -> tuple[
     return tuple(Mechanism(*kind, count) for kind, count in counts.items())
 
 
+def _open_mechanisms(plan: tuple[Mechanism, ...], charged: list[Mechanism]) -> list[Mechanism]:
+    """Single uses of those mechanisms of a plan that are not charged in full: what a torn line may have been."""
+    return [single for m in plan if charged.count(single := Mechanism(m.noise_multiplier, m.sample_rate)) < m.count]
+
+
 def _cost(mechanism: Mechanism) -> float:
     """An order of cost for single uses: the Gaussian-DP parameter of the sampled mechanism at its central limit."""
     exponent = min(mechanism.noise_multiplier**-2, 700.0)
@@ -160,8 +168,9 @@ def read(path: Path) -> Spent:
                 charges[entry["charge"]] = (run, Mechanism(*entry["mechanism"]))
         except (ValueError, KeyError, TypeError):
             torn += 1
-            announced = [(_cost(m), run, m) for run, plan in plans.items() for m in plan]
-            if announced:
-                _, run, m = max(announced, key=lambda item: item[0])
-                charges[f"torn line {number}"] = (run, Mechanism(m.noise_multiplier, m.sample_rate))
+            writer = re.match(rb'{"run": "([^"]*)"', line)
+            for run in [writer[1].decode()] if writer else list(plans):
+                still_open = _open_mechanisms(plans.get(run, ()), [m for r, m in charges.values() if r == run])
+                if still_open:
+                    charges[f"torn line {number} {run}"] = (run, max(still_open, key=_cost))
     return Spent(charges, plans, frozenset(not_private), torn)

@@ -1,0 +1,141 @@
+"""Per-image gradients: the folded rules against vmap(grad), over layers, shapes, copies and both ways of a convolution."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from privimage.models import edm
+from privimage.models.biggan import Discriminator
+from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.folded import WAYS
+from privimage.privacy.gradients import FoldedGradients, VmapGradients
+
+
+def squares(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A loss an image that is not linear in the output."""
+    return module(inputs).flatten(1).square().sum(1)
+
+
+def both(module: nn.Module, losses, *tensors: Tensor, way: str | None = None) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, folded gradient, oracle's gradient) of every parameter."""
+    folded, oracle = copy.deepcopy(module), copy.deepcopy(module)
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
+    FoldedGradients(folded, {name: way for name in names} if way else None).backward(losses, *tensors)
+    VmapGradients(oracle).backward(losses, *tensors)
+    pairs = zip(folded.named_parameters(), oracle.named_parameters(), strict=True)
+    return [(name, p.grad_sample, q.grad_sample) for (name, p), (_, q) in pairs]
+
+
+def agree(found: list[tuple[str, Tensor, Tensor]], tolerance: float = 1e-4) -> None:
+    largest = max(right.abs().max().item() for _, _, right in found)  # a gradient that cancels out has the rounding of its terms
+    for name, mine, right in found:
+        assert mine.shape == right.shape, name
+        assert (mine - right).abs().max() <= tolerance * max(right.abs().max().item(), 1e-2 * largest), name
+
+
+layers = st.one_of(
+    st.builds(
+        lambda inputs, outputs, kernel, stride, bias: nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias),
+        st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3, 5]), st.integers(1, 2), st.booleans(),
+    ),
+    st.builds(lambda groups, wide: nn.GroupNorm(groups, groups * wide), st.integers(1, 3), st.integers(1, 3)),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(layers, st.integers(1, 4), st.integers(1, 4), st.integers(2, 7), st.sampled_from(sorted(WAYS)))
+def test_image_layers_agree_with_the_oracle(layer: nn.Module, images: int, copies: int, side: int, way: str) -> None:
+    torch.manual_seed(0)
+    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.num_channels
+    for p in layer.parameters():
+        p.data.normal_()
+    agree(both(nn.Sequential(layer), squares, torch.randn(images, copies, channels, side, side), way=way))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans())
+def test_linear_agrees_with_the_oracle(images: int, copies: int, inputs: int, outputs: int, bias: bool, tokens: bool) -> None:
+    torch.manual_seed(0)
+    shape = (images, copies, 3, inputs) if tokens else (images, copies, inputs)
+    agree(both(nn.Sequential(nn.Linear(inputs, outputs, bias=bias), nn.Tanh()), squares, torch.randn(shape)))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
+def test_embedding_agrees_with_the_oracle(images: int, copies: int, rows: int) -> None:
+    torch.manual_seed(0)
+    agree(both(nn.Sequential(nn.Embedding(rows, 3), nn.Tanh()), squares, torch.randint(0, rows, (images, copies))))
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return module
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_the_whole_diffusion_network_agrees_with_the_oracle(way: str) -> None:
+    denoiser = perturbed(edm.Denoiser(DDPMpp(8, 1, 3, width=8, multipliers=(1, 2), attention=(4,))))
+    images = torch.randn(3, 1, 1, 8, 8).expand(-1, 2, -1, -1, -1)
+    labels = torch.tensor([0, 3, 1])[:, None].expand(-1, 2)
+    agree(both(denoiser, edm.loss, images, labels, torch.rand(3, 2) + 0.1, torch.randn(3, 2, 1, 8, 8), way=way))
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_the_whole_discriminator_agrees_with_the_oracle(way: str) -> None:
+    network = perturbed(Discriminator(8, 1, 3, width=8))
+    agree(both(network, lambda d, x, y: d(x, y).flatten().exp(), torch.randn(3, 2, 1, 8, 8), torch.randint(0, 3, (3, 2)), way=way))
+
+
+def test_the_oracle_is_a_loop_over_single_images() -> None:
+    """vmap(grad) itself against autograd on one image at a time, its copies averaged."""
+    module = perturbed(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)))
+    inputs = torch.randn(3, 2, 2, 4, 4)
+    oracle = copy.deepcopy(module)
+    VmapGradients(oracle).backward(squares, inputs)
+    for index in range(3):
+        module.zero_grad()
+        squares(module, inputs[index]).mean().backward()
+        for p, q in zip(module.parameters(), oracle.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad_sample[index], rtol=1e-4, atol=1e-5)
+
+
+def test_no_ordinary_gradient_is_computed_beside() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
+    FoldedGradients(module).backward(squares, torch.randn(2, 1, 1, 4, 4))
+    assert all(p.grad is None and p.grad_sample is not None for p in module.parameters())
+
+
+def test_a_layer_without_a_rule_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="1: no rule for per-image gradients of BatchNorm2d"):
+        FoldedGradients(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+    with pytest.raises(ValueError, match="0: per-image gradients of a convolution need groups=1"):
+        FoldedGradients(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)))
+
+
+def test_the_module_is_itself_again_afterwards() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3))
+    assert FoldedGradients(module).to_standard_module() is module
+    module(torch.randn(1, 1, 4, 4)).sum().backward()
+    assert module[0].weight.grad is not None
+
+
+def test_bf16_gradients_are_close_and_sums_are_fp32() -> None:
+    module = perturbed(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 2)))
+    inputs = torch.randn(4, 2, 1, 4, 4)
+    plain, half = copy.deepcopy(module), copy.deepcopy(module)
+    FoldedGradients(plain).backward(squares, inputs)
+
+    def in_bf16(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(x).float().square().sum(1)
+
+    FoldedGradients(half).backward(in_bf16, inputs)
+    for p, q in zip(plain.parameters(), half.parameters(), strict=True):
+        assert (p.grad_sample - q.grad_sample.float()).norm() < 0.05 * p.grad_sample.norm()

@@ -1,0 +1,97 @@
+"""Adding or removing one image moves the clipped sum by at most C, whatever the image, the network and the batches."""
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from privimage.privacy.gradients import FoldedGradients, clip_and_sum_
+
+HOSTILE = (0.0, 1.0, -1e30, 1e30, 3e38, float("nan"), float("inf"), float("-inf"))
+
+
+def network(kind: int) -> nn.Module:
+    torch.manual_seed(kind)
+    return [
+        nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)),
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 1)),
+        nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(2, 1, bias=False)),
+    ][kind]
+
+
+def squares(module: nn.Module, inputs: Tensor) -> Tensor:
+    return module(inputs).flatten(1).square().sum(1)
+
+
+def clipped_sum(module: nn.Module, images: Tensor, split: int, bound: float) -> Tensor:
+    """The sum over (B, K, 1, 4, 4) images, taken in physical batches of `split`, as float64."""
+    module = copy.deepcopy(module)
+    gradients, parameters = FoldedGradients(module), list(module.parameters())
+    total = torch.zeros(sum(p.numel() for p in parameters))
+    for part in images.split(split):
+        gradients.backward(squares, part)
+        clip_and_sum_(total, parameters, bound)
+    return total.double()
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 4),
+    st.sampled_from([1e-3, 0.1, 1.0, 50.0]), st.lists(st.sampled_from(HOSTILE), min_size=0, max_size=3), st.sampled_from([1e-2, 1.0, 1e3]),
+)  # fmt: skip
+def test_one_image_more_moves_the_sum_by_at_most_c(
+    kind: int, copies: int, count: int, split: int, place: int, bound: float, hostile: list[float], scale: float
+) -> None:
+    torch.manual_seed(count)
+    images = scale * torch.randn(count + 1, copies, 1, 4, 4)
+    place = place % (count + 1)
+    for position, value in enumerate(hostile):
+        images[place].view(-1)[position] = value
+    if len(hostile) == 3:
+        images[place] = hostile[0]
+    module = network(kind)
+    with_it = clipped_sum(module, images, split, bound)
+    without = clipped_sum(module, torch.cat([images[:place], images[place + 1 :]]), split, bound)
+    assert torch.isfinite(with_it).all()
+    rounding = 1e-6 * (count + 1) * bound  # of the float32 sum over the other images
+    assert (with_it - without).norm() <= bound + rounding
+
+
+def test_a_non_finite_image_contributes_exactly_nothing() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 2, 1, 4, 4)
+    without = clipped_sum(network(2), images[[0, 1, 3]], 8, 0.5)
+    for value in (float("nan"), float("inf"), 1e30):
+        images[2, 1, 0, 0, 0] = value
+        assert torch.allclose(clipped_sum(network(2), images, 8, 0.5), without, rtol=0, atol=1e-7)
+
+
+def test_images_are_averaged_over_their_copies_before_clipping() -> None:
+    """K copies with opposite gradients cancel: clipping each copy on its own would leave up to C."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(16, 1, bias=False))
+
+    def linear(m: nn.Module, inputs: Tensor) -> Tensor:
+        return m(inputs).flatten()
+
+    image = torch.randn(1, 1, 1, 4, 4)
+    FoldedGradients(module).backward(linear, torch.cat([image, -image], dim=1))
+    total = torch.zeros(16)
+    clip_and_sum_(total, list(module.parameters()), 1.0)
+    assert total.norm() < 1e-6
+
+
+def test_small_gradients_are_left_alone_and_large_ones_have_norm_c() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(16, 1, bias=False))
+
+    def linear(m: nn.Module, inputs: Tensor) -> Tensor:
+        return m(inputs).flatten()
+
+    for scale, expected in ((1e-3, None), (1e3, 1.0)):
+        image = scale * torch.ones(1, 1, 1, 4, 4)
+        FoldedGradients(module).backward(linear, image)
+        total = torch.zeros(16)
+        clip_and_sum_(total, list(module.parameters()), 1.0)
+        assert torch.isclose(total.norm(), torch.tensor(expected or 4e-3), rtol=2e-5)
+        module = copy.deepcopy(nn.Sequential(nn.Flatten(), nn.Linear(16, 1, bias=False)))
