@@ -8,7 +8,7 @@ import torch
 from privimage.config import Config, parse
 from privimage.errors import UserError
 from privimage.models import build_diffusion, parameters
-from privimage.models.ddpmpp import Block, DDPMpp, groups, sinusoidal
+from privimage.models.ddpmpp import Attention, Block, DDPMpp, groups, sinusoidal
 
 CIFAR10 = [
     (32, (1, 2, 2), 1_754_499), (32, (1, 2, 4), 3_954_563), (32, (1, 4, 4), 6_077_123),
@@ -77,6 +77,13 @@ def test_attention_follows_every_block_down_the_first_in_the_middle_and_the_last
     assert [block.resample for block in network.decoder] == ["none", "none", "none", "up"] * 2 + ["none"] * 3
 
 
+def test_attention_is_scaled_dot_product_attention_over_positions(perturbed) -> None:
+    layer, images = perturbed(Attention(8)), torch.randn(2, 8, 3, 5)
+    query, key, value = (part.transpose(1, 2) for part in layer.query_key_value(layer.norm(images)).flatten(2).chunk(3, dim=1))
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(2, 8, 3, 5)
+    assert torch.allclose(layer(images), (images + layer.output(mixed)) / math.sqrt(2), atol=1e-5)
+
+
 def test_label_n_classes_is_no_label_and_every_label_counts(perturbed) -> None:
     network = perturbed(DDPMpp(8, 1, 10, width=8))
     images, c_noise = torch.randn(1, 1, 8, 8).expand(11, -1, -1, -1), torch.zeros(11)
@@ -106,6 +113,13 @@ def test_sinusoidal_embedding_runs_from_frequency_1_to_1e_4() -> None:
     assert torch.allclose(embedded[:, 3], (values * 1e-4).sin())
     assert torch.allclose(embedded[:, 4:] ** 2 + embedded[:, :4] ** 2, torch.ones(3, 4))
     assert sinusoidal(values, 9).shape == (3, 9)
+
+
+def test_norms_have_a_quarter_of_the_channels_as_groups_and_at_most_32() -> None:
+    with torch.device("meta"):
+        modules = list(DDPMpp(32, 3, 10).modules()) + list(DDPMpp(32, 3, 10, width=96).modules())
+    norms = {module.num_channels: (module.num_groups, module.eps) for module in modules if isinstance(module, torch.nn.GroupNorm)}
+    assert norms == {channels: (min(channels // 4, 32), 1e-6) for channels in (32, 64, 96, 128, 192, 288, 384)}
 
 
 def test_groups_divide_the_channels() -> None:
