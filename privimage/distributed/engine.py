@@ -130,19 +130,23 @@ class DeepSpeedEngine(Engine):
         """See `Engine.load`; each rank keeps its shard."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        if state["step"] and self.sharded:
+            # The shards of the moments exist after the first update: this one has zero gradients and changes nothing.
+            self.backward_and_step(0.0 * torch.stack([parameter.sum() for _, parameter in self._named()]).sum())
         self.module.load_state_dict(state["module"])
         self.wrapped.global_steps = state["step"]
-        for name, parameter in self._named() if state["step"] else []:
-            moments = {key: state[key][name].to(parameter.device, torch.float32, copy=True) for key in MOMENTS}
+        step = torch.tensor(float(state["step"]))
+        for name, parameter in self._named():
+            moments = {key: state[key][name].to(parameter.device, torch.float32, copy=True) for key in MOMENTS if state["step"]}
             if self.sharded:
                 safe_set_full_fp32_param(parameter, parameter.detach())
                 for key, value in moments.items():
                     safe_set_full_optimizer_state(parameter, value, key)
-            else:
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
+            elif moments:
+                self.optimizer.state[parameter] = {"step": step.clone(), **moments}
         if self.sharded:
             for slot in self.optimizer.state.values():
-                slot["step"] = torch.tensor(float(state["step"]))
+                slot["step"] = step.clone()
 
 
 def deepspeed_settings(path: Path | None, images: int, bf16: bool) -> dict:
@@ -163,7 +167,8 @@ def deepspeed_settings(path: Path | None, images: int, bf16: bool) -> dict:
             if key in settings:
                 instead = "torch_autocast, which keeps the weights in fp32" if key in ("bf16", "fp16") else "the section `pretrain` of the configuration"
                 raise UserError(f"{path}: {key}: leave it out; it is set by {instead}")
-    return settings | {"train_micro_batch_size_per_gpu": images, "zero_allow_untested_optimizer": True, "steps_per_print": 0}
+    ours = {"train_micro_batch_size_per_gpu": images, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    return settings | ours | {"gradient_clipping": 0.0}  # unset, recent versions clip to a norm of 1
 
 
 def make_engine(config: Config, module: nn.Module, world: World) -> Engine:
