@@ -10,8 +10,8 @@ from privimage.models.edm import Denoiser
 
 
 def parameters(module: nn.Module) -> int:
-    """The number of trainable parameters."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def build_diffusion(config: Config, n_classes: int) -> Denoiser:
