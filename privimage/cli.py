@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from privimage.errors import UserError, tell
+from privimage.errors import UserError, settled, tell
 
 app = typer.Typer(
     name="privimage",
@@ -94,6 +94,8 @@ def methods() -> None:
 
 def main() -> None:
     """Entry point; the exit status is 0 done, 2 a mistake told in one line, 75 stopped with the state saved, 1 anything else."""
+    if (status := settled()) is not None:
+        sys.exit(status)
     try:
         app()
     except UserError as error:

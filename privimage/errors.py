@@ -32,3 +32,12 @@ def leave_status(status: int) -> None:
     """Write the exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that pass on a status of their own."""
     if name := os.environ.get("PRIVIMAGE_STATUS_FILE"):
         Path(name).write_text(f"{status}\n")
+
+
+def settled() -> int | None:
+    """The status that these ranks ended with already, where torchrun starts them again and that cannot help: 2 and 75."""
+    name = os.environ.get("PRIVIMAGE_STATUS_FILE")
+    if not name or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not Path(name).exists():
+        return None
+    status = Path(name).read_text().strip()
+    return int(status) if status in (str(UserError.status), str(Stopped.status)) else None
