@@ -52,7 +52,7 @@ def _save(path: Path, size: tuple[float, float], draw: Draw) -> None:
             figure.savefig(path.with_name(f"{path.stem}{suffix}.png"))
 
 
-def _tiled(rows: Sequence[np.ndarray], scale: int, gap: int = 2) -> Image.Image:
+def _tiled(rows: Sequence[np.ndarray], scale: int, gap: int = 4) -> Image.Image:
     """Rows of images uint8 (n, C, H, W) as one picture with transparent gaps; pixels are enlarged `scale` times, not smoothed."""
     side, columns = rows[0].shape[-1] * scale, max(len(row) for row in rows)
     height = rows[0].shape[-2] * scale
@@ -66,7 +66,7 @@ def _tiled(rows: Sequence[np.ndarray], scale: int, gap: int = 2) -> Image.Image:
     return Image.fromarray(canvas, "RGBA")
 
 
-def _enlargement(resolution: int, columns: int, width: int = 1000) -> int:
+def _enlargement(resolution: int, columns: int, width: int = 1400) -> int:
     return max(1, width // (columns * resolution))
 
 
@@ -90,6 +90,10 @@ def nearest_pairs(path: Path, synthetic: np.ndarray, training: np.ndarray, dista
     _tiled([synthetic[closest], training[closest]], _enlargement(synthetic.shape[-1], pairs)).save(path, optimize=True)
 
 
+def _beside(axes: Axes, x: float, y: float, text: str, right: bool, **style: Any) -> None:
+    axes.annotate(text, (x, y), (8 if right else -8, 0), textcoords="offset points", ha="left" if right else "right", va="center", **style)
+
+
 def accuracies(path: Path, after: dict[str, float], before: dict[str, float], chance: float) -> None:
     """Accuracy in percent of each classifier, trained before and after private fine-tuning."""
     names = {"lr": "logistic regression", "mlp": "MLP", "cnn": "CNN"}
@@ -97,12 +101,13 @@ def accuracies(path: Path, after: dict[str, float], before: dict[str, float], ch
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
         for y, key in enumerate(reversed(after)):
+            rise = after[key] - before.get(key, 0.0)
             if key in before:
                 axes.plot([before[key], after[key]], [y, y], color=theme["grid"], linewidth=5, solid_capstyle="round", zorder=1)
                 axes.scatter(before[key], y, s=55, color=theme["second"], zorder=2)
-                axes.annotate(f"{before[key]:.1f}", (before[key], y), (0, 8), textcoords="offset points", ha="center", color=theme["muted"], fontsize=8)
+                _beside(axes, before[key], y, f"{before[key]:.1f}", right=rise < 0, color=theme["muted"])
             axes.scatter(after[key], y, s=75, color=theme["accent"], zorder=3)
-            axes.annotate(f"{after[key]:.1f}", (after[key], y), (0, 9), textcoords="offset points", ha="center", fontweight="bold")
+            _beside(axes, after[key], y, f"{after[key]:.1f}", right=rise >= 0, color=theme["ink"], fontweight="bold")
         axes.axvline(chance, color=theme["muted"], linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("guessing", (chance, -0.62), (4, 0), textcoords="offset points", color=theme["muted"], fontsize=8)
         axes.set(xlim=(0, 103), ylim=(-0.7, len(after) - 0.4), xlabel="% of real test images classified right", yticks=range(len(after)))
@@ -137,7 +142,14 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> 
     _save(path, (4.6, 4.2), draw)
 
 
+def _short(name: str, letters: int = 18) -> str:
+    """The first of several synonyms, cut where it is long."""
+    first = name.split(",")[0]
+    return first if len(first) <= letters else f"{first[: letters - 1]}…"
+
+
 def _name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], theme: dict[str, str]) -> None:
+    rows, columns = [_short(name) for name in rows], [_short(name) for name in columns]
     upright = max(map(len, columns)) > 3
     axes.set_xticks(range(len(columns)), columns, rotation=90 if upright else 0, color=theme["ink"], fontsize=8 if len(columns) <= 40 else 5)
     axes.set_yticks(range(len(rows)), rows, color=theme["ink"], fontsize=8 if len(rows) <= 40 else 5)
@@ -165,7 +177,7 @@ def embedding(
                 axes.annotate(classes[label], centre, ha="center", va="center", fontsize=8, bbox=box)
             axes.set_title(title, fontsize=9, color=theme["muted"])
             axes.set(xticks=[], yticks=[])
-            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
 
     _save(path, (9.4, 4.6), draw)
 
@@ -176,13 +188,13 @@ def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> Non
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
         axes.plot(steps, losses, color=theme["accent"], linewidth=1.6)
-        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (0, 8), textcoords="offset points", ha="right", fontweight="bold")
+        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (6, 0), textcoords="offset points", va="center", fontweight="bold")
         axes.set(xlabel="pretraining step", ylabel="loss", xlim=(0, steps[-1]))
         if max(losses) > 5 * min(losses) > 0:
             axes.set_yscale("log")
         axes.tick_params(length=0, which="both")
 
-    _save(path, (4.6, 3.0), draw)
+    _save(path, (9.4, 2.4), draw)
 
 
 def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequence[str], columns: Sequence[str], shown: int = 40) -> None:
@@ -196,19 +208,19 @@ def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequ
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
         colours = LinearSegmentedColormap.from_list("votes", [theme["surface"], theme["accent"]])
-        picture = axes.imshow(votes, cmap=colours, vmin=0, aspect="auto" if len(rows) < 4 else "equal")
+        picture = axes.imshow(votes, cmap=colours, vmin=0, aspect="auto")
         for x, column in enumerate(top):
             if assignment[column] >= 0:
                 axes.scatter(x, assignment[column], s=42, facecolors="none", edgecolors=OKABE_ITO[4], linewidths=1.6)
         _name_ticks(axes, rows, [columns[i] for i in top], theme)
         axes.set(xlabel="public class", ylabel="sensitive class")
         axes.grid(visible=False)
-        bar = figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.01)
+        bar = figure.colorbar(picture, ax=axes, pad=0.01)
         bar.outline.set_visible(False)
         bar.set_label("votes, with noise")
         bar.ax.tick_params(length=0)
 
-    _save(path, (9.4, 1.6 + 0.24 * len(rows)), draw)
+    _save(path, (9.4, 0.7 + 0.07 * max(len(_short(columns[i])) for i in top) + 0.25 * len(rows)), draw)
 
 
 def budget(path: Path, steps: Sequence[int], spent: Sequence[float], promised: float) -> None:
@@ -221,7 +233,7 @@ def budget(path: Path, steps: Sequence[int], spent: Sequence[float], promised: f
         axes.plot(steps, spent, color=theme["accent"])
         axes.fill_between(steps, spent, color=theme["accent"], alpha=0.12, linewidth=0)
         axes.scatter(steps[-1], spent[-1], s=40, color=theme["accent"], clip_on=False, zorder=3)
-        axes.annotate(f"ε = {spent[-1]:.3g}", (steps[-1], spent[-1]), (-4, -14), textcoords="offset points", ha="right", fontweight="bold")
+        axes.annotate(f"{spent[-1]:.3g}", (steps[-1], spent[-1]), (8, 0), textcoords="offset points", va="center", fontweight="bold")
         axes.set(xlabel="private step", ylabel="ε spent", xlim=(0, steps[-1]), ylim=(0, promised * 1.15))
         axes.tick_params(length=0)
 

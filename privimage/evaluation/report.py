@@ -17,7 +17,7 @@ from privimage.rundir import RunDir, read_json, write_json, write_whole
 PACKAGES = ("torch", "torchvision", "numpy", "opacus", "dp-accounting", "torch-fidelity", "scikit-learn", "ffcv", "deepspeed")
 MEASURED = ("seconds", "peak_memory_bytes", "images_per_second")
 SENSITIVE = ("accuracy", "accuracy_before", "fidelity", "fidelity_before", "semantics", "memorization")  # computed on sensitive images without noise
-CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP, one hidden layer", "cnn": "CNN (ResNet-9)"}
+CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
 STAGES = {
     "prepare": "Prepare the public images",
     "query": "Train the query function",
@@ -76,13 +76,14 @@ def rebuild(run: RunDir) -> None:
     report = read_json(path)
     measured = {**report["resources"], **resources(run, METHODS[report["method"]].stages)}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=_duration, size=_size, plain=_plain, count=lambda value: f"{value:,}")
+    environment.filters.update(duration=_duration, size=_size, plain=_plain, count=lambda value: f"{value:,}", short=lambda name: name.split(",")[0])
     page = environment.get_template("report.html.j2").render(
         report=report,
         title=METHODS[report["method"]].title,
         resources=measured,
         stages=STAGES,
         classifiers=CLASSIFIERS,
+        measured=[key for key in CLASSIFIERS if report["accuracy"][key] is not None],
         figures=_embedded(path.parent / "figures"),
     )
     write_whole(path.with_name("report.html"), page.encode())

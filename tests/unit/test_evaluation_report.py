@@ -1,0 +1,249 @@
+"""The report says what the contract promises, marks what is sensitive, and needs nothing from elsewhere."""
+
+import json
+import re
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from privimage.config import Config
+from privimage.errors import UserError
+from privimage.evaluation import figures, report
+from privimage.privacy.accounting import Mechanism, best_guess
+from privimage.rundir import RunDir
+
+PROMISE = {
+    "private": True,
+    "epsilon": 9.98,
+    "delta": 1e-4,
+    "accountant": "pld",
+    "neighbours": "add or remove one image",
+    "promised_epsilon": 10.0,
+    "best_guess": 0.83,
+    "mechanisms": [{"name": "DP-SGD fine-tuning", "noise_multiplier": 2.17, "sample_rate": 0.3, "count": 100}],
+}
+FIDELITY = {
+    "name": "FD-768",
+    "fid": None,
+    "kid": None,
+    "precision": 0.5,
+    "recall": 0.25,
+    "samples": 40,
+    "features": "768",
+    "distance": 12.5,
+    "kernel_name": "KD-768",
+    "kernel_distance": 0.02,
+    "kernel_deviation": 0.001,
+    "reference_samples": 40,
+    "weights_sha256": "ab" * 32,
+    "note": "middle features",
+}
+MEMORY = {"nearest_is_training": 0.8, "expected": 0.8, "excess": 0.0, "identical": 0, "images": 40}
+SECTIONS = {"How useful", "How alike", "Does it repeat sensitive images?"}  # all that they tell was computed on sensitive images
+
+
+def results(**changes: object) -> dict:
+    return {
+        "privacy": PROMISE,
+        "accuracy": {"lr": 87.5, "mlp": 88.5, "cnn": 91.25},
+        "accuracy_before": {"lr": 60.0, "mlp": 61.0, "cnn": 62.0},
+        "accuracy_before_images": 20,
+        "fidelity": FIDELITY,
+        "fidelity_before": FIDELITY | {"distance": 30.0},
+        "semantics": {"sds": 0.42, "sds_all_public": 0.3, "covered": [1.0, 0.9]},
+        "memorization": MEMORY,
+        "selection": {"images": 30, "public_images": 100, "kept": [{"name": "<cat>", "public": ["tabby"]}, {"name": "dog", "public": ["collie", "pug"]}]},
+        "synthetic": {"images": 40, "resolution": 8, "channels": 1, "classes": ["<cat>", "dog"]},
+        "sensitive": {"images": 300, "test_images": 50},
+        "grid_classes": [0, 1],
+        "parameters": 1234,
+        "evaluate": {"seconds": 12.0, "peak_memory_bytes": 2**30, "images_per_second": 3.3},
+        **changes,
+    }
+
+
+@pytest.fixture
+def run(tiny_config: Config) -> RunDir:
+    """A run directory with two finished stages and the figures of the page."""
+    run = RunDir(tiny_config.run.dir)
+    for stage in ("prepare", "finetune"):
+        run.finish(stage, {"images": 100, "seconds": 90.0, "peak_memory_bytes": 2**28, "images_per_second": 1.1, "more": 0})
+    folder = run.stage("evaluate") / "figures"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+    figures.sample_grid(folder / "samples.png", images, np.arange(40) % 2, 2)
+    figures.nearest_pairs(folder / "sensitive-nearest.png", images, images, np.arange(40.0))
+    figures.accuracies(folder / "sensitive-accuracy.png", {"lr": 87.5}, {"lr": 60.0}, 50)
+    return run
+
+
+def page(run: RunDir) -> str:
+    return (run.path / "evaluate" / "report.html").read_text()
+
+
+def sections(text: str) -> dict[str, str]:
+    found = re.findall(r"<section[^>]*>(.*?)</section>", text, re.DOTALL)
+    return {match.group(1): part for part in found if (match := re.search(r"<h2>(.*?)</h2>", part))}
+
+
+def test_report_json_holds_the_contract(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    told = json.loads((run.path / "evaluate" / "report.json").read_text())
+    assert told["method"] == "privimage+d"
+    assert [told["privacy"][key] for key in ("epsilon", "delta", "accountant")] == [9.98, 1e-4, "pld"]
+    assert told["accuracy"] == {"lr": 87.5, "mlp": 88.5, "cnn": 91.25}
+    assert {"fid", "kid", "precision", "recall", "samples", "features"} <= set(told["fidelity"])
+    assert told["semantics"]["sds"] == 0.42
+    assert set(told["resources"]) == {"prepare", "finetune", "evaluate"}
+    assert told["resources"]["finetune"] == {"seconds": 90.0, "peak_memory_bytes": 2**28, "images_per_second": 1.1}
+    assert told["parameters"] == 1234
+    assert {"privimage", "python", "torch"} <= set(told["versions"])
+    assert {"accuracy", "fidelity", "memorization"} <= set(told["not_covered_by_the_promise"])
+
+
+def test_the_page_stands_alone(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    text = page(run)
+    assert not re.findall(r"https?:|<link|<script|<iframe|@import|url\(", text)
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_every_sensitive_measure_is_marked(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    text = page(run)
+    parts = sections(text)
+    assert set(parts) >= SECTIONS
+    for name in SECTIONS:
+        assert "not covered by the promise" in parts[name], name
+    pictures = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
+    marked = [picture for picture in pictures if "not covered by the promise" in picture]
+    assert ["Accuracy of each classifier" in picture for picture in marked] == [True]  # the one sensitive figure among these
+    assert "not covered by the promise" in re.search(r"The closest pairs:.*?</h3>", text).group()  # type: ignore[union-attr]
+    tile = re.search(r'<div class="tile wide">.*?</div>', text, re.DOTALL)
+    assert tile and "not covered by the promise" in tile.group()
+    assert "Share the folder <code>release/</code>, not this page" in text
+
+
+def test_the_released_images_are_not_marked_as_sensitive(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    part = sections(page(run))["What was made"]
+    assert "not covered" not in part
+    assert "covered by the promise" in part
+
+
+def test_distances_of_other_features_are_not_called_fid(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    text = page(run)
+    assert "FD-768" in text
+    assert not re.search(r"\b[FK]ID\b", text)
+
+
+def test_the_three_accuracies_stand_side_by_side(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    part = sections(page(run))["How useful"]
+    for number in ("87.5 %", "88.5 %", "91.2 %", "60.0 %", "61.0 %", "62.0 %"):
+        assert number in part
+    assert "best of" in part  # why none of them is singled out
+
+
+def test_names_of_classes_cannot_inject(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    assert "<cat>" not in page(run)
+    assert "&lt;cat&gt;" in page(run)
+
+
+def test_a_run_without_privacy_says_so_first(run: RunDir, tiny_config: Config) -> None:
+    nothing = {"private": False, "epsilon": None, "delta": None, "accountant": "pld", "reason": "not private: a fixed key was used", "mechanisms": []}
+    report.write(run, tiny_config, results(privacy=nothing))
+    text = page(run)
+    assert "synthetic images, not private</h1>" in text
+    assert "a fixed key was used" in text
+    assert "may be shared" not in text
+    assert 'class="badge covered"' not in text
+
+
+def test_classifiers_trained_on_the_sensitive_set_itself_are_the_ceiling(run: RunDir, tiny_config: Config) -> None:
+    nothing = {"private": False, "epsilon": None, "delta": None, "accountant": None, "reason": "trained on sensitive images", "mechanisms": []}
+    absent = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
+    without: dict = {"synthetic": None, "memorization": None, "selection": None, "accuracy_before": None, "fidelity_before": None, "grid_classes": []}
+    report.write(run, tiny_config, results(privacy=nothing, fidelity=absent, parameters=None, **without))
+    assert "What is possible without privacy" in page(run)
+    assert set(sections(page(run))) >= {"How useful", "What it took"}
+
+
+def test_an_unlabelled_set_tells_why_there_is_no_accuracy(run: RunDir, tiny_config: Config) -> None:
+    empty = dict.fromkeys(("lr", "mlp", "cnn"))
+    changes = results(accuracy=empty, accuracy_before=None, accuracy_note="Not measured: the sensitive set has no classes to tell apart.", grid_classes=[])
+    report.write(run, tiny_config, changes)
+    assert "no classes to tell apart" in page(run)
+
+
+def test_rebuilding_needs_no_data_and_adds_what_finished_since(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    before = page(run)
+    (run.path / "evaluate" / "report.html").unlink()
+    report.rebuild(run)
+    assert page(run) == before
+    run.finish("evaluate", {"images": 40, "seconds": 7200.0, "peak_memory_bytes": 2**31, "images_per_second": 0.5})
+    report.rebuild(run)
+    assert "120.0 min" not in before
+    assert "2.0 h" in page(run)
+
+
+def test_rebuilding_without_a_report_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"report\.json: no such file"):
+        report.rebuild(RunDir(tmp_path / "nowhere"))
+
+
+def test_the_promise_in_plain_words_is_the_accountants_number(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    assert "<strong>83 times in 100</strong>" in page(run)
+    assert "(9.98, 1e-4)-differential privacy" in page(run)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.5, 1.0, 5.0])
+def test_the_best_guess_is_the_closed_form_of_a_gaussian(noise_multiplier: float) -> None:
+    # two unit-sensitivity Gaussians differ by TV = 2 Phi(1 / (2 sigma)) - 1, and (1 + TV) / 2 = Phi(1 / (2 sigma))
+    expected = NormalDist().cdf(1 / (2 * noise_multiplier))
+    assert expected - 1e-6 <= best_guess([Mechanism(noise_multiplier)]) <= expected + 1e-3
+
+
+def test_the_sample_grid_shows_the_pixels_unchanged(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
+    labels = np.array([0] * 3 + [2] * 17)
+    rows = figures.sample_grid(tmp_path / "grid.png", images, labels, 3, columns=5)
+    assert rows == [0, 2]
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    scale = (picture.shape[1] - 4 * 4) // (5 * 8)
+    second_row = picture[8 * scale + 4 :: scale][:8, 8 * scale + 4 :: scale][:, :8]
+    assert np.array_equal(second_row[..., :3], images[4].transpose(1, 2, 0))
+    assert picture[0, -1, 3] == 0  # the first class has but three images: the rest of its row is transparent
+
+
+@pytest.mark.parametrize(("n_classes", "labels"), [(1, 0), (100, 57)])
+def test_many_classes_or_one_make_rows_of_whatever_comes(n_classes: int, labels: int, tmp_path: Path) -> None:
+    images = np.zeros((30, 1, 8, 8), np.uint8)
+    assert figures.sample_grid(tmp_path / "grid.png", images, np.full(30, labels), n_classes) == []
+    assert Image.open(tmp_path / "grid.png").size[0] > 900
+
+
+def test_each_figure_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
+    random, names = np.random.default_rng(0), ["automobile", "bird", "cat"]
+    figures.accuracies(tmp_path / "accuracy.png", {"lr": 80.0, "cnn": 90.0}, {}, 33.3)
+    figures.confusion_matrix(tmp_path / "confusion.png", random.integers(0, 50, (3, 3)), names)
+    figures.embedding(tmp_path / "tsne.png", random.normal(size=(20, 4)), np.arange(20) % 3, random.normal(size=(10, 4)), np.arange(10) % 3, names, 0)
+    figures.loss_curve(tmp_path / "loss.png", [10, 20, 30], [3.0, 0.5, 0.2])
+    figures.selection(
+        tmp_path / "selection.png", random.normal(10, 5, (3, 60)), np.where(np.arange(60) < 3, np.arange(60), -1), names, [f"class {i}" for i in range(60)]
+    )
+    figures.budget(tmp_path / "budget.png", [0, 50, 100], [0.1, 5.0, 9.9], 10.0)
+    for name in ("accuracy", "confusion", "tsne", "loss", "selection", "budget"):
+        light, dark = (np.asarray(Image.open(tmp_path / f"{name}{suffix}.png").convert("L")) for suffix in ("", "-dark"))
+        assert light.shape == dark.shape
+        assert light[0, 0] > 200 > 60 > dark[0, 0]
+        assert light.std() > 5  # something is drawn
