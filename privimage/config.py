@@ -17,6 +17,8 @@ from privimage.methods import METHODS, Method
 
 Kind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits", "glyphs"]
 
+Stage = Literal["prepare", "query", "select", "pretrain", "finetune", "synthesize", "evaluate"]
+
 
 class Section(BaseModel):
     """One section of the settings; unknown keys are refused."""
@@ -178,6 +180,26 @@ class Runtime(Section):
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others before it gives up")
 
 
+class Job(Section):
+    """What one SLURM job asks for."""
+
+    nodes: int | None = Field(None, ge=1, description="nodes; unset: 1")
+    gpus: int | None = Field(None, ge=0, description="GPUs a node; unset: none")
+    ranks: int | None = Field(None, ge=1, description="ranks a node; unset: one a GPU, or one")
+    cpus: int | None = Field(None, ge=1, description="CPU cores a rank; unset: the cluster's default, as for memory and time")
+    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, as 200G")
+    time: str | None = Field(None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="limit of one job, as 2-00:00:00; what is unfinished is queued again")
+
+
+class Slurm(Job):
+    """Jobs of slurm/pipeline.sh and slurm/sweep.sh: what all stages ask for, and what single ones ask for instead."""
+
+    options: tuple[str, ...] = Field((), description="more options of sbatch, as --partition=gpu --account=NAME --constraint=a100")
+    setup: str = Field("", description="shell commands before a stage, on its first node: module load ..., source .../activate")
+    container: str = Field("", description="words in front of the command of each rank: apptainer exec --nv image.sif")
+    stages: dict[Stage, Job] = Field({}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}")
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -193,6 +215,7 @@ class Config(Section):
     synthesize: Synthesize = Synthesize()
     evaluate: Evaluate = Evaluate()
     runtime: Runtime = Runtime()
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="after")
     def _method_is_known(self) -> "Config":
@@ -271,15 +294,3 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected sections with settings at the top level")
     return parse(plain, str(path))
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """The settings that differ between two plain trees, as (key, old value, new value)."""
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append((name, a, b))
-    return found

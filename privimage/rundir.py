@@ -7,11 +7,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from privimage.config import Config, differences
+from privimage.config import Config
 from privimage.errors import UserError
 from privimage.methods import Method
 
-FREE = ("runtime.", "data.workers", "run.dir")  # may change between the stages of one run: they change no result and no promise
+FREE = ("runtime.", "slurm.", "data.workers", "run.dir")  # may change between the stages of one run: they change no result and no promise
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -132,3 +132,15 @@ class RunDir:
         if section not in method.stages:
             return not any((self.path / stage).exists() for stage in method.stages)
         return not (self.path / section).exists()
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """The settings that differ between two plain trees, as (key, old value, new value)."""
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append((name, a, b))
+    return found
