@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
-from privimage.errors import UserError
+from privimage.errors import Stopped, UserError
 from privimage.progress import Progress
 from privimage.rundir import write_whole
 
@@ -142,7 +143,7 @@ def extract(extractor: Extractor, images: np.ndarray, world: World, label: str, 
     """Features float32 (N, D) of images uint8 (N, C, H, W); grey images are repeated to three channels.
 
     The ranks share the work and all get the result. Raises TypeError for anything but uint8 N,C,H,W: floats would be
-    taken for 0 to 255 without a word.
+    taken for 0 to 255 without a word. Raises Stopped when a stop was requested.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise TypeError(f"expected uint8 images N,C,H,W with 1 or 3 channels, got {images.dtype} {images.shape}")
@@ -153,6 +154,10 @@ def extract(extractor: Extractor, images: np.ndarray, world: World, label: str, 
             batch = torch.from_numpy(own[start : start + batch_size]).to(world.device).expand(-1, 3, -1, -1)
             parts.append(network(batch).float())
             bar.advance(len(batch))
+            if stop.requested:
+                break
+    if stop.agreed(world):
+        raise Stopped("evaluate: finished measures are kept, features are computed again")
     width = network(torch.zeros(1, 3, *images.shape[2:], dtype=torch.uint8, device=world.device)).shape[1]
     everything = torch.zeros(len(images), width, device=world.device)
     if parts:

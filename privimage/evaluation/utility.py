@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
+from privimage.errors import Stopped
 from privimage.models.edm import to_unit
 from privimage.models.resnet import resnet9
 from privimage.progress import Progress
@@ -109,6 +111,7 @@ def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, 
     `batch_size` is the global one: each rank takes every `world.size`-th image of a batch and the gradients of the summed
     loss are added up, so that the update is that of the whole batch but for batch-norm statistics, which each rank takes
     over its own share. All ranks must call it together and get the same network.
+    Raises Stopped when a stop was requested.
     """
     images, labels = torch.from_numpy(train.images).to(world.device), torch.from_numpy(train.labels).to(world.device)
     with torch.random.fork_rng():
@@ -139,6 +142,8 @@ def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, 
                 _add_up([p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters], parameters, world)
                 optimizer.step()
                 schedule.step()
+                if stop.agreed(world):
+                    raise Stopped(f"evaluate: finished measures are kept, {label} begins again")
             bar.advance(loss=f"{float(world.all_reduce_(loss_sum)) / len(train):.3f}")
     for buffer in network.buffers():
         if buffer.is_floating_point():

@@ -14,8 +14,9 @@ from privimage.config import Config
 from privimage.curves import memory, points
 from privimage.data import store
 from privimage.data.sources import ImageSet, has_test_split, read_sensitive
+from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
-from privimage.errors import UserError
+from privimage.errors import Stopped, UserError
 from privimage.evaluation import fidelity, memorization, report, semantics, utility
 from privimage.evaluation.utility import Labelled
 from privimage.models import build_diffusion, parameters
@@ -30,17 +31,20 @@ COMPARED = 2000  # synthetic images in the memorisation check
 class Finished:
     """What this evaluation has measured so far, kept in `private/` so that a restart does not measure it again.
 
-    Kept results count only for the same images, settings and reference; all ranks see the same ones.
+    Kept results count only for the same images and settings, and while the figures drawn with them are there; all ranks see
+    the same ones.
     """
 
-    def __init__(self, path: Path, key: str, world: World):
+    def __init__(self, path: Path, figures: Path, key: str, world: World):
         self.path, self.world = path, world
-        kept = read_json(path) if world.is_main and path.exists() else {}
+        kept = read_json(path) if world.is_main and path.exists() and figures.exists() else {}
         self.results: dict = world.broadcast_object(kept if kept.get("key") == key else {"key": key})
 
     def get(self, name: str, compute: Callable[[], object]):
-        """`compute()`, called on all ranks unless its result is known; the main rank's result counts."""
+        """`compute()`, called on all ranks unless its result is known; the main rank's result counts. Raises Stopped."""
         if name not in self.results:
+            if stop.agreed(self.world):
+                raise Stopped("evaluate: finished measures are kept")
             self.results[name] = self.world.broadcast_object(compute())
             if self.world.is_main:
                 write_json(self.path, self.results)
@@ -51,7 +55,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     """Train the classifiers, compare with the sensitive training set, look for copies, draw, report.
 
     Writes evaluate/report.json, report.html and figures/; features and partial results stay in private/. Raises UserError
-    for a damaged synthetic set or one that does not fit the sensitive set.
+    for a damaged synthetic set, or one that does not fit the sensitive set, and for held-out images of other classes.
     """
     started, settings = time.monotonic(), config.evaluate
     # what may be wrong with the settings is found before the long work
@@ -59,6 +63,9 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
     train = read_sensitive(config, "train")
     test = read_sensitive(config, "test") if has_test_split(config) else None
+    if test and test.classes != train.classes[: len(test.classes)]:
+        shown = [", ".join(classes[:5]) for classes in (test.classes, train.classes)]
+        raise UserError(f"data.sensitive.test_path: its classes ({shown[0]}, ...) are not those of the training images ({shown[1]}, ...)")
     n_classes = len(train.classes) if config.data.sensitive.labelled else 1
     after = before = None
     if config.spec.generator != "none":
@@ -66,8 +73,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         after = _read(run.release / "synthetic.npz", train, n_classes)
         path = run.stage("synthesize") / "before.npz"
         before = _read(path, train, n_classes) if settings.before and path.exists() else None
-    finished = Finished(run.private / "evaluate_partial.json", _key(config, train, after, before), world)
     figures = run.stage("evaluate") / "figures"
+    finished = Finished(run.private / "evaluate_partial.json", figures, _key(config, train, after, before), world)
     if world.is_main:
         figures.mkdir(exist_ok=True)
 

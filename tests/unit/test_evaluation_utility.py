@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
+from privimage.errors import Stopped
 from privimage.evaluation import utility
 from privimage.evaluation.utility import Labelled
 
@@ -68,6 +70,12 @@ def test_mirrored_images_are_seen_only_where_images_may_be_mirrored() -> None:
         accuracy[flip] = utility.percent(predicted, sides["test"].labels)
     assert accuracy[False] >= 99
     assert accuracy[True] < 80
+
+
+def test_a_request_to_stop_ends_training_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "requested", True)
+    with pytest.raises(Stopped, match="cnn begins again"):
+        cnn(bars(100, 0), epochs=10_000)
 
 
 def test_training_pixels_are_centred_and_test_pixels_follow_them() -> None:
