@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt, map_coordinates
 
+from privimage.data.sources import Source
+
 IMAGES_PER_CLASS = 400
 OVERSAMPLING = 4  # the UCI digits were 32x32 bitmaps before they became 8x8 images
 SIZE = 64  # pixels of the type in which a character is drawn before it is distorted
@@ -95,3 +97,14 @@ def render(characters: str, resolution: int, rng: np.random.Generator) -> np.nda
     bitmap = ink((top + bottom) / 2 + (frame - rng.uniform(-0.03, 0.03)) * scale_y, (left + right) / 2 + (frame - rng.uniform(-0.06, 0.06)) * scale_x)
     blocks = bitmap.reshape(resolution, OVERSAMPLING, resolution, OVERSAMPLING).mean((1, 3))
     return np.rint(blocks * 255).astype(np.uint8)
+
+
+def glyph_source(resolution: int) -> Source:
+    """The whole set, the same every time: `IMAGES_PER_CLASS` images of each class, rendered when asked for."""
+    classes = character_classes()
+
+    def drawn(index: int) -> Image.Image:
+        return Image.fromarray(render(classes[index // IMAGES_PER_CLASS], resolution, np.random.default_rng([0, index])))
+
+    count = IMAGES_PER_CLASS * len(classes)
+    return Source(drawn, [f"glyphs: image {i}" for i in range(count)], np.repeat(np.arange(len(classes)), IMAGES_PER_CLASS), classes)
