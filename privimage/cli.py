@@ -99,5 +99,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        tell(error.status, str(error))
+        tell(str(error), error.status)
         sys.exit(error.status)

@@ -22,22 +22,26 @@ def status_of(error: BaseException) -> int:
     return getattr(error, "status", 1)
 
 
-def tell(status: int, message: str) -> None:
-    """Tell why a run ends early, on standard error; `leave_status` goes with it."""
+def tell(message: str, status: int | None) -> None:
+    """Tell why a run ends early, on standard error, and leave its status; None where starting again may help."""
     print(f"privimage: {'stopped' if status == Stopped.status else 'error'}: {message}", file=sys.stderr, flush=True)
-    leave_status(status)
+    if status is not None:
+        leave_status(status)
 
 
 def leave_status(status: int) -> None:
-    """Write the exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that pass on a status of their own."""
+    """Write a final exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that end with one of their own.
+
+    Ranks that vanish leave none: launchers start all ranks again then.
+    """
     if name := os.environ.get("PRIVIMAGE_STATUS_FILE"):
         Path(name).write_text(f"{status}\n")
 
 
 def settled() -> int | None:
-    """The status that these ranks ended with already, where torchrun starts them again and that cannot help: 2 and 75."""
+    """The final status that these ranks have left already, where torchrun starts them again all the same."""
     name = os.environ.get("PRIVIMAGE_STATUS_FILE")
     if not name or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not Path(name).exists():
         return None
     status = Path(name).read_text().strip()
-    return int(status) if status in (str(UserError.status), str(Stopped.status)) else None
+    return int(status) if status else None

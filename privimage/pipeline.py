@@ -34,7 +34,7 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
         status = Stopped.status
         world.barrier()  # nobody ends while another rank is saving
         if world.is_main:
-            tell(status, str(error))
+            tell(str(error), status)
     except (Exception, KeyboardInterrupt) as error:
         status = world.fail(error)
     world.close()

@@ -37,23 +37,23 @@ class Watch(threading.Thread):
             except RuntimeError:
                 failed = False
                 if time.monotonic() - last_answer > GONE_SECONDS:
-                    tell(1, f"rank {self.rank}: the main rank is gone; start all ranks again to go on from the last checkpoint")
+                    tell(f"rank {self.rank}: the main rank is gone; start all ranks again to go on from the last checkpoint", None)
                     self._leave(1)
             if failed:
                 self._follow(int(self.store.get("failed").decode().split()[1]))
 
-    def fail(self, status: int, message: str) -> NoReturn:
-        """End this process with `status`, telling `message`; with the status of another rank where that one was first."""
+    def fail(self, message: str, status: int | None) -> NoReturn:
+        """End this process with `status` (see `tell`), telling `message`; with that of another rank where it was first."""
         self.closing.set()
         try:
-            mine = f"{self.rank} {status}"
+            mine = f"{self.rank} {status or 1}"
             first = self.store.compare_set("failed", "", mine).decode()
             if first == mine:
-                tell(status, message)  # before the others end: their launcher may kill this rank as soon as it sees that
+                tell(message, status)  # before the others end: their launcher may kill this rank as soon as it sees that
             self._follow(int(first.split()[1]))
         except RuntimeError:  # the store went with the main rank
-            tell(status, message)
-            self._leave(status)
+            tell(message, status)
+            self._leave(status or 1)
 
     def _follow(self, status: int) -> NoReturn:
         if self.rank > 0:

@@ -162,7 +162,7 @@ def main(words: Sequence[str]) -> None:
             case "summary":
                 summary(words[1:])
     except UserError as error:
-        tell(error.status, str(error))
+        tell(str(error), error.status)
         sys.exit(error.status)
 
 

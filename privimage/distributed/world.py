@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import os
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -86,16 +87,18 @@ class World:
 
         Returns the exit status where this rank is alone. Of several, only the first to fail tells; all end here, with its status.
         """
-        status = status_of(error)
+        status: int | None = status_of(error)
         message = str(error) if status != 1 else "".join(traceback.format_exception(error))
         if isinstance(error, KeyboardInterrupt):
             message = "interrupted"
-        if self.size > 1 and _is_lost_contact(error):
-            message = f"rank {self.rank} lost contact with the others ({str(error).splitlines()[0]}); start all ranks again to go on from the last checkpoint"
+        elif self.size > 1 and _is_lost_contact(error):
+            cause = re.sub(r"^\[\S+\] ", "", str(error).split(". ")[0].splitlines()[0])
+            message = f"rank {self.rank} lost contact with the others ({cause}); start all ranks again to go on from the last checkpoint"
+            status = None
         if self.watch:
-            self.watch.fail(status, message)
-        tell(status, message)
-        return status
+            self.watch.fail(message, status)
+        tell(message, status)
+        return status or 1
 
     def close(self) -> None:
         """Leave the process group together; tensors are collected first, since gloo may abort at exit otherwise."""
