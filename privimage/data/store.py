@@ -1,30 +1,31 @@
-"""The prepared public set on disk: an FFCV .beton, or a memory-mapped .npy where FFCV's compiled part is missing.
+"""The prepared public set: one file in FFCV's format, or a memory-mapped .npy where FFCV's compiled part is missing.
 
-Both hold uint8 (C, H, W) images of one shape and stand beside a sidecar `NAME.json` (count, shape, classes, size, SHA-256) and
-`NAME.labels.npy`; they are written whole or not at all, and checked before they are used: FFCV itself reads a damaged
-file without a word.
+Both hold uint8 (C, H, W) images of one shape with their labels, and stand beside a sidecar NAME.json. They are written whole or not at all,
+and checked before they are used: FFCV itself reads a damaged file without a word.
 """
 
 import hashlib
-import importlib.util
 import os
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import Array
 from pathlib import Path
 
 import numpy as np
 
-from privimage.data.sources import Source
+from privimage.data.decode import Source, decoded
 from privimage.errors import UserError
 from privimage.progress import Progress, say
-from privimage.rundir import read_json, write_json, write_whole
+from privimage.rundir import read_json, write_json
+
+PAGE_BYTES = 1 << 21  # FFCV's smallest page: files are padded to whole ones
+Put = Callable[[np.ndarray, int], None]
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known of a store without opening it. `shape` is (C, H, W)."""
+    """What is known of a store without opening it: images, their shape (C, H, W), class names, bytes and digest of the file."""
 
     count: int
     shape: tuple[int, int, int]
@@ -35,142 +36,175 @@ class Sidecar:
 
 def ffcv_missing() -> str:
     """Why FFCV cannot be used here; empty if it can."""
-    if importlib.util.find_spec("ffcv") is None:
-        return "FFCV is not installed"
     try:
-        import ffcv.libffcv  # noqa: F401
+        import ffcv  # noqa: F401
     except (ImportError, OSError) as error:
-        return f"FFCV's compiled part does not load ({error})"
+        return f"FFCV's compiled part is not installed or does not load ({error})"
     return ""
 
 
-def write(source: Source, path: Path, resolution: int, channels: int, workers: int = 1, skip_bad: bool = False) -> tuple[Sidecar, list[str]]:
-    """Write a store (`path` ends in .beton or .npy) and its sidecar; returns it and the names of images that were left out.
+def write(source: Source, path: Path, resolution: int, channels: int, workers: int, skip_bad: bool = False) -> Sidecar:
+    """Write a store, whose format its suffix (.beton or .npy) says, and its sidecar. What was there before is kept until the end.
 
-    Raises UserError for an image that does not decode, unless `skip_bad`, and for a .beton where FFCV is missing.
+    Raises UserError for an image that does not decode, unless `skip_bad` (they are counted and named), for a class that is left without
+    an image, for a full disk, and for a .beton where FFCV is missing.
     """
     if path.suffix not in (".beton", ".npy"):
         raise UserError(f"{path}: a store ends in .beton or .npy")
-    if path.suffix == ".beton" and (missing := ffcv_missing()):
-        raise UserError(f"{path}: {missing}; see `make install`, or write a .npy, which needs no compiled part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = np.arange(len(source))
-    bad: list[str] = []
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    _need_ffcv(path)
+    shape = (channels, resolution, resolution)
+    temporary = path.with_name(f".{path.name}.part")
+    kept, bad = [], []
     try:
-        while True:
-            failed = (_write_beton if path.suffix == ".beton" else _write_npy)(source, kept, temporary, resolution, channels, workers)
-            if not len(failed):
-                break
-            if not skip_bad:
-                source.image(int(failed[0]), resolution, channels)
-                raise UserError(f"{source.names[failed[0]]}: could not be read a moment ago; run again")
-            bad += [source.names[i] for i in failed]
-            kept = np.setdiff1d(kept, failed)
-            if not len(kept):
-                raise UserError(f"{path}: not one image could be decoded")
-        sidecar = Sidecar(len(kept), (channels, resolution, resolution), source.classes, temporary.stat().st_size, _sha256(temporary))
-        path.with_name(f"{path.name}.json").unlink(missing_ok=True)  # never a new file beside an old sidecar
-        np.save(labels := temporary.with_suffix(".labels.npy"), source.labels[kept].astype(np.int64))
-        write_whole(path.with_name(f"{path.name}.labels.npy"), labels.read_bytes())
-        labels.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Progress(path.name, len(source)) as bar, _writer(temporary, path.suffix, len(source), shape) as put:
+            for index, image, told in decoded(source, resolution, channels, workers):
+                if image is not None:
+                    put(image, int(source.labels[index]))
+                    kept.append(index)
+                elif skip_bad:
+                    bad.append(told)
+                else:
+                    raise UserError(str(told))
+                bar.advance(**({"skipped": str(len(bad))} if bad else {}))
+        empty = np.flatnonzero(np.bincount(source.labels[kept], minlength=len(source.classes)) == 0)
+        if len(empty):
+            raise UserError(f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad one: {bad[0]}")
+        sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
+        _sidecar_path(path).unlink(missing_ok=True)  # never a new file beside an old sidecar
         os.replace(temporary, path)
-        write_json(path.with_name(f"{path.name}.json"), asdict(sidecar))
+        write_json(_sidecar_path(path), asdict(sidecar))
     except OSError as error:
         raise UserError(f"{path}: could not be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
     if bad:
-        say(f"{path}: left out {len(bad)} images that do not decode, the first is {bad[0]}")
-    return sidecar, bad
+        say(f"{path}: {len(bad)} of {len(source)} images were skipped, the first: {bad[0]}")
+    return sidecar
 
 
-class _Guarded:
-    """A data set for FFCV's writer whose workers must not raise: it waits for a dead worker for ever."""
-
-    def __init__(self, source: Source, kept: np.ndarray, resolution: int, channels: int):
-        self.source, self.kept, self.shape = source, kept, (channels, resolution, resolution)
-        self.failed = Array("b", len(kept), lock=False)
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        index = int(self.kept[position])
-        try:
-            return self.source.image(index, self.shape[1], self.shape[0])[0], int(self.source.labels[index])
-        except Exception:
-            self.failed[position] = 1
-            return np.zeros(self.shape, np.uint8), 0
+@contextmanager
+def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
+    with (_beton_writer if suffix == ".beton" else _npy_writer)(path, capacity, shape) as put:
+        yield put
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
-def _write_beton(source: Source, kept: np.ndarray, path: Path, resolution: int, channels: int, workers: int) -> np.ndarray:
+@contextmanager
+def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
+    """FFCV's writer without its worker processes, which wait for each other for ever when one of them raises or is killed."""
     from ffcv.fields import IntField, NDArrayField
-    from ffcv.writer import DatasetWriter
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.writer import DatasetWriter, handle_sample
 
-    guarded = _Guarded(source, kept, resolution, channels)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    fields = {"image": NDArrayField(np.dtype("uint8"), guarded.shape), "label": IntField()}
-    DatasetWriter(str(path), fields, num_workers=max(workers, 1)).from_indexed_dataset(guarded)
-    return kept[np.flatnonzero(np.frombuffer(guarded.failed, dtype=np.int8))]
+    fields = {"image": NDArrayField(np.dtype("uint8"), shape), "label": IntField()}
+    writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES, num_workers=1)
+    writer.num_samples = capacity
+    writer.prepare()
+    metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
+    allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE_BYTES)
+    written = 0
+
+    def put(image: np.ndarray, label: int) -> None:
+        nonlocal written
+        handle_sample((image, label), written, metadata.dtype.names, metadata, allocator, fields)
+        written += 1
+
+    try:
+        with allocator:
+            yield put
+        writer.header["num_samples"] = written
+        writer.finalize([allocator.allocations])
+        if writer.header["alloc_table_ptr"] != allocator.offset + (allocator.my_page + 1) * PAGE_BYTES:
+            raise OSError(28, "No space left on device")  # FFCV takes no notice of a write that was cut short
+    finally:
+        del metadata, put  # they hold the shared memory
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
 
 
-def _write_npy(source: Source, kept: np.ndarray, path: Path, resolution: int, channels: int, workers: int) -> np.ndarray:
-    guarded = _Guarded(source, kept, resolution, channels)
-    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(kept), *guarded.shape))
-    with Progress(path.name.split(".")[1], len(kept)) as bar:
-        for position in range(len(kept)):
-            images[position] = guarded[position][0]
-            bar.advance()
-    images.flush()
-    return kept[np.flatnonzero(np.frombuffer(guarded.failed, dtype=np.int8))]
+@contextmanager
+def _npy_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
+    record = np.dtype([("image", np.uint8, shape), ("label", "<i8")])
+    header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False}
+    written = 0
+    with open(path, "wb") as file:
+
+        def put(image: np.ndarray, label: int) -> None:
+            nonlocal written
+            file.write(image.tobytes() + np.int64(label).astype("<i8").tobytes())
+            written += 1
+
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (capacity,)})
+        yield put
+        file.seek(0)  # NumPy leaves room in the header for any count
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (written,)})
 
 
 def verify(path: Path) -> Sidecar:
-    """The sidecar of a store whose file is as it was written. Raises UserError for a missing, truncated or altered file."""
-    if not path.exists():
+    """The sidecar of a store that is as it was written. Raises UserError for a missing, truncated or altered file."""
+    if not path.is_file():
         raise UserError(f"{path}: no such file")
-    sidecar = read_json(path.with_name(f"{path.name}.json"))
-    known = Sidecar(sidecar["count"], tuple(sidecar["shape"]), tuple(sidecar["classes"]), sidecar["size"], sidecar["sha256"])
+    if not _sidecar_path(path).is_file():
+        raise UserError(f"{path}: its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen; prepare it again")
     status = path.stat()
+    known = _sidecar(path)
     if status.st_size != known.size:
         raise UserError(f"{path}: truncated or altered ({status.st_size} bytes, {known.size} were written); prepare it again")
-    if _sha256_of(path, status.st_mtime_ns) != known.sha256:
-        raise UserError(f"{path}: altered (its digest does not match); prepare it again")
+    if _digest_of_version(path, status.st_mtime_ns, status.st_ino) != known.sha256:
+        raise UserError(f"{path}: altered (its SHA-256 is not the one in its sidecar); prepare it again")
+    _need_ffcv(path)
     return known
 
 
-@lru_cache(maxsize=8)
-def _sha256_of(path: Path, modified: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def labels(path: Path) -> np.ndarray:
-    """The labels of a store, int64 (N,), without touching the images."""
-    try:
-        return np.load(path.with_name(f"{path.name}.labels.npy"))
-    except (OSError, ValueError, EOFError):
-        raise UserError(f"{path}.labels.npy: missing or damaged; prepare the set again") from None
+    """The labels of a store, int64 (N,)."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")["label"].astype(np.int64)
+    return _metadata(path)["f1"].astype(np.int64)
 
 
 def read(path: Path, indices: np.ndarray) -> np.ndarray:
     """Some images of a store, uint8 (len(indices), C, H, W), in the order of `indices`."""
-    sidecar = read_json(path.with_name(f"{path.name}.json"))
-    shape = tuple(sidecar["shape"])
     if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r")[indices]
+        return np.load(path, mmap_mode="r")["image"][indices]
+    shape = _sidecar(path).shape
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    starts = _metadata(path)["f0"][indices]
+    return np.lib.stride_tricks.sliding_window_view(content, int(np.prod(shape)))[starts].reshape(-1, *shape)
+
+
+def _metadata(path: Path) -> np.ndarray:
+    """FFCV's table of a .beton: f0, where in the file each image begins; f1, its label."""
     from ffcv.reader import Reader
 
-    starts = Reader(str(path)).metadata["f0"][indices]
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    length = int(np.prod(shape))
-    images = np.empty((len(indices), *shape), np.uint8)
-    for image, start in zip(images, starts.tolist(), strict=True):
-        image[:] = content[start : start + length].reshape(shape)
-    return images
+    return Reader(str(path)).metadata
+
+
+def _need_ffcv(path: Path) -> None:
+    if path.suffix == ".beton" and (missing := ffcv_missing()):
+        raise UserError(f"{path}: {missing}; install it (tools/install_ffcv.sh), or use data.store=npy, which needs no compiled part")
+
+
+def _sidecar_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _sidecar(path: Path) -> Sidecar:
+    found = read_json(_sidecar_path(path))
+    try:
+        return Sidecar(int(found["count"]), tuple(found["shape"]), tuple(found["classes"]), int(found["size"]), found["sha256"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{_sidecar_path(path)}: damaged, not the sidecar of a store") from None
+
+
+@lru_cache(maxsize=8)
+def _digest_of_version(path: Path, modified_ns: int, inode: int) -> str:
+    """The digest is computed once for each version of a file that this process meets."""
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
