@@ -1,0 +1,148 @@
+"""What privacy costs: one private step against the same step without it, in turn, in one run.
+
+    python benchmarks/private_step.py [--device cuda] [--rounds 8]
+
+Prints, for the 1.75M DDPM++ of CIFAR-10, medians over interleaved rounds of: the non-private step (same images and copies),
+the private one (folded gradients, clip and sum), Opacus' hooks where they apply, and vmap(grad); the peak memory of the first two;
+and the share of noise and update in a logical batch of 16,384.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from opacus import GradSampleModule
+from torch import Tensor, nn
+
+from privimage.models import edm, parameters
+from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
+from privimage.privacy.keys import insecure_fixed
+from privimage.privacy.noise import gaussian
+
+Step = Callable[[], None]
+
+
+def batch(images: int, copies: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random images (B, K, 3, 32, 32), labels, noise levels and noise."""
+    x = torch.randn(images, 1, 3, 32, 32, device=device).expand(-1, copies, -1, -1, -1)
+    labels = torch.randint(0, 10, (images, 1), device=device).expand(-1, copies)
+    return x, labels, torch.rand(images, copies, device=device) + 0.1, torch.randn(images, copies, 3, 32, 32, device=device)
+
+
+def plain(network: nn.Module, tensors: tuple[Tensor, ...]) -> Step:
+    """The non-private step: one backward pass of the mean loss over all images and copies."""
+    flat = [t.flatten(0, 1) for t in tensors]
+
+    def step() -> None:
+        network.zero_grad(set_to_none=True)
+        edm.loss(network, *flat).mean().backward()
+
+    return step
+
+
+def private(network: nn.Module, tensors: tuple[Tensor, ...], kind: type) -> Step:
+    """Per-image gradients averaged over the copies, clipped and summed."""
+    gradients, total = kind(network), torch.zeros(parameters(network), device=tensors[0].device)
+    trained = list(network.parameters())
+
+    def step() -> None:
+        gradients.backward(edm.loss, *tensors)
+        clip_and_sum_(total, trained, 1e-3)
+        for p in trained:
+            p.grad_sample = None
+
+    return step
+
+
+def hooks(network: nn.Module, tensors: tuple[Tensor, ...]) -> Step:
+    """Opacus' hooks: gradients of every image and copy, averaged over the copies, clipped and summed by the same function."""
+    images, copies = tensors[0].shape[:2]
+    flat = [t.flatten(0, 1) for t in tensors]
+    wrapped, total = GradSampleModule(network, loss_reduction="sum"), torch.zeros(parameters(network), device=flat[0].device)
+    trained = list(network.parameters())
+
+    def step() -> None:
+        wrapped.zero_grad(set_to_none=True)
+        edm.loss(wrapped, *flat).sum().backward()
+        for p in trained:
+            p.grad_sample = p.grad_sample.view(images, copies, *p.shape).mean(1)
+        clip_and_sum_(total, trained, 1e-3)
+        for p in trained:
+            p.grad_sample = None
+
+    return step
+
+
+def interleaved(steps: dict[str, Step], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each step, the steps taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    torch.manual_seed(0)
+    fresh = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
+    print(f"{parameters(fresh):,} parameters, {device}, {torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds, medians")
+    per_image = 0.0
+    for images, copies, with_hooks in ((8, 8, False), (8, 4, True), (32, 1, True)):
+        tensors = batch(images, copies, device)
+        steps = {
+            "non-private": plain(copy.deepcopy(fresh), tensors),
+            "private": private(copy.deepcopy(fresh), tensors, FoldedGradients),
+            "vmap": private(copy.deepcopy(fresh), tensors, VmapGradients),
+        }
+        if with_hooks:
+            steps["Opacus hooks"] = hooks(copy.deepcopy(fresh), tensors)
+        found = interleaved(steps, arguments.rounds, device)
+        ratios = ", ".join(f"{name} {value / found['non-private']:.2f}" for name, value in found.items() if name != "non-private")
+        faster = f"; hooks take {found['Opacus hooks'] / found['private']:.2f} times as long as private" if with_hooks else ""
+        print(f"{images} images x {copies} copies: non-private {found['non-private']:.3f} s = 1, {ratios}{faster}", flush=True)
+        if copies == 8:
+            per_image = found["private"] / images
+    _noise_share(fresh, per_image)
+
+
+def _noise_share(network: nn.Module, per_image: float) -> None:
+    """The time of noise and update beside the gradients of a logical batch of 16,384 images, 8 copies each."""
+    size = parameters(network)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer, root = torch.optim.Adam(network.parameters(), lr=3e-4), insecure_fixed(0)
+    seconds = []
+    for step in range(5):
+        start = time.perf_counter()
+        torch.from_numpy(gaussian("aes-ctr", root.derive("benchmark", step), size, 1e-3)).float()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    whole = 16384 * per_image
+    print(f"noise and update: {statistics.median(seconds):.3f} s of a logical step of {whole:.0f} s ({100 * statistics.median(seconds) / whole:.3f} %)")
+
+
+if __name__ == "__main__":
+    main()
