@@ -20,7 +20,7 @@ class PerImageGradients(AbstractGradSampleModule):
 
     def __init__(self, module: nn.Module, backends: dict[str, str] | None = None):
         """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
-        repeats its predecessor to the bit; else each is timed when first used.
+        repeats its predecessor to the bit.
         """
         super().__init__(module)
         self.convolutions = ConvolutionBackends(dict(backends or {}))
