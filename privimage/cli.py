@@ -64,7 +64,7 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def privacy(path: Annotated[Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")]) -> None:
     """Compose what was spent on a sensitive set, from its ledger."""
-    from privimage.privacy.ledger import show
+    from privimage.privacy.show import show
 
     show(path)
 

@@ -11,7 +11,7 @@ from privimage.errors import UserError
 from privimage.privacy import keys
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.ledger import Ledger, charge_name
-from privimage.privacy.plan import FinetunePlan, PrivacyPlan, QueryPlan, make_plan
+from privimage.privacy.plan import FinetunePlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
 from privimage.rundir import RunDir, read_json, write_json
 
 
@@ -94,12 +94,6 @@ def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
     finetune = FinetunePlan(count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, settings.noise_copies)
     query = QueryPlan(config.select.per_image, 0.0) if config.spec.pretraining == "selected" else None
     return PrivacyPlan(math.inf, 1.0, config.privacy.accountant, query, finetune)
-
-
-def plan_from_dict(tree: dict) -> PrivacyPlan:
-    """The inverse of `PrivacyPlan.to_dict`."""
-    query = QueryPlan(**tree["query"]) if tree["query"] else None
-    return PrivacyPlan(**{**tree, "query": query, "finetune": FinetunePlan(**tree["finetune"])})
 
 
 def statement(config: Config, account: Account, versions: dict[str, str]) -> dict:

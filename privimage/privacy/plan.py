@@ -107,3 +107,9 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
         raise UserError(f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept with the other settings; the query alone may cost more") from None
     finetune = FinetunePlan(count, settings.logical_batch_size, settings.steps, noise_multiplier, settings.max_grad_norm, settings.noise_copies)
     return PrivacyPlan(privacy.epsilon, delta, accountant, query, finetune)
+
+
+def plan_from_dict(tree: dict) -> PrivacyPlan:
+    """The inverse of `PrivacyPlan.to_dict`."""
+    query = QueryPlan(**tree["query"]) if tree["query"] else None
+    return PrivacyPlan(**{**tree, "query": query, "finetune": FinetunePlan(**tree["finetune"])})

@@ -1,0 +1,52 @@
+"""`privimage privacy`: what was spent on a sensitive set, by one run or by all."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from privimage.errors import UserError
+from privimage.privacy.accounting import epsilon
+from privimage.privacy.ledger import Spent, read
+from privimage.privacy.plan import plan_from_dict
+from privimage.rundir import read_json
+
+DELTA = 1e-5  # for a ledger on its own, which has no delta
+
+
+def show(path: Path) -> None:
+    """Print the composition, by both accountants, of a run directory or of a whole ledger file.
+
+    Raises UserError for a path that is neither.
+    """
+    console = Console(highlight=False)
+    if (path / "private" / "account.json").exists():
+        account = read_json(path / "private" / "account.json")
+        delta, spent = plan_from_dict(account["plan"]).delta, read(Path(account["ledger"]))
+        _compose(console, f"run {path}", spent, account["run"], delta)
+        _compose(console, "all runs on its sensitive set", spent, None, delta)
+        console.print(f"ledger: {account['ledger']}")
+    elif path.is_file():
+        _compose(console, f"ledger {path}", read(path), None, DELTA)
+    elif path.is_dir():
+        raise UserError(f"{path}: no run that has begun to use sensitive data (private/account.json is missing)")
+    else:
+        raise UserError(f"{path}: no such run directory or ledger")
+
+
+def _compose(console: Console, title: str, spent: Spent, run: str | None, delta: float) -> None:
+    mechanisms = spent.mechanisms(run)
+    table = Table(title=title, title_justify="left")
+    for column in ("mechanism", "noise multiplier", "sample rate", "uses"):
+        table.add_column(column, justify="left" if column == "mechanism" else "right")
+    for m in mechanisms:
+        name = "Gaussian" if m.sample_rate == 1 else "Poisson-sampled Gaussian"
+        table.add_row(name, f"{m.noise_multiplier:.5g}", f"{m.sample_rate:.6g}", str(m.count))
+    console.print(table)
+    by = ", ".join(f"{epsilon(mechanisms, delta, accountant):.4f} ({accountant.upper()})" for accountant in ("pld", "rdp"))
+    console.print(f"epsilon {by if mechanisms else '0'} at delta {delta:.3g}")
+    if spent.torn:
+        console.print(f"{spent.torn} torn lines, from crashes in the middle of a write, are counted as spent")
+    loud = spent.not_private if run is None else spent.not_private & {run}
+    if loud:
+        console.print(f"[bold]not private:[/] {len(loud)} run(s) used the set without noise or with a fixed key; their output is covered by nothing")
