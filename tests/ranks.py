@@ -1,15 +1,25 @@
-"""Real processes as ranks: a Python script, or any command, started once a rank with torchrun's variables."""
+"""Real processes as ranks: a Python script started once a rank, with torchrun's variables.
 
+The processes are forked from a server that has torch and privimage loaded, which makes a rank start in no time. Commands
+(launchers, `privimage` itself) are started as they are, by `subprocess` with `clean_environment`.
+"""
+
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from privimage.distributed.launch import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "PRIVIMAGE_STATUS_FILE")
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch", "torch.distributed", "privimage.distributed.world", "privimage.privacy.optimizer", "privimage.privacy.gradients"])
 
 
 @dataclass
@@ -21,32 +31,68 @@ class Ended:
     err: str
 
 
+class Rank:
+    """One running rank; its output goes to files."""
+
+    def __init__(self, process: BaseProcess, folder: Path):
+        self.process, self.folder = process, folder
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def wait_until_it_says(self, text: str, seconds: float = 60) -> None:
+        """Wait until `text` is in the rank's output."""
+        deadline = time.monotonic() + seconds
+        while text not in (self.folder / "out").read_text():
+            assert self.process.is_alive() and time.monotonic() < deadline, (self.folder / "err").read_text()
+            time.sleep(0.02)
+
+
 def clean_environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher would set, one thread a process, the package importable."""
+    """This process's environment without what a launcher would set, one thread a process, the package and its commands at hand."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     path = f"{Path(sys.executable).parent}:{env.get('PATH', '')}"
     return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "PATH": path} | more
 
 
-def start_ranks(command: list[str], size: int, **env: str) -> list[subprocess.Popen]:
-    """Start `command` once a rank on this machine; the caller waits with `wait_ranks`."""
-    port = str(free_port())
-    ranks = []
+def _be_a_rank(script: str, arguments: tuple[str, ...], env: dict[str, str], folder: Path) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["-c", *arguments]
+    exec(compile(script, "rank", "exec"), {"__name__": "__main__"})
+
+
+def start_ranks(script: str, size: int, *arguments: str, **env: str) -> list[Rank]:
+    """Start a Python script (its text) once a rank on this machine; the caller waits with `wait_ranks`."""
+    port, ranks = str(free_port()), []
     for rank in range(size):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-        full = clean_environment(**place, MASTER_PORT=port, **env)
-        ranks.append(subprocess.Popen(command, env=full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        folder = Path(tempfile.mkdtemp(prefix="rank"))
+        for name in ("out", "err"):
+            (folder / name).touch()
+        process = server.Process(target=_be_a_rank, args=(script, arguments, clean_environment(**place, MASTER_PORT=port, **env), folder))
+        process.start()
+        ranks.append(Rank(process, folder))
     return ranks
 
 
-def wait_ranks(ranks: list[subprocess.Popen], seconds: float = 120) -> list[Ended]:
+def wait_ranks(ranks: list[Rank], seconds: float = 120) -> list[Ended]:
     """Wait for all ranks; those that are still there after `seconds` are killed, and the test fails."""
-    try:
-        texts = [rank.communicate(timeout=seconds) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [Ended(rank.returncode, out, err) for rank, (out, err) in zip(ranks, texts, strict=True)]
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        rank.process.join(max(0.0, deadline - time.monotonic()))
+    late = [number for number, rank in enumerate(ranks) if rank.process.is_alive()]
+    for rank in ranks:
+        rank.process.kill()
+        rank.process.join()
+    ended = [Ended(rank.process.exitcode or 0, (rank.folder / "out").read_text(), (rank.folder / "err").read_text()) for rank in ranks]
+    assert not late, f"ranks {late} did not end within {seconds} s: {ended}"
+    return ended
 
 
 def run_ranks(script: str, size: int, *arguments: str, seconds: float = 120, **env: str) -> list[Ended]:
@@ -54,4 +100,4 @@ def run_ranks(script: str, size: int, *arguments: str, seconds: float = 120, **e
 
     The script usually begins with ``world = connect(Runtime(device="cpu"))`` and prints what the test looks at.
     """
-    return wait_ranks(start_ranks([sys.executable, "-c", script, *arguments], size, **env), seconds)
+    return wait_ranks(start_ranks(script, size, *arguments, **env), seconds)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from privimage.errors import tell
 
 LOOK_SECONDS = 0.5
-LEFT_SECONDS = 10.0  # how long the main rank, which serves the store, waits until all others have left
+LEFT_SECONDS = 3.0  # how long the main rank, which serves the store, waits until all others have left
 GONE_SECONDS = 20.0  # how long the main rank may be out of reach before this one gives up; a short cut of the network only stalls
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,10 +77,10 @@ except Exception as error:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_with_one_line(victim: int):
-    ranks = start_ranks([sys.executable, "-c", head() + STEPS], 3)
+    ranks = start_ranks(head() + STEPS, 3)
     for rank in ranks:
-        assert rank.stdout and rank.stdout.readline() == "ready\n"
-    ranks[victim].kill()
+        rank.wait_until_it_says("ready")
+    ranks[victim].process.kill()
     ended = wait_ranks(ranks, seconds=40)
     assert [e.status for e in ended] == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
     told = "".join(e.err for e in ended)
@@ -99,10 +98,10 @@ while True:
 
 
 def test_a_killed_main_rank_ends_those_that_are_computing():
-    ranks = start_ranks([sys.executable, "-c", head() + COMPUTING], 2)
+    ranks = start_ranks(head() + COMPUTING, 2)
     for rank in ranks:
-        assert rank.stdout and rank.stdout.readline() == "ready\n"
-    ranks[0].kill()
+        rank.wait_until_it_says("ready")
+    ranks[0].process.kill()
     ended = wait_ranks(ranks, seconds=60)
     assert ended[1].status == 1
     assert "the main rank is gone" in ended[1].err
@@ -113,8 +112,8 @@ def test_ranks_that_do_not_meet_say_where_in_one_line():
         "import privimage.distributed.world as w\nw.CONNECT_MINUTES = 0.05\n"
         + "try:\n    w.connect(w.Runtime(device='cpu'))\nexcept w.UserError as e:\n    print(e)"
     )
-    ranks = start_ranks([sys.executable, "-c", script], 2)
-    ranks[0].kill()
+    ranks = start_ranks(script, 2)
+    ranks[0].process.kill()
     ended = wait_ranks(ranks, seconds=60)[1]
     assert ended.status == 0
     assert "rank 1 of 2 did not meet the others at 127.0.0.1" in ended.out
@@ -136,9 +135,9 @@ world.close()
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_any_rank_stops_all_at_the_same_step(number: int):
-    ranks = start_ranks([sys.executable, "-c", head() + STOPPING], 2)
+    ranks = start_ranks(head() + STOPPING, 2)
     for rank in ranks:
-        assert rank.stdout and rank.stdout.readline() == "ready\n"
+        rank.wait_until_it_says("ready")
     os.kill(ranks[1].pid, number)
     first, second = wait_ranks(ranks, seconds=40)
     assert first.status == second.status == 0
