@@ -110,7 +110,7 @@ def accuracies(path: Path, after: dict[str, float], before: dict[str, float], ch
             _beside(axes, after[key], y, f"{after[key]:.1f}", right=rise >= 0, color=theme["ink"], fontweight="bold")
         axes.axvline(chance, color=theme["muted"], linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("guessing", (chance, -0.62), (4, 0), textcoords="offset points", color=theme["muted"], fontsize=8)
-        axes.set(xlim=(0, 103), ylim=(-0.7, len(after) - 0.4), xlabel="% of real test images classified right", yticks=range(len(after)))
+        axes.set(xlim=(-8, 108), ylim=(-0.7, len(after) - 0.4), xlabel="% of real test images classified right", yticks=range(len(after)))
         axes.set_yticklabels([names[key] for key in reversed(after)], color=theme["ink"])
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0)
