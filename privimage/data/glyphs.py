@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt, map_coordinates
 
-from privimage.data.sources import Source
+from privimage.data.decode import Source
 
 IMAGES_PER_CLASS = 400
 OVERSAMPLING = 4  # the UCI digits were 32x32 bitmaps before they became 8x8 images
@@ -54,6 +54,11 @@ def faces() -> tuple[tuple[Path, dict[str, str]], ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=64)
+def _holders(character: str) -> list[int]:
+    return [i for i, (_, code_points) in enumerate(faces()) if character in code_points]
+
+
 @lru_cache(maxsize=256)
 def _outline(face: int, character: str) -> np.ndarray:
     """A printed character as signed distances from its outline in pixels, float32 (H, W), positive inside."""
@@ -66,35 +71,43 @@ def _outline(face: int, character: str) -> np.ndarray:
     return (distance_transform_edt(ink) - distance_transform_edt(~ink)).astype(np.float32)
 
 
+def _waves(places: np.ndarray) -> np.ndarray:
+    return np.cos(np.pi / 2 * (places[:, None] + 1) * np.arange(WAVES))
+
+
+COARSE = np.linspace(-1.8, 1.8, 48)
+COARSE_WAVES = _waves(COARSE)
+
+
 def render(characters: str, resolution: int, rng: np.random.Generator) -> np.ndarray:
     """One of `characters` in a random face, distorted: uint8 (resolution, resolution), bright strokes on black."""
     character = characters[rng.integers(len(characters))]
-    holders = [i for i, (_, code_points) in enumerate(faces()) if character in code_points]
+    holders = _holders(character)
     outline = _outline(holders[rng.integers(len(holders))], character)
     height, width = outline.shape
     radius = max(height, width) / 2 - MARGIN
-    weight = rng.uniform(0, 0.1) * radius
     angle, shear, aspect = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.3, 0.3), np.exp(rng.uniform(-0.4, 0.4))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array([[1, shear], [0, 1]])
-    waves = rng.normal(0, 1, (2, WAVES, WAVES)) * AMPLITUDES
+    bend = rng.normal(0, 1, (2, WAVES, WAVES)) * AMPLITUDES
+    weight = rng.uniform(0, 0.1) * radius
 
-    def ink(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Whether there is ink at rows y and columns x of the distorted character, counted from its centre in units of its radius."""
-        cos_y, cos_x = (np.cos(np.pi / 2 * np.outer(v + 1, np.arange(WAVES))) for v in (y, x))
-        from_x = turn[0, 0] * x + turn[0, 1] * y[:, None] + cos_y @ waves[0] @ cos_x.T
-        from_y = turn[1, 0] * x + turn[1, 1] * y[:, None] + cos_y @ waves[1] @ cos_x.T
-        place = [from_y * radius + (height - 1) / 2, from_x * radius / aspect + (width - 1) / 2]
-        return map_coordinates(outline, place, order=1, cval=-np.inf) > -weight
+    def place(y: np.ndarray, x: np.ndarray, waves_y: np.ndarray, waves_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `outline` the rows y and columns x of the distorted character come from; they count from its centre in radii."""
+        from_x = turn[0, 0] * x + turn[0, 1] * y[:, None] + waves_y @ bend[0] @ waves_x.T
+        from_y = turn[1, 0] * x + turn[1, 1] * y[:, None] + waves_y @ bend[1] @ waves_x.T
+        return from_y * radius + (height - 1) / 2, from_x * (radius / aspect) + (width - 1) / 2
 
-    span = np.linspace(-1.8, 1.8, 48)
-    coarse = ink(span, span)
-    (top, bottom), (left, right) = (span[np.flatnonzero(coarse.any(axis))[[0, -1]]] for axis in (1, 0))
-    side = OVERSAMPLING * resolution
-    frame = (np.arange(side) + 0.5) / side - 0.5
-    step = span[1] - span[0]
+    # Once coarsely, to see what the distorted character extends to, and once in the frame that it then fills.
+    near_y, near_x = (np.rint(p).astype(int) for p in place(COARSE, COARSE, COARSE_WAVES, COARSE_WAVES))
+    coarse = outline[near_y.clip(0, height - 1), near_x.clip(0, width - 1)] > -weight
+    (top, bottom), (left, right) = (COARSE[np.flatnonzero(coarse.any(axis))[[0, -1]]] for axis in (1, 0))
+    step = COARSE[1] - COARSE[0]
     scale_y = (bottom - top + step) / rng.uniform(0.92, 1.04)
     scale_x = max(scale_y, (right - left + step) / WIDEST)
-    bitmap = ink((top + bottom) / 2 + (frame - rng.uniform(-0.03, 0.03)) * scale_y, (left + right) / 2 + (frame - rng.uniform(-0.06, 0.06)) * scale_x)
+    frame = (np.arange(OVERSAMPLING * resolution) + 0.5) / (OVERSAMPLING * resolution) - 0.5
+    y = (top + bottom) / 2 + (frame - rng.uniform(-0.03, 0.03)) * scale_y
+    x = (left + right) / 2 + (frame - rng.uniform(-0.06, 0.06)) * scale_x
+    bitmap = map_coordinates(outline, place(y, x, _waves(y), _waves(x)), order=1, cval=-np.inf) > -weight
     blocks = bitmap.reshape(resolution, OVERSAMPLING, resolution, OVERSAMPLING).mean((1, 3))
     return np.rint(blocks * 255).astype(np.uint8)
 

@@ -4,6 +4,7 @@ Both hold uint8 (C, H, W) images of one shape with their labels, and stand besid
 and checked before they are used: FFCV itself reads a damaged file without a word.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -54,25 +56,26 @@ def write(source: Source, path: Path, resolution: int, channels: int, workers: i
     _need_ffcv(path)
     shape = (channels, resolution, resolution)
     temporary = path.with_name(f".{path.name}.part")
-    kept, bad = [], []
+    kept: list[int] = []
+    bad: list[str] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with Progress(path.name, len(source)) as bar, _writer(temporary, path.suffix, len(source), shape) as put:
-            for index, image, told in decoded(source, resolution, channels, workers):
-                if image is not None:
-                    put(image, int(source.labels[index]))
-                    kept.append(index)
+            for found in decoded(source, resolution, channels, workers):
+                if found.image is not None:
+                    put(found.image, int(source.labels[found.index]))
+                    kept.append(found.index)
                 elif skip_bad:
-                    bad.append(told)
+                    bad.append(found.problem)
                 else:
-                    raise UserError(str(told))
-                bar.advance(**({"skipped": str(len(bad))} if bad else {}))
+                    raise UserError(found.problem)
+                bar.advance(skipped=str(len(bad)))
         empty = np.flatnonzero(np.bincount(source.labels[kept], minlength=len(source.classes)) == 0)
         if len(empty):
             raise UserError(f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad one: {bad[0]}")
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
         _sidecar_path(path).unlink(missing_ok=True)  # never a new file beside an old sidecar
-        os.replace(temporary, path)
+        temporary.replace(path)
         write_json(_sidecar_path(path), asdict(sidecar))
     except OSError as error:
         raise UserError(f"{path}: could not be written ({error.strerror})") from None
@@ -102,7 +105,10 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
     writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES, num_workers=1)
     writer.num_samples = capacity
     writer.prepare()
-    metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
+    writer.metadata_sm.close()
+    writer.metadata_sm.unlink()
+    metadata = np.zeros(capacity, writer.metadata_type)
+    writer.metadata_sm = SimpleNamespace(buf=metadata.view(np.uint8))  # in place of the memory that its processes would share
     allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE_BYTES)
     written = 0
 
@@ -111,17 +117,12 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
         handle_sample((image, label), written, metadata.dtype.names, metadata, allocator, fields)
         written += 1
 
-    try:
-        with allocator:
-            yield put
-        writer.header["num_samples"] = written
-        writer.finalize([allocator.allocations])
-        if writer.header["alloc_table_ptr"] != allocator.offset + (allocator.my_page + 1) * PAGE_BYTES:
-            raise OSError(28, "No space left on device")  # FFCV takes no notice of a write that was cut short
-    finally:
-        del metadata, put  # they hold the shared memory
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+    with allocator:
+        yield put
+    writer.header["num_samples"] = written
+    writer.finalize([allocator.allocations])
+    if writer.header["alloc_table_ptr"] != allocator.offset + (allocator.my_page + 1) * PAGE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # FFCV takes no notice of a write that was cut short
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Batches of public images for training on any number of ranks, resumable at any step."""
 
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -9,86 +10,112 @@ import torch
 from torch import Tensor
 
 from privimage.data import store
+from privimage.errors import UserError
 
-SPAN = 256  # batches that FFCV is given at once: starting it anew takes time
+SPAN = 256  # batches of one pass of FFCV's loader: starting a pass takes milliseconds, short epochs would feel it
 
 
 class PublicStream:
     """An endless sequence of batches over the images at `indices` of a store, with `labels` given by the caller.
 
-    The images are visited in one random permutation after another, derived from (seed, epoch). Step t takes the next global
-    batch; rank r of W takes the r-th part of it. So no image is left out or repeated within an epoch, the global batches do
-    not depend on how the work is shared, and any step can be returned to.
+    The images are visited in one random permutation after another, derived from (seed, epoch). Step t takes the next global batch; rank r of
+    W takes the r-th part of it. So within an epoch no image is left out or repeated, a global batch does not depend on how the work is
+    shared, sets smaller than a batch need no special case, and any step can be returned to.
     """
 
     def __init__(
         self, path: Path, indices: np.ndarray, labels: np.ndarray, batch_size: int, rank: int, size: int, device: torch.device, seed: int, workers: int
     ):
-        """`batch_size` is that of one rank. Raises UserError for a store that is missing, truncated or altered."""
-        store.verify(path)
-        self.path, self.indices, self.labels = path, np.asarray(indices), torch.as_tensor(labels)
+        """`labels` int64 has one label for each of `indices`; `batch_size` is that of one rank.
+
+        Raises UserError for a store that is missing, truncated or altered, and for indices that it does not hold.
+        """
+        count = store.verify(path).count
+        if len(indices) == 0 or np.min(indices) < 0 or np.max(indices) >= count:
+            raise UserError(f"{path}: holds {count} images, and {len(indices)} were asked for that are not all among them")
+        if len(labels) != len(indices):
+            raise ValueError(f"{len(indices)} indices with {len(labels)} labels")
+        self.path, self.indices, self.labels = path, np.asarray(indices), torch.as_tensor(np.asarray(labels, dtype=np.int64))
         self.batch_size, self.rank, self.size, self.device, self.seed, self.workers = batch_size, rank, size, device, seed, workers
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 
     def batches(self, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `step` on, without end: images uint8 (B, C, H, W) and labels int64 (B,) on the device."""
         images = self._from_npy(step) if self.path.suffix == ".npy" else self._from_beton(step)
-        for offset, batch in enumerate(images):
-            labels = self.labels[self.positions(step + offset)]
-            yield batch.to(self.device), labels.to(self.device)
+        for at, batch in enumerate(images, step):
+            yield batch.to(self.device), self.labels[self.positions(at)].to(self.device)
 
     def positions(self, step: int) -> np.ndarray:
         """Which of the indices this rank takes at a step: int64 (B,)."""
         start = (step * self.size + self.rank) * self.batch_size
         place = np.arange(start, start + self.batch_size)
-        epochs, within = place // len(self.indices), place % len(self.indices)
+        epochs, within = np.divmod(place, len(self.indices))
         return np.concatenate([self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.indices))
 
     def _from_npy(self, step: int) -> Iterator[Tensor]:
-        images = np.load(self.path, mmap_mode="r")
+        images = np.load(self.path, mmap_mode="r")["image"]
         while True:
             yield torch.from_numpy(images[self.indices[self.positions(step)]])
             step += 1
 
     def _from_beton(self, step: int) -> Iterator[Tensor]:
-        import numba
-
-        numba.config.THREADING_LAYER = "omp"  # the work queue aborts when two loaders run
-        from ffcv.fields.decoders import NDArrayDecoder
-        from ffcv.loader import Loader
-        from ffcv.transforms import ToTensor
-
-        order = _order(self, step)
-        loader = Loader(
-            str(self.path),
-            batch_size=self.batch_size,
-            num_workers=max(self.workers, 1),
-            os_cache=True,
-            order=order,
-            pipelines={"image": [NDArrayDecoder(), ToTensor()], "label": None},
-        )
+        loader = _loader(self.path, self.batch_size, self.workers)
         while True:
-            for (images,) in loader:
-                yield images.clone()  # FFCV fills the same buffer again
-            order.step += SPAN
+            loader.traversal_order.order = np.concatenate([self.indices[self.positions(at)] for at in range(step, step + SPAN)])
+            batches = iter(loader)
+            try:
+                for _ in range(SPAN):
+                    _wait(batches)
+                    yield next(batches)[0].clone()  # FFCV fills the same buffers again
+            finally:
+                batches.close()  # or its thread would stay for ever with the batches that nobody takes
+            step += SPAN
 
 
-def _order(stream: PublicStream, step: int):
-    """FFCV wants an instance of its class that answers itself when called with the loader."""
+def _loader(path: Path, batch_size: int, workers: int):
+    """FFCV's loader of the images alone, in the order that its `traversal_order.order` says."""
+    import numba
+
+    numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]  # the work queue aborts when two loaders run
+    from ffcv.fields.decoders import NDArrayDecoder
+    from ffcv.loader import Loader
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.transforms import ToTensor
     from ffcv.traversal_order.base import TraversalOrder
 
-    class Order(TraversalOrder):
-        def __init__(self) -> None:
-            self.step = step
+    def set_num_threads(cls: type[Compiler], count: int) -> None:
+        cls.num_threads = count
+        numba.set_num_threads(count)
 
-        def __call__(self, loader) -> "Order":
+    # FFCV's own sets torch's threads too, which belong to the training.
+    Compiler.set_num_threads = classmethod(set_num_threads)
+
+    class Order(TraversalOrder):
+        """FFCV wants an instance of its class that answers itself when called with the loader."""
+
+        order = np.zeros(SPAN * batch_size, np.int64)
+
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, loader: Loader) -> "Order":
             return self
 
         def sample_order(self, epoch: int) -> np.ndarray:
-            spans = [stream.indices[stream.positions(at)] for at in range(self.step, self.step + SPAN)]
-            return np.concatenate(spans).astype(np.uint64)
+            return self.order.astype(np.uint64)
 
-    return Order()
+    threads = min(max(workers, 1), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    # No transform of ours: one that raises, or that is compiled and comes after ToTensor, would never return.
+    pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": None}
+    return Loader(str(path), batch_size=batch_size, num_workers=threads, os_cache=True, order=Order(), pipelines=pipelines)
+
+
+def _wait(batches) -> None:
+    """Wait for the next batch. Raises RuntimeError when FFCV's thread has ended early; FFCV itself would wait for ever."""
+    while batches.output_queue.empty():
+        if not batches.is_alive() and batches.output_queue.empty():
+            raise RuntimeError("FFCV's loader stopped early; its error is above")
+        time.sleep(0.0002)

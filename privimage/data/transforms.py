@@ -3,17 +3,26 @@
 import numpy as np
 from PIL import Image
 
-CELEBA_CROPS = {(178, 218): 140, (89, 109): 70}  # (width, height) of the aligned faces -> side of the centre crop
+CELEBA_SIDES = {(178, 218): 140, (89, 109): 70}  # (width, height) of the aligned faces -> side of the usual centre crop
 
 
-def to_array(image: Image.Image, resolution: int, channels: int, crop: int | None = None) -> np.ndarray:
-    """Centre crop (of the shorter side unless `crop` pixels are given), resize, grey or RGB: uint8 (C, resolution, resolution)."""
-    image = image.convert("L" if channels == 1 else "RGB")
-    side = crop or min(image.size)
+def shorter_side(image: Image.Image) -> int:
+    """The side of the largest centred square, in pixels."""
+    return min(image.size)
+
+
+def celeba_side(image: Image.Image) -> int:
+    """The side of CelebA's usual centre crop, in pixels. Raises ValueError for an image that is not one of its aligned faces."""
+    if image.size not in CELEBA_SIDES:
+        raise ValueError(f"aligned faces have 178x218 or 89x109 pixels, this has {image.width}x{image.height}")
+    return CELEBA_SIDES[image.size]
+
+
+def to_array(image: Image.Image, side: int, resolution: int) -> np.ndarray:
+    """Centre crop of `side` pixels and antialiased resize of a grey or RGB image: uint8 (C, resolution, resolution)."""
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
+    image = image.crop((left, top, left + side, top + side))
     if side != resolution:
-        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC if side < resolution else Image.Resampling.BOX if side % resolution == 0 else Image.Resampling.LANCZOS)
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
     pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1).copy()
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))

@@ -1,11 +1,10 @@
-"""Bring the public set into a store of the run's resolution, once."""
+"""Bring the public set into a store of the run's shape, once."""
 
 from pathlib import Path
 
 from privimage.config import Config
 from privimage.data import store
-from privimage.data.glyphs import glyph_source
-from privimage.data.sources import open_source
+from privimage.data.sources import public_source
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.progress import say
@@ -15,30 +14,31 @@ from privimage.rundir import RunDir
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Write prepare/public.beton (or .npy), or check the .beton that the configuration names.
 
-    Returns its path, count and classes. Raises UserError for a store of another shape than `data.resolution` and `data.channels`.
+    Returns where it is, its count and its classes. Raises UserError for whatever is wrong with the public set, and for a .beton of another
+    shape than `data.channels` and `data.resolution`.
     """
     data = config.data
     if data.public.kind == "beton":
         if data.public.path is None:
-            raise UserError("data.public.path: kind beton needs a path")
+            raise UserError("data.public.path: kind beton needs one")
         path = data.public.path
         sidecar = store.verify(path)
-        if sidecar.shape != (data.channels, data.resolution, data.resolution):
-            raise UserError(f"{path}: holds images of shape {sidecar.shape}, data.channels and data.resolution ask for {(data.channels, data.resolution, data.resolution)}")
+        wanted = (data.channels, data.resolution, data.resolution)
+        if sidecar.shape != wanted:
+            raise UserError(f"{path}: holds images of shape {sidecar.shape}, data.channels and data.resolution ask for {wanted}")
     else:
-        path = run.stage("prepare") / f"public.{_format(config)}"
+        path = run.stage("prepare") / f"public.{_format(config, world)}"
         if world.is_main:
-            source = glyph_source(data.resolution) if data.public.kind == "glyphs" else open_source(data.public.kind, data.public.path)
-            store.write(source, path, data.resolution, data.channels, data.workers)
+            store.write(public_source(config), path, data.resolution, data.channels, data.workers)
         world.barrier()
         sidecar = store.verify(path)
     return {"images": sidecar.count, "count": sidecar.count, "store": str(Path(path).resolve()), "classes": list(sidecar.classes)}
 
 
-def _format(config: Config) -> str:
+def _format(config: Config, world: World) -> str:
     if config.data.store != "auto":
         return config.data.store
     missing = store.ffcv_missing()
-    if missing:
-        say(f"prepare: {missing}; the public set is kept as a memory-mapped .npy instead (slower, otherwise the same)")
+    if missing and world.is_main:
+        say(f"prepare: {missing}; the public set is kept as a memory-mapped .npy instead, which is slower and otherwise the same")
     return "npy" if missing else "beton"
