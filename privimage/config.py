@@ -287,10 +287,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         if "=" not in item:
             raise UserError(f"{item}: overrides are written section.key=value")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(tree, resolve=True)
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ValueError("expected sections with settings at the top level")
+        plain = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(plain, dict):
-        raise UserError(f"{path}: expected sections with settings at the top level")
     return parse(plain, str(path))

@@ -45,7 +45,6 @@ def insecure_fixed(number: int) -> RootKey:
 def open_root(path: Path) -> RootKey:
     """The key kept in `path`; a new one from the operating system if there is none. Raises UserError for a damaged file."""
     if not path.exists():
-        os.umask(os.umask(0) | 0o077)
         write_whole(path, os.urandom(32))
     path.chmod(0o600)
     secret = path.read_bytes()

@@ -1,0 +1,137 @@
+"""Run directories and checkpoints: whole or not at all, damage told in one line, settings that may not change."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from privimage.config import Config
+from privimage.distributed import checkpoint
+from privimage.errors import UserError
+from privimage.rundir import RunDir, read_json, write_json, write_whole
+
+STATE = {"weights": {"a": torch.arange(1000.0)}, "step": 7, "names": ["x"]}
+
+
+def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c.pt", STATE)
+    found = checkpoint.load(tmp_path / "c.pt")
+    assert found is not None and found["step"] == 7 and torch.equal(found["weights"]["a"], STATE["weights"]["a"])
+    assert checkpoint.load(tmp_path / "none.pt") is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "other"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+    content = bytearray(path.read_bytes())
+    if damage == "altered":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"truncated": bytes(content[:-100]), "altered": bytes(content), "empty": b"", "other": b"hello" * 100}[damage])
+    with pytest.raises(UserError, match=r"c\.pt: damaged checkpoint .* delete it"):
+        checkpoint.load(path)
+
+
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    """A well-formed file whose payload is a pickle of a callable: weights_only refuses it."""
+    import hashlib
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    payload = pickle.dumps(Evil())
+    (tmp_path / "c.pt").write_bytes(checkpoint.MAGIC + hashlib.sha256(payload).digest() + payload)
+    with pytest.raises(Exception, match="(?i)weights.only|unpickl"):
+        checkpoint.load(tmp_path / "c.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"c\.pt: could not be written \(No space left on device\); what was there before is kept"):
+        checkpoint.save(path, {"step": 8})
+    monkeypatch.undo()
+    found = checkpoint.load(path)
+    assert found is not None and found["step"] == 7
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_really_full_disk(tmp_path: Path, root: None) -> None:
+    """A file system of 64 KiB, mounted for this test."""
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        checkpoint.save(small / "c.pt", {"step": 1})
+        with pytest.raises(UserError, match=r"c\.pt: could not be written"):
+            checkpoint.save(small / "c.pt", {"weights": torch.zeros(100_000)})
+        found = checkpoint.load(small / "c.pt")
+        assert found is not None and found["step"] == 1
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    (tmp_path / "a.json").write_text('{"x": ')
+    with pytest.raises(UserError, match=r"a\.json: damaged"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"b\.json: no such file"):
+        read_json(tmp_path / "b.json")
+
+
+def test_private_is_private(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.private.stat().st_mode & 0o777 == 0o700
+
+
+def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    held = run.lock()
+    with pytest.raises(UserError, match="another run is using this directory"):
+        run.lock()
+    held.close()
+    run.lock().close()
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def test_settings_of_stages_that_have_begun_must_stay(tiny_config: Config) -> None:
+    run = RunDir(tiny_config.run.dir)
+    run.stage("query")
+    run.reconcile(tiny_config)
+    run.reconcile(changed(tiny_config, "synthesize", samples=50))
+    run.reconcile(changed(tiny_config, "runtime", threads=2))
+    for section, values in (("query", {"steps": 99}), ("privacy", {"epsilon": 3.0}), ("data", {"channels": 3})):
+        with pytest.raises(UserError, match=rf"made with other settings \({section}\.\w+ was .* now .*\); choose another run.dir, or go on"):
+            run.reconcile(changed(tiny_config, section, **values))
+
+
+def test_a_stage_that_is_not_finished_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(UserError, match="stage select is not finished; run `privimage select` first"):
+        run.require("select")
+    run.finish("select", {"images": 3})
+    assert run.require("select") == {"images": 3}
+
+
+def test_whole_files_replace_whole_files(tmp_path: Path) -> None:
+    for content in (b"one", b"two" * 1000, b""):
+        write_whole(tmp_path / "f", content)
+        assert (tmp_path / "f").read_bytes() == content
