@@ -15,7 +15,8 @@ from yaml import YAMLError
 from privimage.errors import UserError
 from privimage.methods import METHODS, Method
 
-Kind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits", "glyphs"]
+SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
+PublicKind = SensitiveKind | Literal["glyphs"]
 
 Stage = Literal["prepare", "query", "select", "pretrain", "finetune", "synthesize", "evaluate"]
 
@@ -35,14 +36,15 @@ class RunSection(Section):
 class PublicData(Section):
     """The public set: anyone may see it, with labels that the query function learns."""
 
-    kind: Kind = Field(description="how to read it")
+    kind: PublicKind = Field(description="how to read it")
     path: Path | None = Field(None, description="file or folder; not needed for embedded sets")
+    images_per_class: int = Field(400, ge=1, description="for kind glyphs: images rendered of each character")
 
 
 class SensitiveData(Section):
     """The set that must stay private."""
 
-    kind: Kind = Field(description="how to read it")
+    kind: SensitiveKind = Field(description="how to read it")
     path: Path | None = Field(None, description="training split: file or folder; not needed for embedded sets")
     test_path: Path | None = Field(None, description="held-out split for evaluation; kinds with an own test split need none")
     labelled: bool = Field(True, description="whether its labels are used; without them there is one row and one class")

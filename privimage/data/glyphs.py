@@ -16,7 +16,6 @@ from scipy.ndimage import distance_transform_edt, map_coordinates
 
 from privimage.data.decode import Source
 
-IMAGES_PER_CLASS = 400
 OVERSAMPLING = 4  # the UCI digits were 32x32 bitmaps before they became 8x8 images
 SIZE = 64  # pixels of the type in which a character is drawn before it is distorted
 MARGIN = 16  # room around it, for thick strokes
@@ -112,12 +111,13 @@ def render(characters: str, resolution: int, rng: np.random.Generator) -> np.nda
     return np.rint(blocks * 255).astype(np.uint8)
 
 
-def glyph_source(resolution: int) -> Source:
-    """The whole set, the same every time: `IMAGES_PER_CLASS` images of each class, rendered when asked for."""
+def glyph_source(resolution: int, images_per_class: int) -> Source:
+    """The whole set, the same every time, rendered when asked for; more images of a class begin with the same ones."""
     classes = character_classes()
 
     def drawn(index: int) -> Image.Image:
-        return Image.fromarray(render(classes[index // IMAGES_PER_CLASS], resolution, np.random.default_rng([0, index])))
+        label, number = divmod(index, images_per_class)
+        return Image.fromarray(render(classes[label], resolution, np.random.default_rng([label, number])))
 
-    count = IMAGES_PER_CLASS * len(classes)
-    return Source(drawn, [f"glyphs: image {i}" for i in range(count)], np.repeat(np.arange(len(classes)), IMAGES_PER_CLASS), classes)
+    count = images_per_class * len(classes)
+    return Source(drawn, [f"glyphs: image {i}" for i in range(count)], np.repeat(np.arange(len(classes)), images_per_class), classes)

@@ -11,26 +11,23 @@ from PIL import Image
 
 from privimage.data import store
 from privimage.data.decode import Source
-from privimage.data.glyphs import glyph_source
 from privimage.data.transforms import celeba_side
 from privimage.errors import UserError
 
 Split = Literal["train", "test"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-EMBEDDED = {"digits", "glyphs"}
+EMBEDDED = {"digits"}
 OWN_TEST_SPLIT = {"cifar10", "mnist", "fashion-mnist", "digits"}
 ONE_CLASS = ("all",)  # the class of sets without labels
 
 
-def open_source(kind: str, path: Path | None, split: Split, resolution: int, labelled: bool = True) -> Source:
-    """Open a set by kind and path; without labels there is one class. `resolution` matters to sets that are drawn at it.
+def open_source(kind: str, path: Path | None, split: Split, labelled: bool = True) -> Source:
+    """Open a set by kind and path; without labels there is one class.
 
     Raises UserError, in one line that names the file or folder, for whatever is wrong with it.
     """
     if kind == "digits":
         source = _digits(split)
-    elif kind == "glyphs":
-        source = glyph_source(resolution)
     elif path is None:
         raise UserError(f"kind {kind} needs a path")
     elif kind in ("cifar10", "mnist", "fashion-mnist"):

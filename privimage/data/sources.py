@@ -7,6 +7,7 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.data.decode import Source, decoded
+from privimage.data.glyphs import glyph_source
 from privimage.data.readers import EMBEDDED, OWN_TEST_SPLIT, Split, holds_test_split, open_source
 from privimage.errors import UserError
 from privimage.progress import Progress
@@ -42,9 +43,11 @@ def read(source: Source, resolution: int, channels: int, workers: int, shown: bo
 def public_source(config: Config) -> Source:
     """The public set of a configuration. Raises UserError for anything that is wrong with it."""
     public = config.data.public
+    if public.kind == "glyphs":
+        return glyph_source(config.data.resolution, public.images_per_class)
     if public.path is None and public.kind not in EMBEDDED:
         raise UserError(f"data.public.path: kind {public.kind} needs one")
-    return open_source(public.kind, public.path, "train", config.data.resolution)
+    return open_source(public.kind, public.path, "train")
 
 
 def has_test_split(config: Config) -> bool:
@@ -70,7 +73,7 @@ def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSe
             part = "test" if sensitive.kind in OWN_TEST_SPLIT or holds_test_split(sensitive.kind, path) else "train"
     if path is None and sensitive.kind not in EMBEDDED:
         raise UserError(f"{key}: kind {sensitive.kind} needs one")
-    found = read(open_source(sensitive.kind, path, part, data.resolution, sensitive.labelled), data.resolution, data.channels, data.workers, shown)
+    found = read(open_source(sensitive.kind, path, part, sensitive.labelled), data.resolution, data.channels, data.workers, shown)
     if split == "train":
         stated = {"count": (sensitive.count, len(found.images))}
         if sensitive.labelled:
