@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from privimage.data import store
+from privimage.data.glyphs import character_classes, glyph_source
 from privimage.data.readers import open_source
 from privimage.data.stream import PublicStream
 from privimage.models.edm import to_unit
@@ -26,7 +27,7 @@ RESOLUTION = 32
 
 def as_jpegs(images: Path | None, folder: Path, count: int) -> None:
     """Write `count` images of the set as 32x32 JPEGs in class sub-folders."""
-    source = open_source("folder" if images else "glyphs", images, "train", RESOLUTION)
+    source = open_source("folder", images, "train") if images else glyph_source(RESOLUTION, -(-count // len(character_classes())))
     for position in range(count):
         index = position * len(source) // count
         pixels, _ = source.image(index, RESOLUTION, 3)
@@ -75,7 +76,7 @@ def main() -> None:
         folder, path = Path(place, "jpegs"), Path(place, "images.beton")
         folder.mkdir()
         as_jpegs(given.images, folder, given.count)
-        store.write(open_source("folder", folder, "train", RESOLUTION), path, RESOLUTION, 3, given.workers)
+        store.write(open_source("folder", folder, "train"), path, RESOLUTION, 3, given.workers)
         epochs = {"ImageFolder": torchvision_epoch(folder, given.batch_size, given.workers), "stream": stream_epoch(path, given.batch_size, given.workers)}
         rates: dict[str, list[float]] = {name: [] for name in epochs}
         for _ in range(1 + given.rounds):

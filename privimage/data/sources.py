@@ -64,7 +64,7 @@ def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSe
     Raises UserError for anything that is wrong with it, or if it has not the number of images or classes that were stated.
     """
     data, sensitive = config.data, config.data.sensitive
-    path, part, key = sensitive.path, split, "data.sensitive.path"
+    path, part = sensitive.path, split
     if split == "test":
         if not has_test_split(config):
             raise UserError(f"data.sensitive.test_path: needed, since kind {sensitive.kind} has no test split of its own here")
@@ -72,7 +72,7 @@ def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSe
             path = sensitive.test_path
             part = "test" if sensitive.kind in OWN_TEST_SPLIT or holds_test_split(sensitive.kind, path) else "train"
     if path is None and sensitive.kind not in EMBEDDED:
-        raise UserError(f"{key}: kind {sensitive.kind} needs one")
+        raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
     found = read(open_source(sensitive.kind, path, part, sensitive.labelled), data.resolution, data.channels, data.workers, shown)
     if split == "train":
         stated = {"count": (sensitive.count, len(found.images))}

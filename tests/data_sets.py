@@ -1,0 +1,42 @@
+"""Small image sets for the tests of the data plane."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from privimage.data.decode import Source
+
+
+def numbered(count: int, resolution: int = 8, channels: int = 1) -> np.ndarray:
+    """Images uint8 (N, H, W, C) of noise, of which the first two pixels say which one it is."""
+    images = np.random.default_rng(0).integers(0, 256, (count, resolution, resolution, channels), dtype=np.uint8)
+    images[:, 0, 0], images[:, 0, 1] = (np.arange(count) // 256)[:, None], (np.arange(count) % 256)[:, None]
+    return images
+
+
+def numbers(images: np.ndarray) -> np.ndarray:
+    """Which of `numbered` the images (N, C, H, W) are."""
+    return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
+
+
+def source_of(images: np.ndarray, labels: np.ndarray) -> Source:
+    """A source of images (N, H, W, C) with classes named by letters."""
+    squeezed = images[..., 0] if images.shape[3] == 1 else images
+    classes = tuple(chr(ord("a") + i) for i in range(int(labels.max()) + 1))
+    return Source(lambda i: Image.fromarray(squeezed[i]), [f"image {i}" for i in range(len(images))], labels, classes)
+
+
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Path:
+    """An .npz as users bring it."""
+    np.savez(path, images=images, labels=labels, **more)
+    return path
+
+
+def save_folder(path: Path, images: np.ndarray, labels: np.ndarray, suffix: str = ".png") -> Path:
+    """The same as a folder with a sub-folder for each class."""
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        place = path / f"class{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(place / f"{i:04d}{suffix}")
+    return path

@@ -1,0 +1,238 @@
+"""Sets are read as they are, whatever the kind; what is wrong with one is told in one line that names it."""
+
+import gzip
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import numbered, save_folder, save_npz, source_of
+from PIL import Image
+
+from privimage.config import Config
+from privimage.data.decode import Source
+from privimage.data.readers import open_source
+from privimage.data.sources import ImageSet, has_test_split, read, read_sensitive
+from privimage.errors import UserError
+
+LABELS = np.arange(30) % 3
+
+
+def opened(kind: str, path: Path | None, resolution: int = 8, channels: int = 1, labelled: bool = True, workers: int = 0) -> ImageSet:
+    return read(open_source(kind, path, "train", labelled), resolution, channels, workers)
+
+
+def told(kind: str, path: Path | None, **more) -> str:
+    """The message that a bad set ends in."""
+    with pytest.raises(UserError) as caught:
+        opened(kind, path, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_and_folder_hold_the_same_images(tmp_path: Path, channels: int) -> None:
+    images = numbered(30, channels=channels)
+    ordered = np.argsort(LABELS, kind="stable")
+    from_npz = opened("npz", save_npz(tmp_path / "set.npz", images, LABELS, classes=np.array(["x", "y", "z"])), channels=channels)
+    from_folder = opened("folder", save_folder(tmp_path / "set", images, LABELS), channels=channels)
+    assert (from_npz.images == images.transpose(0, 3, 1, 2)).all()
+    assert (from_folder.images == from_npz.images[ordered]).all()
+    assert (from_npz.labels == LABELS).all() and (from_folder.labels == LABELS[ordered]).all()
+    assert from_npz.classes == ("x", "y", "z") and from_folder.classes == ("class0", "class1", "class2")
+    assert from_folder.fingerprint == from_npz.fingerprint
+
+
+def test_grey_npz_without_a_channel_axis(tmp_path: Path) -> None:
+    images = numbered(30)
+    assert (opened("npz", save_npz(tmp_path / "set.npz", images[..., 0], LABELS)).images == images.transpose(0, 3, 1, 2)).all()
+
+
+def test_grey_and_colour_are_made_from_each_other(tmp_path: Path) -> None:
+    grey = opened("npz", save_npz(tmp_path / "grey.npz", numbered(30), LABELS), channels=3).images
+    assert grey.shape == (30, 3, 8, 8) and (grey[:, :1] == grey).all()
+    white = np.full((3, 8, 8, 3), 255, np.uint8)
+    assert (opened("npz", save_npz(tmp_path / "white.npz", white, np.arange(3))).images == 255).all()
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
+    """Order, resolution, labels and workers do not matter; one changed pixel, one image less or one twice do."""
+    images, shuffled = numbered(30, resolution=16), np.random.default_rng(1).permutation(30)
+    content = read(source_of(images, LABELS), 16, 1, 0).fingerprint
+    assert read(source_of(images[shuffled], LABELS), 8, 3, 0).fingerprint == content
+    assert read(source_of(images, LABELS), 16, 1, 2).fingerprint == content
+    changed = images.copy()
+    changed[17, 5, 5] ^= 1
+    others = [changed, images[:29], np.concatenate([images, images[:1]]), images.reshape(30, 8, 32, 1)]
+    fingerprints = {read(source_of(other, np.arange(len(other)) % 3), 8, 1, 0).fingerprint for other in others}
+    assert len(fingerprints | {content}) == 5
+
+
+def test_workers_change_neither_images_nor_order() -> None:
+    images = numbered(300)
+    alone, shared = (read(source_of(images, np.arange(300) % 3), 8, 1, workers) for workers in (0, 3))
+    assert (alone.images == shared.images).all() and (alone.images == images.transpose(0, 3, 1, 2)).all()
+
+
+def test_train_and_test_below_one_folder(tmp_path: Path, tiny_config: Config) -> None:
+    images = numbered(30)
+    for kind, save in (("folder", save_folder), ("npz", save_npz)):
+        for split, part in (("train", slice(0, 21)), ("test", slice(21, 30))):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            save(tmp_path / kind / (split + (".npz" if kind == "npz" else "")), images[part], LABELS[part])
+        config = with_sensitive(tiny_config, kind=kind, path=tmp_path / kind)
+        assert has_test_split(config)
+        assert len(read_sensitive(config, "train").images) == 21 and len(read_sensitive(config, "test").images) == 9
+        elsewhere = with_sensitive(tiny_config, kind="folder", path=tmp_path / "folder" / "train", test_path=tmp_path / kind)
+        if kind == "folder":
+            assert len(read_sensitive(elsewhere, "test").images) == 9
+
+
+def with_sensitive(config: Config, **settings) -> Config:
+    sensitive = config.data.sensitive.model_copy(update=settings)
+    return config.model_copy(update={"data": config.data.model_copy(update={"sensitive": sensitive})})
+
+
+def test_training_images_are_never_taken_for_held_out_ones(tmp_path: Path, tiny_config: Config) -> None:
+    config = with_sensitive(tiny_config, kind="npz", path=save_npz(tmp_path / "set.npz", numbered(30), LABELS))
+    assert not has_test_split(config)
+    with pytest.raises(UserError, match=r"data\.sensitive\.test_path"):
+        read_sensitive(config, "test")
+
+
+@pytest.mark.parametrize(("key", "value"), [("count", 31), ("classes", 4)])
+def test_data_that_contradict_what_was_stated_are_refused(tmp_path: Path, tiny_config: Config, key: str, value: int) -> None:
+    config = with_sensitive(tiny_config, kind="npz", path=save_npz(tmp_path / "set.npz", numbered(30), LABELS), **{key: value})
+    with pytest.raises(UserError, match=f"data.sensitive.{key}: {value}"):
+        read_sensitive(config, "train")
+
+
+def test_a_set_without_labels_is_one_class(tmp_path: Path) -> None:
+    images = numbered(30)
+    np.savez(tmp_path / "set.npz", images=images)
+    flat = save_folder(tmp_path / "flat", images, np.zeros(30, int)) / "class0"
+    for kind, path in (("npz", tmp_path / "set.npz"), ("folder", flat), ("folder", flat.parent)):
+        found = opened(kind, path, labelled=False)
+        assert found.classes == ("all",) and (found.labels == 0).all() and len(found.images) == 30
+
+
+def test_digits_are_divided_for_good() -> None:
+    train, test = (read(open_source("digits", None, split), 8, 1, 0) for split in ("train", "test"))
+    assert (len(train.images), len(test.images)) == (1437, 360)
+    assert set(np.unique(test.images)) <= {round(v * 255 / 16) for v in range(17)}
+    assert test.fingerprint.startswith("1e1244da57792017"), "the held-out digits are others than before"
+    assert (np.bincount(test.labels) >= 25).all()
+
+
+def test_mnist_as_torchvision_keeps_it(tmp_path: Path, shared_data: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (shared_data / "mnist").glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    source = open_source("mnist", tmp_path, "test")
+    assert len(source) == 10_000 and len(source.classes) == 10
+    assert np.bincount(source.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def test_a_set_that_is_not_there_and_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    def refused(*arguments) -> None:
+        raise RuntimeError("no way out\nof here")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", refused)
+    assert (
+        told("cifar10", tmp_path / "nothing") == f"{tmp_path / 'nothing'}: cifar10 is not there as torchvision keeps it, and cannot be downloaded (no way out)"
+    )
+
+
+def test_faces_are_cropped_and_others_named(tmp_path: Path) -> None:
+    place = tmp_path / "img_align_celeba"
+    place.mkdir()
+    face = np.zeros((109, 89, 3), np.uint8)
+    face[19:89, 9:79] = 255  # the 70x70 at the centre
+    Image.fromarray(face).save(place / "000001.jpg", quality=100)
+    assert (opened("celeba", tmp_path, resolution=32, channels=3, labelled=False).images > 250).all()
+    Image.new("RGB", (64, 64)).save(place / "000002.jpg")
+    assert "000002.jpg" in told("celeba", tmp_path, resolution=32, channels=3) and "64x64" in told("celeba", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "beton"])
+def test_a_missing_path(tmp_path: Path, kind: str) -> None:
+    assert told(kind, tmp_path / "nothing") == f"{tmp_path / 'nothing'}: no such file or folder"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "names"),
+    [
+        ({"images": numbered(30), "labels": LABELS[:29]}, "30 images"),
+        ({"images": numbered(30), "labels": LABELS.astype(float)}, "float64"),
+        ({"images": numbered(30), "labels": LABELS - 1}, "from -1 to 1"),
+        ({"images": numbered(30), "labels": LABELS, "classes": np.array(["x", "y"])}, "2 classes"),
+        ({"images": numbered(30), "labels": LABELS, "classes": np.array(["x", "y", "z", "w"])}, "class 'w' has no image"),
+        ({"images": numbered(30), "labels": np.where(LABELS == 1, 2, LABELS)}, "class '1' has no image"),
+        ({"images": numbered(30).astype(np.float32), "labels": LABELS}, "float32"),
+        ({"images": numbered(30).transpose(0, 3, 1, 2), "labels": LABELS}, "(30, 1, 8, 8)"),
+        ({"images": np.empty((0, 8, 8), np.uint8), "labels": np.empty(0, int)}, "no image"),
+        ({"pictures": numbered(30), "labels": LABELS}, "no array 'images'"),
+        ({"images": numbered(30)}, "no array 'labels'"),
+    ],
+)
+def test_an_npz_that_does_not_fit_together(tmp_path: Path, arrays: dict, names: str) -> None:
+    np.savez(tmp_path / "set.npz", **arrays)
+    message = told("npz", tmp_path / "set.npz")
+    assert str(tmp_path / "set.npz") in message and names in message
+
+
+def test_images_of_mixed_sizes(tmp_path: Path) -> None:
+    mixed = np.empty(2, object)
+    mixed[:] = [np.zeros((8, 8), np.uint8), np.zeros((9, 9), np.uint8)]
+    np.savez(tmp_path / "set.npz", images=mixed, labels=np.arange(2), allow_pickle=True)
+    assert "mixed sizes" in told("npz", tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"not a zip", lambda data: data[:300] + bytes(200) + data[500:]])
+def test_a_damaged_npz(tmp_path: Path, damage) -> None:
+    path = save_npz(tmp_path / "set.npz", numbered(30), LABELS)
+    path.write_bytes(damage(path.read_bytes()))
+    assert told("npz", path).startswith(f"{path}: not readable as npz")
+
+
+def test_a_folder_without_classes_and_one_with_an_empty_class(tmp_path: Path) -> None:
+    path = save_folder(tmp_path / "set", numbered(30), LABELS)
+    assert "sub-folder" in told("folder", path / "class0")
+    (path / "class9").mkdir()
+    assert "class 'class9' has no image" in told("folder", path)
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(numbered(1, 64, 3)[0]).save(file, "jpeg")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", jpeg()[:600], b"\x89PNG\r\n\x1a\n" + bytes(40)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_decode_is_named(tmp_path: Path, content: bytes, workers: int) -> None:
+    path = save_folder(tmp_path / "set", numbered(30), LABELS)
+    (path / "class1" / "zz.jpg").write_bytes(content)
+    assert str(path / "class1" / "zz.jpg") in told("folder", path, workers=workers)
+
+
+def test_16_bit_images_are_not_cut_off_without_a_word(tmp_path: Path) -> None:
+    path = save_folder(tmp_path / "set", numbered(30), LABELS)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path / "class1" / "zz.png")
+    assert "not 8 bits" in told("folder", path)
+
+
+def test_a_worker_that_is_killed_ends_the_reading() -> None:
+    def deadly(index: int) -> Image.Image:
+        if index == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new("L", (8, 8))
+
+    source = Source(deadly, ["image"] * 300, np.zeros(300, int), ("all",))
+    with pytest.raises(UserError, match="killed"):
+        read(source, 8, 1, 2)
