@@ -59,7 +59,9 @@ class Data(Section):
     channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
     public: PublicData
     sensitive: SensitiveData
-    store: Literal["auto", "beton", "npy"] = Field("auto", description="how the prepared public set is kept: FFCV .beton; npy needs no compiled part; auto: beton where FFCV is installed")
+    store: Literal["auto", "beton", "npy"] = Field(
+        "auto", description="how the prepared public set is kept: npy needs no FFCV; auto: beton where FFCV is installed"
+    )
     workers: int = Field(2, ge=0, le=64, description="processes that prepare and decode public images, a rank")
 
 
@@ -164,7 +166,7 @@ class Evaluate(Section):
     cnn_epochs: int = Field(50, ge=1, description="epochs of the CNN")
     cnn_batch_size: int = Field(512, ge=2, description="batch size of the CNN")
     before: bool = Field(True, description="also measure the pretrained generator, before private fine-tuning")
-    features: Literal["auto", "2048", "768", "stand-in"] = Field("auto", description="features of FID and KID; auto: what inception_weights allows, else the stand-in")
+    features: Literal["auto", "2048", "768", "stand-in"] = Field("auto", description="features of FID and KID; auto: what the weights allow")
     inception_weights: Path | None = Field(None, description="Inception 2015-12-05 weights in torch-fidelity's format")
     fidelity_samples: int = Field(5000, ge=10, description="synthetic images that enter FID, KID, precision and recall")
     reference_samples: int | None = Field(None, ge=10, description="sensitive training images that they are compared with; unset: as many as fidelity_samples")
@@ -241,7 +243,7 @@ def _nearest(word: str, known) -> str:
 
 
 def _known_keys(location: tuple) -> list[str]:
-    model: type = Config
+    model: type[Section] = Config
     for part in location:
         field = model.model_fields.get(part) if isinstance(part, str) else None
         if field is None:
@@ -295,4 +297,5 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         plain = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    assert isinstance(plain, dict)
     return parse(plain, str(path))

@@ -5,6 +5,7 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from privimage.config import Config
 from privimage.errors import UserError
@@ -51,15 +52,18 @@ def show(config: Config) -> None:
 def _show_privacy(console: Console, plan: PrivacyPlan, other: PrivacyPlan) -> None:
     pld, rdp = (plan, other) if plan.accountant == "pld" else (other, plan)
     finetune = plan.finetune
-    table = Table(title=f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {finetune.count:,} images; used: {plan.accountant.upper()}", title_justify="left")
+    promise = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {finetune.count:,} images"
+    table = Table(title=f"{promise}; used: {plan.accountant.upper()}", title_justify="left")
     for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
     if pld.query and rdp.query:
         table.add_row("semantic query", "1", "1", f"{pld.query.noise_multiplier:.4g}", f"{rdp.query.noise_multiplier:.4g}")
     rate = f"{float(finetune.sample_rate):.6g}"
-    table.add_row("fine-tuning, beside the query" if plan.query else "fine-tuning", f"{finetune.steps}", rate, f"{pld.finetune.noise_multiplier:.4g}", f"{rdp.finetune.noise_multiplier:.4g}")
+    name = "fine-tuning, beside the query" if plan.query else "fine-tuning"
+    table.add_row(name, f"{finetune.steps}", rate, f"{pld.finetune.noise_multiplier:.4g}", f"{rdp.finetune.noise_multiplier:.4g}")
     if plan.query:
-        table.add_row("(fine-tuning, were there no query)", f"{finetune.steps}", rate, f"{_alone(pld):.4g}", f"{_alone(rdp):.4g}", style="dim")
+        name = "(fine-tuning, were there no query)"
+        table.add_row(name, f"{finetune.steps}", rate, f"{_alone(pld):.4g}", f"{_alone(rdp):.4g}", style="dim")
     console.print(table)
     rise = "" if plan.query is None else f"; the query raises the noise of fine-tuning by {100 * (finetune.noise_multiplier / _alone(plan) - 1):.2f} %"
     console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}{rise}")
@@ -102,7 +106,12 @@ def _measured(denoiser: torch.nn.Module, config: Config, device: torch.device, c
     x, sigma = torch.zeros(shape, device=device), torch.ones(images, device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device) if classes else None
     held: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t.numel() * t.element_size()), t)[1], lambda t: t):
+
+    def hold(tensor: Tensor) -> Tensor:
+        held.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         edm.loss(denoiser, x, labels, sigma, x)
     best = float("inf")
     with torch.no_grad():

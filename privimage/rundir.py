@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from privimage.config import Config
 from privimage.errors import UserError
@@ -22,7 +23,7 @@ def write_whole(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({error.strerror}); what was there before is kept, make room and run again") from None
@@ -114,7 +115,7 @@ class RunDir:
         path = self.path / "config.yaml"
         new = config.model_dump(mode="json")
         if path.exists():
-            old = OmegaConf.to_container(OmegaConf.load(path))
+            old = _plain(path)
             clashes = [(k, a, b) for k, a, b in differences(old, new) if not self._may_change(k, config.spec)]
             if clashes:
                 told = "; ".join(f"{key} was {a!r}, now {b!r}" for key, a, b in clashes)
@@ -132,6 +133,16 @@ class RunDir:
         if section not in method.stages:
             return not any((self.path / stage).exists() for stage in method.stages)
         return not (self.path / section).exists()
+
+
+def _plain(path: Path) -> dict:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OSError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{path}: damaged, not readable as YAML; put back the settings that the run was made with")
+    return tree
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:

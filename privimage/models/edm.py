@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
         return conditional if guidance == 0 else conditional + guidance * (conditional - denoised(None))
 
 
-def loss(denoiser: nn.Module, images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
+def loss(denoiser: Callable[..., Tensor], images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
     """Weighted squared error of each image, averaged over its pixels and channels: (B,) (equation 8 and table 1).
 
     images (B, C, H, W) in [-1, 1], labels (B,) int64 or None, sigma (B,), noise (B, C, H, W) standard normal. The weight

@@ -54,7 +54,7 @@ def open_account(config: Config, run: RunDir, fingerprint: str, count: int, broa
     The plan is made once, announced in the ledger against the set's budget, and kept. `broadcast` gives all ranks the main
     rank's object. Raises UserError on all ranks if the set is another one than before or the budget would be exceeded.
     """
-    result = None
+    result: Account | UserError | None = None
     if is_main:
         try:
             result = _open(config, run, fingerprint, count)
@@ -124,7 +124,12 @@ def _described(mechanism: Mechanism, plan: PrivacyPlan) -> dict:
     common = {"noise_multiplier": mechanism.noise_multiplier, "sample_rate": mechanism.sample_rate, "count": mechanism.count}
     if mechanism.sample_rate == 1 and plan.query and mechanism.noise_multiplier == plan.query.noise_multiplier:
         return {"name": "semantic distribution query", "mechanism": "Gaussian", "votes_per_image": plan.query.per_image} | common
-    return {"name": "DP-SGD fine-tuning", "mechanism": "Poisson-sampled Gaussian", "max_grad_norm": finetune.max_grad_norm, "noise_copies": finetune.noise_copies} | common
+    return {
+        "name": "DP-SGD fine-tuning",
+        "mechanism": "Poisson-sampled Gaussian",
+        "max_grad_norm": finetune.max_grad_norm,
+        "noise_copies": finetune.noise_copies,
+    } | common
 
 
 def statement_for_people(said: dict) -> str:
@@ -138,8 +143,12 @@ def statement_for_people(said: dict) -> str:
         f"this folder by a factor of at most e^{said['epsilon']:g}, but for a probability of {said['delta']:g}.",
         "Neighbouring sets differ by adding or removing one image; a person with several images is protected less.\n",
         "What was drawn from the sensitive set:\n",
-        *(f"- {m['name']}: {m['mechanism']}, noise multiplier {m['noise_multiplier']:g}, sample rate {m['sample_rate']:.6g}, {m['count']} times" for m in said["mechanisms"]),
-        f"\nNoise: {said['noise_source']}" + ("." if said["cryptographic_noise"] else " - not a cryptographic generator: whoever can guess its state can subtract the noise."),
+        *(
+            f"- {m['name']}: {m['mechanism']}, noise multiplier {m['noise_multiplier']:g}, sample rate {m['sample_rate']:.6g}, {m['count']} times"
+            for m in said["mechanisms"]
+        ),
+        f"\nNoise: {said['noise_source']}"
+        + ("." if said["cryptographic_noise"] else " - not a cryptographic generator: whoever can guess its state can subtract the noise."),
         "\nThe promise covers this folder alone. Other releases from the same sensitive set add to it; the owner's ledger keeps the sum.\n",
     ]
     return "\n".join(lines)

@@ -85,7 +85,7 @@ class VmapGradients(PerImageGradients):
         gradients, per_image = torch.func.vmap(torch.func.grad(one_image, has_aux=True), in_dims=(None, *[0] * len(tensors)))(parameters, *tensors)
         for name, p in self._module.named_parameters():
             if p.requires_grad:
-                p.grad_sample = gradients[name]
+                p.grad_sample = gradients[name]  # type: ignore[attr-defined]
         return per_image.detach()
 
 

@@ -20,8 +20,11 @@ from privimage.privacy.plan import FinetunePlan
 class Ranks(Protocol):
     """What the optimizer needs of the ranks."""
 
-    size: int
-    device: torch.device
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def all_reduce_(self, tensor: Tensor) -> Tensor: ...
 

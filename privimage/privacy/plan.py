@@ -104,7 +104,7 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
             query = QueryPlan(config.select.per_image, sigma1)
             noise_multiplier = accounting.finetune_noise(privacy.epsilon, delta, rate, settings.steps, (query.mechanism,), accountant)
     except ValueError:
-        raise UserError(f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept with the other settings; the query alone may cost more") from None
+        raise UserError(f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; the query alone may cost more") from None
     finetune = FinetunePlan(count, settings.logical_batch_size, settings.steps, noise_multiplier, settings.max_grad_norm, settings.noise_copies)
     return PrivacyPlan(privacy.epsilon, delta, accountant, query, finetune)
 

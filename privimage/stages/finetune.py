@@ -90,7 +90,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             assert figures is not None  # a logical batch was completed
             shown = {"memory": memory(world.device), "learning rate": settings.learning_rate}
             if account.private and (step % max(1, plan.steps // 20) == 0 or step == attempt.last) and world.is_main:
-                shown["epsilon"] = epsilon((*before, Mechanism(single.noise_multiplier, single.sample_rate, step)), account.plan.delta, account.plan.accountant, 1e-3)
+                charged = Mechanism(single.noise_multiplier, single.sample_rate, plan.steps - (attempt.last - step))
+                shown["epsilon"] = epsilon((*before, charged), account.plan.delta, account.plan.accountant, 1e-3)
             curves.scalars(step, shown)
             private_curves.scalars(
                 step,
@@ -204,8 +205,7 @@ def _arranged(
     gradients = GRADIENTS[way](denoiser, world.broadcast_object(kept["backends"] if same else {}))
     gradients.backward(losses, *losses.probe(physical))  # finds the fastest way for each layer that has none yet
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
-    for p in denoiser.parameters():
-        p.grad_sample = None
+    gradients.set_grad_sample_to_none()
     attempt = None
     if world.is_main:
         single = Mechanism(plan.noise_multiplier, float(plan.sample_rate))

@@ -55,7 +55,15 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             wanted = stop.agreed(world)
             if step % settings.log_every == 0:
                 mean_loss = (world.all_reduce_(recent.clone()) / (settings.log_every * world.size)).item()
-                curves.scalars(step, {"loss": mean_loss, "images per second": bar.rate * batch_size * world.size, "memory": memory(world.device), "learning rate": settings.learning_rate})
+                curves.scalars(
+                    step,
+                    {
+                        "loss": mean_loss,
+                        "images per second": bar.rate * batch_size * world.size,
+                        "memory": memory(world.device),
+                        "learning rate": settings.learning_rate,
+                    },
+                )
                 recent.zero_()
             if step % settings.checkpoint_every == 0 or wanted:
                 state = {"engine": engine.state(), "ema": ema.state_dict(), "step": step}

@@ -67,7 +67,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             wanted = stop.agreed(world)
             if step % settings.checkpoint_every == 0 or step == settings.steps or wanted:
                 accuracy = _accuracy(network, validation, labels[held_out[world.rank :: world.size]], world)
-                curves.scalars(step, {"loss": loss.item(), "validation accuracy": accuracy, "learning rate": schedule.get_last_lr()[0]})
+                curves.scalars(step, {"loss": loss.item(), "validation accuracy": accuracy, "learning rate": float(schedule.get_last_lr()[0])})
                 if world.is_main:
                     if accuracy > best:
                         checkpoint.save(best_file, {"network": network.state_dict(), "accuracy": accuracy})

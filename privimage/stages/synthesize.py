@@ -130,7 +130,9 @@ def _release(config: Config, run: RunDir, world: World, weights: dict, denoiser:
     if config.synthesize.images:
         _write_images(release / "images", images, labels)
     model = {"weights": {name: value.cpu() for name, value in weights["ema"].items()}, "classes": weights["classes"], "n_classes": weights["n_classes"]}
-    torch.save(model | {"model": config.model.model_dump(mode="json"), "resolution": config.data.resolution, "channels": config.data.channels}, release / "model.pt")
+    torch.save(
+        model | {"model": config.model.model_dump(mode="json"), "resolution": config.data.resolution, "channels": config.data.channels}, release / "model.pt"
+    )
     write_json(release / "PRIVACY.json", said)
     write_whole(release / "PRIVACY.md", statement_for_people(said).encode())
     strangers = sorted(entry.name for entry in release.iterdir() if entry.name not in RELEASED)

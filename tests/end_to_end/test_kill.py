@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.ranks import clean_environment
+from ranks import clean_environment
 
 
 def test_random_kills_change_nothing() -> None:

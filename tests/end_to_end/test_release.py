@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import REPOSITORY, clean_environment
 
 from privimage.config import Config, load
-from tests.ranks import REPOSITORY, clean_environment
 
 TINY = REPOSITORY / "tests" / "tiny.yaml"
 

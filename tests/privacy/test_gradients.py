@@ -24,7 +24,7 @@ def both(module: nn.Module, losses, *tensors: Tensor, way: str | None = None) ->
     """(name, folded gradient, oracle's gradient) of every parameter."""
     folded, oracle = copy.deepcopy(module), copy.deepcopy(module)
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
-    FoldedGradients(folded, {name: way for name in names} if way else None).backward(losses, *tensors)
+    FoldedGradients(folded, dict.fromkeys(names, way) if way else None).backward(losses, *tensors)
     VmapGradients(oracle).backward(losses, *tensors)
     pairs = zip(folded.named_parameters(), oracle.named_parameters(), strict=True)
     return [(name, p.grad_sample, q.grad_sample) for (name, p), (_, q) in pairs]

@@ -101,7 +101,7 @@ def test_an_announced_run_keeps_its_room_in_the_budget(ledger: Ledger) -> None:
     """The first run has charged one step of ten: the other nine are still its own."""
     ledger.charge("run", STEP, "step 0")
     limit = epsilon((QUERY, QUERY, Mechanism(2.0, 0.3, 15)), 1e-5)
-    with pytest.raises(UserError, match="privacy.budget"):
+    with pytest.raises(UserError, match=r"privacy\.budget"):
         ledger.announce("second", PLAN, (limit, 1e-5), "pld")
 
 
@@ -134,7 +134,7 @@ def test_processes_at_once_lose_no_charge(ledger: Ledger) -> None:
 def test_a_full_disk_releases_nothing_and_says_so(ledger: Ledger) -> None:
     ledger.path.unlink()
     ledger.path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="the ledger could not be written .* nothing was released"):
+    with pytest.raises(UserError, match=r"the ledger could not be written .* nothing was released"):
         ledger.charge("run", STEP, "a")
 
 

@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from ranks import run_ranks
 from scipy import stats
-
-from tests.ranks import run_ranks
 
 SCRIPT = """
 import hashlib, json, sys
@@ -36,7 +35,9 @@ size = sum(p.numel() for p in module.parameters())
 deviation = 0.0 if mode == "update" else plan.noise_multiplier * plan.max_grad_norm / world.size**0.5
 noise = NoiseStream(root, "aes-ctr", size, deviation, world.rank, 0)
 charged, batches_seen = [], []
-optimizer = PrivateOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), plan, world, noise, 0, charged.append, lambda: world.rank == world.size - 1 and len(charged) == steps)
+sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+def stop_requested(): return world.rank == world.size - 1 and len(charged) == steps
+optimizer = PrivateOptimizer(sgd, plan, world, noise, 0, charged.append, stop_requested)
 images = torch.randint(0, 256, (count, 1, 1, features), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
 data = SensitiveSet(images, torch.zeros(count, dtype=torch.int64).numpy(), world.device)
 gradients = FoldedGradients(module)
@@ -55,7 +56,8 @@ with BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer
             figures.append([optimizer.figures.images, optimizer.figures.stop])
 noise.close()
 digest = hashlib.sha256(json.dumps(updates).encode()).hexdigest()
-print(json.dumps({"updates": updates if world.is_main else [], "steps": len(updates), "digest": digest, "figures": figures, "charged": charged, "indices": batches_seen}))
+shown = updates if world.is_main else []
+print(json.dumps({"updates": shown, "steps": len(updates), "digest": digest, "figures": figures, "charged": charged, "indices": batches_seen}))
 world.close()
 """
 

@@ -50,7 +50,7 @@ def test_a_missing_setting_a_missing_file_and_bad_yaml_are_named(tmp_path: Path)
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=r"bad\.yaml: "):
             load(tmp_path / "bad.yaml")
-    with pytest.raises(UserError, match="finetune.steps: overrides are written section.key=value"):
+    with pytest.raises(UserError, match=r"finetune\.steps: overrides are written section.key=value"):
         load(QUICKSTART, ["finetune.steps"])
 
 

@@ -45,7 +45,7 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
 
     payload = pickle.dumps(Evil())
     (tmp_path / "c.pt").write_bytes(checkpoint.MAGIC + hashlib.sha256(payload).digest() + payload)
-    with pytest.raises(Exception, match="(?i)weights.only|unpickl"):
+    with pytest.raises(Exception, match=r"(?i)weights.only|unpickl"):
         checkpoint.load(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -121,6 +121,16 @@ def test_settings_of_stages_that_have_begun_must_stay(tiny_config: Config) -> No
     for section, values in (("query", {"steps": 99}), ("privacy", {"epsilon": 3.0}), ("data", {"channels": 3})):
         with pytest.raises(UserError, match=rf"made with other settings \({section}\.\w+ was .* now .*\); choose another run.dir, or go on"):
             run.reconcile(changed(tiny_config, section, **values))
+
+
+def test_a_damaged_configuration_of_a_run_is_named(tiny_config: Config) -> None:
+    run = RunDir(tiny_config.run.dir)
+    run.stage("query")
+    run.reconcile(tiny_config)
+    for text in ("a: [", "", "- x"):
+        (run.path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml: damaged, not readable as YAML"):
+            run.reconcile(tiny_config)
 
 
 def test_a_stage_that_is_not_finished_is_named(tmp_path: Path) -> None:
