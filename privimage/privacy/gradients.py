@@ -100,7 +100,7 @@ def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad
     that is not finite, or whose norm overflows, contributes exactly zero. Norms and sums are float32 or better.
     Returns the norms (B,) before clipping and which images were finite (B,): both private.
     """
-    samples = [p.grad_sample.float().flatten(1) for p in parameters]
+    samples = [p.grad_sample.float().flatten(1) for p in parameters]  # type: ignore[attr-defined]
     norms = torch.stack([torch.linalg.vector_norm(s, dim=1) for s in samples]).norm(dim=0)
     finite = norms.isfinite()
     # The rounding of float32 norms and sums must not carry an image past the bound.
