@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from queue import Empty
 
 import numpy as np
 import torch
@@ -71,7 +73,7 @@ class PublicStream:
                     _wait(batches)
                     yield next(batches)[0].clone()  # FFCV fills the same buffers again
             finally:
-                batches.close()  # or its thread would stay for ever with the batches that nobody takes
+                _end(batches)
             step += SPAN
 
 
@@ -111,6 +113,17 @@ def _loader(path: Path, batch_size: int, workers: int):
     # No transform of ours: one that raises, or that is compiled and comes after ToTensor, would never return.
     pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": None}
     return Loader(str(path), batch_size=batch_size, num_workers=threads, os_cache=True, order=Order(), pipelines=pipelines)
+
+
+def _end(batches) -> None:
+    """End a pass that may have been left early: FFCV's thread would stay for ever with the batches that nobody takes."""
+    batches.iter_ixes = iter(())
+    batches.close()
+    for _ in range(100):  # bounded: when Python itself ends, the thread no longer runs and is still called alive
+        if not batches.is_alive():
+            return
+        with suppress(Empty):
+            batches.output_queue.get(timeout=0.02)
 
 
 def _wait(batches) -> None:
