@@ -66,10 +66,10 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def killed_run(config: Config, kills: int, longest: float, seed: int) -> Counter:
     """Run to the end with up to `kills` kills at random moments; returns in which stage each fell."""
-    moments, fallen = random.Random(seed), Counter()
+    moments, fallen, stuck = random.Random(seed), Counter(), 1.0
     while True:
-        child = start(config)
-        deadline = time.monotonic() + moments.uniform(0, longest) if fallen.total() < kills else float("inf")
+        before, child = _stage(config), start(config)
+        deadline = time.monotonic() + moments.uniform(0, longest * stuck) if fallen.total() < kills else float("inf")
         while time.monotonic() < deadline:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -80,6 +80,7 @@ def killed_run(config: Config, kills: int, longest: float, seed: int) -> Counter
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         fallen[_stage(config)] += 1
+        stuck = 1.5 * stuck if _stage(config) == before else 1.0  # no stage may take all the kills
 
 
 def _stage(config: Config) -> str:
@@ -105,7 +106,7 @@ def problems(config: Config, undisturbed: dict[str, str]) -> list[str]:
     return found
 
 
-def trial(folder: Path, kills: int, longest: float = 4.0, seed: int = 0) -> tuple[Counter, list[str]]:
+def trial(folder: Path, kills: int, longest: float = 2.0, seed: int = 0) -> tuple[Counter, list[str]]:
     """One undisturbed run and killed ones until `kills` kills have fallen."""
     reference = configuration(folder / "undisturbed")
     killed_run(reference, 0, longest, seed)

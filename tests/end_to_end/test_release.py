@@ -25,9 +25,10 @@ def privimage(*arguments: str, seconds: float = 300) -> subprocess.CompletedProc
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """One finished run with a key from the operating system."""
     folder = tmp_path_factory.mktemp("runs")
-    ended = privimage("run", str(TINY), f"run.dir={folder / 'run'}")
+    settings = [f"run.dir={folder / 'run'}", "privacy.accountant=pld"]
+    ended = privimage("run", str(TINY), *settings)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return load(TINY, [f"run.dir={folder / 'run'}"])
+    return load(TINY, settings)
 
 
 def test_the_release_is_the_allow_list_and_nothing_else(finished: Config) -> None:
@@ -73,13 +74,13 @@ def test_no_key_or_loss_of_fine_tuning_is_outside_private(finished: Config) -> N
 
 def test_running_again_does_nothing(finished: Config) -> None:
     before = (finished.run.dir / "release" / "synthetic.npz").stat().st_mtime_ns
-    ended = privimage("run", str(TINY), f"run.dir={finished.run.dir}")
+    ended = privimage("run", str(TINY), f"run.dir={finished.run.dir}", "privacy.accountant=pld")
     assert ended.returncode == 0 and "finetune: done before" in ended.stderr
     assert (finished.run.dir / "release" / "synthetic.npz").stat().st_mtime_ns == before
 
 
 def test_other_settings_for_a_finished_run_are_refused_in_one_line(finished: Config) -> None:
-    ended = privimage("run", str(TINY), f"run.dir={finished.run.dir}", "privacy.epsilon=3")
+    ended = privimage("run", str(TINY), f"run.dir={finished.run.dir}", "privacy.accountant=pld", "privacy.epsilon=3")
     assert ended.returncode == 2
     assert "privacy.epsilon was 10.0, now 3.0" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
 
