@@ -30,21 +30,28 @@ def open_source(kind: str, path: Path | None, split: Split, labelled: bool = Tru
         source = _digits(split)
     elif path is None:
         raise UserError(f"kind {kind} needs a path")
-    elif kind in ("cifar10", "mnist", "fashion-mnist"):
-        source = _torchvision(kind, path, split)
-    elif kind == "celeba":
-        source = _celeba(path)
-    elif not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    elif kind == "folder":
-        source = _folder(_part(path, split), labelled)
-    elif kind == "npz":
-        source = _npz(_part(path, split, ".npz"), labelled)
     else:
-        source = _stored(path)
+        try:
+            source = _at(path, kind, split, labelled)
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: not readable ({error.strerror})") from None
     if labelled:
         return source
     return Source(source.whole, source.names, np.zeros(len(source), np.int64), ONE_CLASS, source.side)
+
+
+def _at(path: Path, kind: str, split: Split, labelled: bool) -> Source:
+    if kind in ("cifar10", "mnist", "fashion-mnist"):
+        return _torchvision(kind, path, split)
+    if kind == "celeba":
+        return _celeba(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if kind == "folder":
+        return _folder(_part(path, split), labelled)
+    if kind == "npz":
+        return _npz(_part(path, split, ".npz"), labelled)
+    return _stored(path)
 
 
 def holds_test_split(kind: str, path: Path) -> bool:

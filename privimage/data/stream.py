@@ -119,7 +119,7 @@ def _end(batches) -> None:
     """End a pass that may have been left early: FFCV's thread would stay for ever with the batches that nobody takes."""
     batches.iter_ixes = iter(())
     batches.close()
-    for _ in range(100):  # bounded: when Python itself ends, the thread no longer runs and is still called alive
+    for _ in range(25):  # bounded: when Python itself ends, the thread no longer runs and is still called alive
         if not batches.is_alive():
             return
         with suppress(Empty):

@@ -193,11 +193,17 @@ def test_images_of_mixed_sizes(tmp_path: Path) -> None:
     assert "mixed sizes" in told("npz", tmp_path / "set.npz")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"not a zip", lambda data: data[:300] + bytes(200) + data[500:]])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"not a zip", lambda data: data[:300] + bytes(200) + data[500:]], ids=["half", "text", "hole"]
+)
 def test_a_damaged_npz(tmp_path: Path, damage) -> None:
     path = save_npz(tmp_path / "set.npz", numbered(30), LABELS)
     path.write_bytes(damage(path.read_bytes()))
     assert told("npz", path).startswith(f"{path}: not readable as npz")
+
+
+def test_a_path_that_the_system_refuses(tmp_path: Path) -> None:
+    assert "not readable (File name too long)" in told("folder", tmp_path / ("long" * 100))
 
 
 def test_a_folder_without_classes_and_one_with_an_empty_class(tmp_path: Path) -> None:
@@ -213,7 +219,7 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", jpeg()[:600], b"\x89PNG\r\n\x1a\n" + bytes(40)])
+@pytest.mark.parametrize("content", [b"", b"text", jpeg()[:600], b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "cut off", "head of a PNG"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_does_not_decode_is_named(tmp_path: Path, content: bytes, workers: int) -> None:
     path = save_folder(tmp_path / "set", numbered(30), LABELS)
