@@ -131,6 +131,19 @@ def test_processes_at_once_lose_no_charge(ledger: Ledger) -> None:
     assert ledger.read().mechanisms() == (Mechanism(2.0, 0.3, 180),)
 
 
+def test_of_runs_that_announce_at_once_the_budget_admits_as_many_as_fit(tmp_path) -> None:
+    """Five real processes, room for one: the check and the announcement are one, or several would find the room free."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom privimage.errors import UserError\nfrom privimage.privacy.accounting import Mechanism\n"
+        "from privimage.privacy.ledger import Ledger\n"
+        "try: Ledger(Path(sys.argv[1]), 'f' * 64).announce(sys.argv[2], (Mechanism(2.0, 0.3, 10),), (float(sys.argv[3]), 1e-5), 'pld')\n"
+        "except UserError: sys.exit(2)\n"
+    )
+    limit = str(epsilon((Mechanism(2.0, 0.3, 10),), 1e-5) * 1.01)
+    together = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"run {n}", limit]) for n in range(5)]
+    assert sorted(process.wait(120) for process in together) == [0, 2, 2, 2, 2]
+
+
 def test_a_full_disk_releases_nothing_and_says_so(ledger: Ledger) -> None:
     ledger.path.unlink()
     ledger.path.symlink_to("/dev/full")
