@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import dp_accounting
+import numpy as np
 from dp_accounting import pld, rdp
 from scipy.optimize import brentq
 
@@ -55,6 +56,12 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float, accountant: str = "pl
     References: Koskela et al. 2020 and Doroshenko et al. 2022 (PLD); Mironov et al. 2019 (RDP of the sampled Gaussian).
     """
     return max(0.0, _composed(tuple(mechanisms), accountant, interval).get_epsilon(delta))
+
+
+def profile(mechanisms: Iterable[Mechanism], epsilons: np.ndarray) -> np.ndarray:
+    """Delta of the composition at each of `epsilons` >= 0, in either direction of the neighbouring relation: upper bounds, by PLD."""
+    composed = _composed(tuple(mechanisms), "pld", COARSE)
+    return np.array([composed.get_delta(e) for e in epsilons])
 
 
 def best_guess(mechanisms: Iterable[Mechanism]) -> float:

@@ -52,6 +52,10 @@ class FinetunePlan:
         """What the accountant sees."""
         return Mechanism(self.noise_multiplier, float(self.sample_rate), self.steps)
 
+    def rank_deviation(self, ranks: int) -> float:
+        """Standard deviation of the noise that each of `ranks` ranks adds to its sum: sigma C / sqrt(W); 0 without noise."""
+        return self.noise_multiplier * self.max_grad_norm / math.sqrt(ranks) if self.noise_multiplier else 0.0
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:

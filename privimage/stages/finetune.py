@@ -57,7 +57,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         ema.load_state_dict(state["ema"])
 
     source = config.privacy.noise_source
-    deviation = plan.noise_multiplier * plan.max_grad_norm / world.size**0.5 if plan.noise_multiplier else 0.0
+    deviation = plan.rank_deviation(world.size)
     size = sum(p.numel() for p in denoiser.parameters())
     noise = NoiseStream(account.root, source, size, deviation, world.rank, attempt.number) if deviation else None
     single = Mechanism(plan.noise_multiplier, float(plan.sample_rate))
