@@ -1,8 +1,9 @@
 """The ledger: append-only, adds up, counts replays once and torn lines always, refuses what exceeds the budget."""
 
 import json
-import subprocess
+import multiprocessing
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -117,31 +118,41 @@ def test_a_run_without_noise_exhausts_every_budget(ledger: Ledger) -> None:
         ledger.announce("second", PLAN, (1e6, 1e-5), "pld")
 
 
+def at_once(count: int, work: Callable[[int], None]) -> list[int]:
+    """Run `work(n)` in `count` forked processes and return their exit statuses; 2 for a UserError."""
+
+    def one(number: int) -> None:
+        try:
+            work(number)
+        except UserError:
+            sys.exit(2)
+
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
 def test_processes_at_once_lose_no_charge(ledger: Ledger) -> None:
     """Six real processes append 30 charges each."""
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom privimage.privacy.ledger import Ledger\nfrom privimage.privacy.accounting import Mechanism\n"
-        "ledger = Ledger(Path(sys.argv[1]), 'f' * 64)\n"
-        "for n in range(30): ledger.charge(sys.argv[2], Mechanism(2.0, 0.3), str(n))\n"
-    )
-    folder = str(ledger.path.parent)
-    together = [subprocess.Popen([sys.executable, "-c", script, folder, f"run {n}"]) for n in range(6)]
-    assert [process.wait(120) for process in together] == [0] * 6
+
+    def charge(number: int) -> None:
+        for step in range(30):
+            ledger.charge(f"run {number}", STEP, str(step))
+
+    assert at_once(6, charge) == [0] * 6
     assert ledger.read().torn == 0
     assert ledger.read().mechanisms() == (Mechanism(2.0, 0.3, 180),)
 
 
 def test_of_runs_that_announce_at_once_the_budget_admits_as_many_as_fit(tmp_path) -> None:
     """Five real processes, room for one: the check and the announcement are one, or several would find the room free."""
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom privimage.errors import UserError\nfrom privimage.privacy.accounting import Mechanism\n"
-        "from privimage.privacy.ledger import Ledger\n"
-        "try: Ledger(Path(sys.argv[1]), 'f' * 64).announce(sys.argv[2], (Mechanism(2.0, 0.3, 10),), (float(sys.argv[3]), 1e-5), 'pld')\n"
-        "except UserError: sys.exit(2)\n"
-    )
-    limit = str(epsilon((Mechanism(2.0, 0.3, 10),), 1e-5) * 1.01)
-    together = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"run {n}", limit]) for n in range(5)]
-    assert sorted(process.wait(120) for process in together) == [0, 2, 2, 2, 2]
+    plan = (Mechanism(2.0, 0.3, 10),)
+    limit = epsilon(plan, 1e-5) * 1.01
+    ledger = Ledger(tmp_path, "f" * 64)
+    assert sorted(at_once(5, lambda number: ledger.announce(f"run {number}", plan, (limit, 1e-5), "pld"))) == [0, 2, 2, 2, 2]
 
 
 def test_a_full_disk_releases_nothing_and_says_so(ledger: Ledger) -> None:
