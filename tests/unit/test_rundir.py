@@ -145,3 +145,11 @@ def test_whole_files_replace_whole_files(tmp_path: Path) -> None:
     for content in (b"one", b"two" * 1000, b""):
         write_whole(tmp_path / "f", content)
         assert (tmp_path / "f").read_bytes() == content
+
+
+def test_whoever_has_the_old_file_open_goes_on_reading_the_old_file(tmp_path: Path) -> None:
+    """Replaced by a rename, never rewritten in place: a crash in the middle would leave half of each."""
+    write_whole(tmp_path / "f", b"old")
+    with open(tmp_path / "f", "rb") as reader:
+        write_whole(tmp_path / "f", b"new and longer")
+        assert reader.read() == b"old"
