@@ -10,10 +10,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Curves:
-    """Scalars and pictures of one stage; does nothing on ranks other than the main one."""
+    """Scalars and pictures of one stage that has done `step` steps; does nothing on ranks other than the main one."""
 
     def __init__(self, folder: Path, stage: str, step: int, shown: bool):
-        self.writer = SummaryWriter(str(folder / stage), purge_step=step) if shown else None
+        # What a killed run wrote of later steps is replaced; the point of `step` itself is kept.
+        self.writer = SummaryWriter(str(folder / stage), purge_step=step + 1) if shown else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points of several curves at `step`."""
