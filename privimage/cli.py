@@ -62,6 +62,22 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option(min=100, max=1_000_000, help="how many; more give a tighter bound, and take time by their square")] = 5000,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999999, help="probability with which the bound holds")] = 0.95,
+) -> None:
+    """Attack the private training with canaries: a lower bound on epsilon beside the claim, without touching data."""
+    from privimage.config import load
+    from privimage.planning import public_size
+    from privimage.privacy.audit import run
+
+    settings = load(config, overrides or ())
+    sys.exit(run(settings, public_size(settings)[0], canaries, confidence))
+
+
+@app.command()
 def privacy(path: Annotated[Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")]) -> None:
     """Compose what was spent on a sensitive set, from its ledger."""
     from privimage.privacy.show import show
