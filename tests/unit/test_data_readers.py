@@ -12,6 +12,7 @@ from data_sets import numbered, save_folder, save_npz, source_of
 from PIL import Image
 
 from privimage.config import Config
+from privimage.data import store
 from privimage.data.decode import Source
 from privimage.data.readers import open_source
 from privimage.data.sources import ImageSet, has_test_split, read, read_sensitive
@@ -96,10 +97,16 @@ def with_sensitive(config: Config, **settings) -> Config:
 
 
 def test_training_images_are_never_taken_for_held_out_ones(tmp_path: Path, tiny_config: Config) -> None:
-    config = with_sensitive(tiny_config, kind="npz", path=save_npz(tmp_path / "set.npz", numbered(30), LABELS))
-    assert not has_test_split(config)
-    with pytest.raises(UserError, match=r"data\.sensitive\.test_path"):
-        read_sensitive(config, "test")
+    path = save_npz(tmp_path / "set.npz", numbered(30), LABELS)
+    store.write(source_of(numbered(30), LABELS), tmp_path / "set.npy", 8, 1, 0)
+    for kind, place in (("npz", path), ("folder", save_folder(tmp_path / "set", numbered(30), LABELS)), ("beton", tmp_path / "set.npy")):
+        config = with_sensitive(tiny_config, kind=kind, path=place)
+        assert not has_test_split(config)
+        with pytest.raises(UserError, match=r"data\.sensitive\.test_path"):
+            read_sensitive(config, "test")
+        if kind != "beton":
+            with pytest.raises(UserError, match="has no test"):
+                open_source(kind, place, "test")
 
 
 @pytest.mark.parametrize(("key", "value"), [("count", 31), ("classes", 4)])
