@@ -1,15 +1,17 @@
 """What all tests share: the data beside the repository, root, one thread a process, and a tiny configuration."""
 
 import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import REPOSITORY, SMALL, TINY, clean_environment
 
 from privimage.config import Config, load
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = REPOSITORY / "tests" / "tiny.yaml"
+from privimage.rundir import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -35,3 +37,28 @@ def root() -> None:
 def tiny_config(tmp_path: Path) -> Config:
     """The whole pipeline on embedded 8x8 images with the smallest networks: seconds on one thread. The run is in `tmp_path/run`."""
     return load(TINY, [f"run.dir={tmp_path / 'run'}"])
+
+
+@pytest.fixture(scope="session")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with prepare, query and select finished, with a fixed key, and no evaluation to come."""
+    folder = tmp_path_factory.mktemp("selected") / "run"
+    for stage in ("prepare", "query", "select"):
+        command = ["privimage", stage, str(TINY), f"run.dir={folder}", *SMALL]
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    (folder / "evaluate").mkdir()
+    write_json(folder / "evaluate" / "done.json", {"images": 0})
+    return folder
+
+
+@pytest.fixture
+def a_copy(selected: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Copies of `selected`, each with ledgers of its own: `a_copy("name")` is the path of one."""
+
+    def copy(name: str) -> Path:
+        folder = tmp_path / name / "run"
+        shutil.copytree(selected.parent, folder.parent)
+        return folder
+
+    return copy

@@ -18,7 +18,14 @@ from privimage.distributed.launch import free_port
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "tests" / "tiny.yaml"
 # Few steps, and fixed noise, so that results can be compared.
-SMALL = ("pretrain.steps=8", "pretrain.checkpoint_every=4", "finetune.checkpoint_every=1", "synthesize.samples=20", "privacy.insecure_fixed_key=7")
+SMALL = (
+    "pretrain.steps=8",
+    "pretrain.checkpoint_every=4",
+    "finetune.steps=20",
+    "finetune.checkpoint_every=1",
+    "synthesize.samples=20",
+    "privacy.insecure_fixed_key=7",
+)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "PRIVIMAGE_STATUS_FILE")
 
 server = multiprocessing.get_context("forkserver")

@@ -49,10 +49,11 @@ def sbatch_options(config: Config, stage: str, environ: Mapping[str, str]) -> li
     return [*options, *config.slurm.options]
 
 
-def submit(config: Config, name: str, options: Sequence[str], arguments: Sequence[str], script: Path = SCRIPT) -> str:
+def submit(config: Config, name: str, log: Path, options: Sequence[str], arguments: Sequence[str], script: Path = SCRIPT) -> str:
     """Submit a job and return its id. Raises UserError with what sbatch says."""
-    environ = {**os.environ, "PRIVIMAGE_HOME": str(HOME), "SETUP": config.slurm.setup, "CONTAINER": config.slurm.container}
-    command = ["sbatch", "--parsable", f"--job-name={name}", *options, str(script), *arguments]
+    settings = {"PRIVIMAGE_HOME": HOME, "SETUP": config.slurm.setup, "CONTAINER": config.slurm.container, "STATUS_FOLDER": log.parent.resolve()}
+    environ = os.environ | {key: str(value) for key, value in settings.items()}
+    command = ["sbatch", "--parsable", f"--job-name=privimage-{name}", f"--output={log}", *options, str(script), *arguments]
     try:
         answer = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -75,7 +76,7 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         log = logs / f"{stage}-%j.out"
         jobs.append(
-            submit(config, f"privimage-{stage}", [*sbatch_options(config, stage, os.environ), *after, f"--output={log}"], [stage, str(path), *overrides])
+            submit(config, stage, log, [*sbatch_options(config, stage, os.environ), *after], [stage, str(path), *overrides])
         )
         print(f"{stage:12} job {jobs[-1]}  {str(log).replace('%j', jobs[-1])}", flush=True)
     _submit_summary(config, jobs, logs, [run])
@@ -91,8 +92,8 @@ def sweep(words: Sequence[str]) -> None:
     logs = _logs(RunDir(config.run.dir.parent))
     tasks = logs / f"sweep-{os.getpid()}.tasks"
     tasks.write_text("".join(shlex.join([str(path), *overrides]) + "\n" for path, overrides in variants))
-    options = [*sbatch_options(config, "run", os.environ), f"--array=0-{len(variants) - 1}", f"--output={logs / 'sweep-%A-%a.out'}"]
-    job = submit(config, "privimage-sweep", options, ["--tasks", str(tasks)])
+    options = [*sbatch_options(config, "run", os.environ), f"--array=0-{len(variants) - 1}"]
+    job = submit(config, "sweep", logs / "sweep-%A-%a.out", options, ["--tasks", str(tasks)])
     for number, (run, (path, overrides)) in enumerate(zip(runs, variants, strict=True)):
         print(f"job {job}_{number}  {run.path}  {path} {' '.join(overrides)}")
     _submit_summary(config, [job], logs, runs)
@@ -144,8 +145,8 @@ def _submit_summary(config: Config, jobs: Sequence[str], logs: Path, runs: Seque
     if not jobs:
         return
     log = logs / "summary-%j.out"
-    options = [*config.slurm.options, f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1", f"--output={log}"]
-    job = submit(config, "privimage-summary", options, [str(run.path) for run in runs], SCRIPT.with_name("summary.sbatch"))
+    options = [*config.slurm.options, f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1"]
+    job = submit(config, "summary", log, options, [str(run.path) for run in runs], SCRIPT.with_name("summary.sbatch"))
     print(f"{'summary':12} job {job}  {str(log).replace('%j', job)}")
 
 

@@ -1,0 +1,179 @@
+"""Strong scaling of pretraining and private fine-tuning from one rank to more, and what 64 or 512 GPUs would take.
+
+    python benchmarks/scaling.py [--device cuda] [--ranks 2] [--rounds 5]
+
+The same global batch on 1 rank and on `--ranks` ranks, one thread each on a CPU, the two in turn in one run; medians. Also
+counts the all-reduces of a logical step and their bytes, and models the time on clusters from the measured computing and
+stated figures of a network.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch.utils.data import DataLoader
+
+from privimage.config import Runtime, parse
+from privimage.data.sensitive import SensitiveSet
+from privimage.distributed.engine import make_engine
+from privimage.distributed.launch import free_port
+from privimage.distributed.world import World, connect
+from privimage.models import edm, parameters
+from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.gradients import FoldedGradients
+from privimage.privacy.keys import insecure_fixed
+from privimage.privacy.noise import NoiseStream
+from privimage.privacy.optimizer import PrivateOptimizer
+from privimage.privacy.plan import FinetunePlan
+from privimage.privacy.sampling import PoissonBatches
+
+BATCH, COPIES, PHYSICAL, COUNT = 32, 4, 8, 320  # images of a step over all ranks, noise copies, images at once, images of the set
+
+# A node of 8 GPUs on NVLink, nodes on one 400 Gb/s InfiniBand port a GPU: what their makers state, halved.
+NODE_BANDWIDTH, NETWORK_BANDWIDTH, HOP_SECONDS, NODE_GPUS = 225e9, 25e9, 10e-6, 8
+
+
+def pretraining(world: World):
+    """A function that takes one step on this rank's share of the batch and returns the images of all ranks."""
+    config = parse({"run": {"dir": "none"}, "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "digits"}}})
+    torch.manual_seed(0)
+    engine = make_engine(config, edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device), world)
+    own = BATCH // world.size
+    images, labels = torch.randn(own, 3, 32, 32, device=world.device), torch.randint(0, 10, (own,), device=world.device)
+    sigma, noise = torch.rand(own, device=world.device) + 0.1, torch.randn(own, 3, 32, 32, device=world.device)
+
+    def step() -> None:
+        engine.backward_and_step(edm.loss(engine.forward, images, labels, sigma, noise).mean())
+
+    return step
+
+
+def finetuning(world: World):
+    """A function that takes one private step: Poisson sample, per-image gradients, clip, noise, one all-reduce, update."""
+    torch.manual_seed(0)
+    network = edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device)
+    plan, root, size = FinetunePlan(COUNT, BATCH, 1000, 2.0, 1e-3, COPIES), insecure_fixed(1), parameters(network)
+    noise = NoiseStream(root, "aes-ctr", size, plan.noise_multiplier * plan.max_grad_norm / world.size**0.5, world.rank, 0)
+    optimizer = PrivateOptimizer(torch.optim.Adam(network.parameters()), plan, world, noise, 0, lambda step: None, lambda: False)
+    batches = PoissonBatches(root, "aes-ctr", 0, COUNT, plan.sample_rate, range(1000), world.rank, world.size)
+    images = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8).numpy()
+    data = SensitiveSet(images, torch.arange(COUNT).numpy() % 10, world.device)
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=lambda batch: batch)
+    gradients = FoldedGradients(network)
+
+    def logical_steps():
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=PHYSICAL, optimizer=optimizer) as physical:
+            for x, labels, _ in physical:
+                if len(x):
+                    shape = (len(x), COPIES)
+                    sigma, draws = torch.rand(shape, device=world.device) + 0.1, torch.randn(*shape, 3, 32, 32, device=world.device)
+                    inputs = edm.to_unit(x)[:, None].expand(-1, COPIES, -1, -1, -1), labels[:, None].expand(shape)
+                    gradients.backward(edm.loss, *inputs, sigma, draws)
+                if optimizer.step():
+                    yield
+
+    steps = logical_steps()
+    return lambda: next(steps)
+
+
+def serve(work: str) -> None:
+    """One rank: take a step whenever the parent writes a line; print its seconds, and the bytes that it all-reduced."""
+    world = connect(Runtime(device=os.environ["DEVICE"], threads=1))
+    step = {"pretrain": pretraining, "finetune": finetuning}[work](world)
+    sent = [0, 0]
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *arguments, **named):
+        sent[0], sent[1] = sent[0] + 1, sent[1] + tensor.numel() * tensor.element_size()
+        return all_reduce(tensor, *arguments, **named)
+
+    dist.all_reduce = counted
+    for _ in sys.stdin:
+        world.barrier()
+        sent[:] = 0, 0
+        start = time.perf_counter()
+        step()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        print(time.perf_counter() - start, *sent, flush=True)
+
+
+class Ranks:
+    """Processes of one size of world that wait for their turn."""
+
+    def __init__(self, work: str, size: int, device: str):
+        port = str(free_port())
+        self.processes = []
+        for rank in range(size):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = os.environ | {key: str(value) for key, value in place.items()} | {"DEVICE": device, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, __file__, "--serve", work]
+            self.processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+
+    def step(self) -> tuple[float, int, int]:
+        """Seconds of the slowest rank, all-reduces and bytes of one."""
+        for process in self.processes:
+            process.stdin.write("step\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline().split() for process in self.processes]
+        return max(float(answer[0]) for answer in answers), int(answers[0][1]), int(answers[0][2])
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def model(compute_seconds: float, size: int, gradient_bytes: int) -> tuple[float, float]:
+    """Seconds of computing and of the all-reduce of a step on `size` GPUs: a ring in each node, a ring between the nodes.
+
+    `compute_seconds` is the time of the whole batch on one GPU.
+    """
+    inside, nodes = min(size, NODE_GPUS), max(1, size // NODE_GPUS)
+    seconds = 2 * (inside - 1) / inside * gradient_bytes / NODE_BANDWIDTH + 2 * (inside - 1) * HOP_SECONDS
+    seconds += 2 * (nodes - 1) / nodes * gradient_bytes / inside / NETWORK_BANDWIDTH + 2 * (nodes - 1) * HOP_SECONDS
+    return compute_seconds / size, seconds
+
+
+def main() -> None:
+    """Run and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", choices=("pretrain", "finetune"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve)
+        return
+    print(f"1.75M DDPM++, {BATCH} images a step ({COPIES} copies each in fine-tuning), {arguments.device}, medians of {arguments.rounds} interleaved rounds")
+    print(f"{'':10}{'1 rank, s':>12}{f'{arguments.ranks} ranks, s':>12}{'efficiency':>12}{'all-reduces':>13}{'bytes':>12}")
+    for work in ("pretrain", "finetune"):
+        worlds = [Ranks(work, 1, arguments.device), Ranks(work, arguments.ranks, arguments.device)]
+        try:
+            for world in worlds:
+                world.step()
+            rounds = [[world.step() for world in worlds] for _ in range(arguments.rounds)]
+        finally:
+            for world in worlds:
+                world.close()
+        alone, together = (statistics.median(step[number][0] for step in rounds) for number in (0, 1))
+        _, calls, count = rounds[0][1]
+        traffic = f"{calls:>13}{count:>12,}" if work == "finetune" else f"{'by DDP':>13}{'':>12}"
+        print(f"{work:10}{alone:12.3f}{together:12.3f}{alone / together / arguments.ranks:12.2f}{traffic}", flush=True)
+    print("\nmodel of a private step of 16,384 images x 8 copies, 100 us an image and copy on one GPU; seconds")
+    print(f"{'GPUs':>6}{'computing':>12}{'all-reduce':>12}{'efficiency':>12}")
+    for size in (1, 8, 64, 512):
+        compute, network = model(16_384 * 8 * 100e-6, size, 1_754_499 * 4)
+        print(f"{size:>6}{compute:12.4f}{network:12.5f}{compute / (compute + network):12.3f}")
+
+
+if __name__ == "__main__":
+    main()

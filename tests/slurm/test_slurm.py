@@ -1,0 +1,233 @@
+"""A real SLURM of two nodes: chained jobs, sweeps, and what clusters do to jobs. Needs root and network namespaces."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import REPOSITORY, SMALL, TINY, clean_environment
+
+from privimage import curves
+from privimage.distributed import checkpoint
+from privimage.distributed.launch import free_port
+from privimage.rundir import read_json
+
+HERE = Path(__file__).parent
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Cluster:
+    """The emulated cluster and the commands of its user."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.env = folder, clean_environment(SLURM_CONF=str(folder / "etc" / "slurm.conf"))
+
+    def call(self, *command: str | Path, **env: str) -> str:
+        """Run a command as a user of the cluster and return what it prints."""
+        answer = subprocess.run(command, env=self.env | env, capture_output=True, text=True, check=False, cwd=self.folder)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of a job."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", number).split("\n\n")[0]))
+
+    def wait(self, number: str, seconds: float = 240) -> dict[str, str]:
+        """Wait for the end of a job."""
+        return self.wait_until(lambda: (job := self.job(number))["JobState"] in ENDED and job, seconds)
+
+    def wait_until(self, condition: Callable, seconds: float = 120):
+        """Wait for something that the cluster or a run does, and return it."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, self.call("squeue", "--long") + self.logs()
+            time.sleep(0.1)
+        return found
+
+    def logs(self) -> str:
+        """All logs of jobs, for a test that fails."""
+        return "".join(f"\n== {path}\n{path.read_text()}" for path in sorted(self.folder.parents[1].glob("**/*.out")))
+
+    def link(self, node: int, state: str) -> None:
+        """Take the network of a node up or down."""
+        self.call("ip", "link", "set", f"piveth{node}", state)
+
+    def kill_node(self, node: int) -> None:
+        """All processes of a node at once, as when its power fails."""
+        for pid in self.call("ip", "netns", "pids", f"pinode{node}").split():
+            os.kill(int(pid), signal.SIGKILL)
+
+    def start_node(self, node: int) -> None:
+        """Power on."""
+        self.call(HERE / "slurm_node.sh", self.folder, str(node))
+
+
+@pytest.fixture(scope="module")
+def cluster(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes with fake GPUs, or a visible skip where this machine has no network namespaces."""
+    folder = tmp_path_factory.mktemp("cluster") / "slurm"
+    up = subprocess.run([HERE / "slurm_up.sh", folder], capture_output=True, text=True, check=False)
+    if up.returncode and re.search("not permitted|not supported|Cannot open network namespace", up.stderr):
+        pytest.skip(f"no SLURM on this machine: {up.stderr.splitlines()[-1]}")
+    assert up.returncode == 0, up.stderr
+    yield Cluster(folder)
+    subprocess.run([HERE / "slurm_down.sh", folder], check=True)
+
+
+def weights(folder: Path, stage: str = "finetune") -> dict[str, torch.Tensor]:
+    """The averaged weights of a finished stage."""
+    state = checkpoint.load(folder / stage / "weights.pt")
+    assert state is not None
+    return state["ema"]
+
+
+def submitted(text: str) -> dict[str, str]:
+    """Stage to job id, from what pipeline.sh prints."""
+    return dict(re.findall(r"^(\w+) +job (\d+)", text, re.MULTILINE))
+
+
+def test_the_pipeline_runs_as_chained_jobs_on_two_nodes_with_gpus(cluster: Cluster, tmp_path: Path):
+    folder = tmp_path / "run"
+    first = cluster.call(
+        REPOSITORY / "slurm" / "pipeline.sh", TINY, f"run.dir={folder}", *SMALL, NODES="2", GPUS="2", RANKS="1", PREPARE_NODES="1", MEMORY="4G"
+    )
+    jobs = submitted(first)
+    assert list(jobs) == ["prepare", "query", "select", "pretrain", "finetune", "synthesize", "evaluate", "summary"]
+    cluster.wait(jobs["summary"])
+    for stage in list(jobs)[:-1]:
+        assert read_json(folder / stage / "done.json")["ranks"] == (1 if stage == "prepare" else 2)
+    job = cluster.job(jobs["finetune"])
+    assert (job["NumNodes"], job["TresPerNode"], job["MinMemoryNode"], job["Requeue"]) == ("2", "gres:gpu:2", "4G", "1")
+    assert (folder / "slurm" / f"summary-{jobs['summary']}.out").read_text() == f"{folder}: finished\n"
+    assert (folder / "evaluate" / "report.html").exists()
+    assert len(np.load(folder / "release" / "synthetic.npz")["images"]) == 20
+    again = cluster.call(REPOSITORY / "slurm" / "pipeline.sh", TINY, f"run.dir={folder}", *SMALL)
+    assert again.count("done before") == 7
+    assert not submitted(again)
+
+
+def test_a_sweep_over_three_epsilons_is_an_array_with_a_run_for_each(cluster: Cluster, tmp_path: Path):
+    settings = ("method=dpdm", "evaluate.before=false", f"run.dir={tmp_path}/sweep", "synthesize.samples=20")
+    text = cluster.call(REPOSITORY / "slurm" / "sweep.sh", TINY, "privacy.epsilon=1,5,10", *settings, CPUS="1")
+    summary = submitted(text)["summary"]
+    cluster.wait(summary)
+    told = "".join(f"{tmp_path}/sweep-epsilon{epsilon}: finished\n" for epsilon in (1, 5, 10))
+    assert (tmp_path / "slurm" / f"summary-{summary}.out").read_text() == told, cluster.logs()
+    promised = [read_json(tmp_path / f"sweep-epsilon{epsilon}" / "release" / "PRIVACY.json")["epsilon"] for epsilon in (1, 5, 10)]
+    assert promised == sorted(promised)
+    assert promised[0] <= 1 < promised[1] <= 5 < promised[2] <= 10
+
+
+def test_a_failed_stage_cancels_what_waits_for_it_and_says_what_to_do(cluster: Cluster, tmp_path: Path):
+    folder, missing = tmp_path / "run", tmp_path / "missing.npz"
+    settings = ("method=dpdm", "data.sensitive.kind=npz", f"data.sensitive.path={missing}", f"run.dir={folder}")
+    jobs = submitted(cluster.call(REPOSITORY / "slurm" / "pipeline.sh", TINY, *settings))
+    cluster.wait(jobs["summary"])
+    states = {stage: cluster.job(number)["JobState"] for stage, number in jobs.items()}
+    assert states == {"finetune": "FAILED", "synthesize": "CANCELLED", "evaluate": "CANCELLED", "summary": "FAILED"}
+    assert cluster.job(jobs["finetune"])["ExitCode"] == "2:0"
+    log = (folder / "slurm" / f"finetune-{jobs['finetune']}.out").read_text()
+    assert log.count("privimage: error: ") == log.count(str(missing)) - 1 == 1  # the first line repeats the command
+    assert "When it is mended, submit again" in log
+    summary = (folder / "slurm" / f"summary-{jobs['summary']}.out").read_text()
+    assert "ended before finetune was finished" in summary
+    assert "submit again" in summary
+
+
+@pytest.fixture(scope="module")
+def undisturbed(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two ranks that nobody disturbs, under torchrun."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "copy" / "run"
+    shutil.copytree(selected.parent, folder.parent)
+    command = [REPOSITORY / "launchers" / "torchrun.sh", "run", TINY, f"run.dir={folder}", *SMALL]
+    done = subprocess.run(command, env=clean_environment(RANKS="2"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_job_that_is_stopped_preempted_and_loses_a_node_and_the_network_ends_like_an_undisturbed_one(
+    cluster: Cluster, a_copy: Callable[[str], Path], undisturbed: Path
+):
+    folder = a_copy("disturbed")
+    file, log = folder / "finetune" / "checkpoint.pt", folder.parent / "job.out"
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={log}"]
+    settings = (f"run.dir={folder}", *SMALL, "runtime.timeout_minutes=0.5")
+    job = cluster.call("sbatch", *options, REPOSITORY / "slurm" / "stage.sbatch", "run", str(TINY), *settings, PRIVIMAGE_HOME=str(REPOSITORY)).strip()
+
+    def wait_for_a_step_of_start(number: int) -> None:
+        started = f"restart {number}"
+        cluster.wait_until(lambda: log.exists() and started in log.read_text())
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        cluster.wait_until(lambda: file.exists() and file.stat().st_mtime_ns > before)
+
+    wait_for_a_step_of_start(0)
+    cluster.call("scancel", "--signal=USR2", job)
+    wait_for_a_step_of_start(1)
+    assert "SIGUSR2: stopping at the end of this step" in log.read_text()
+    cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_for_a_step_of_start(2)
+    assert "DUE TO PREEMPTION" in log.read_text()
+    assert log.read_text().count("privimage: stopped: finetune: saved at step") == 2
+    cluster.kill_node(2)
+    cluster.wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING")
+    cluster.start_node(2)
+    wait_for_a_step_of_start(3)
+    assert "lost contact with the others" in log.read_text()
+    cluster.link(2, "down")
+    cluster.wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING")
+    cluster.link(2, "up")
+    wait_for_a_step_of_start(4)
+    assert log.read_text().count("taken off its nodes by SLURM, which queues it again") == 3
+    cluster.link(2, "down")
+    time.sleep(5)  # a cut of five seconds is what happens here, not a wait for something
+    cluster.link(2, "up")
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "4"), log.read_text()
+
+    expected = weights(undisturbed)
+    for name, value in weights(folder).items():
+        assert torch.equal(value, expected[name]), name
+    images = [np.load(path / "release" / "synthetic.npz")["images"] for path in (folder, undisturbed)]
+    assert np.array_equal(*images)
+    assert_curves_have_each_point_once(folder, undisturbed)
+
+
+def assert_curves_have_each_point_once(folder: Path, undisturbed: Path) -> None:
+    """Ask TensorBoard itself, through its web interface, for the curves of both runs."""
+    port = free_port()
+    server = subprocess.Popen(
+        ["tensorboard", "--logdir", folder.parent, "--port", str(port), "--load_fast=false"], env=clean_environment(), stderr=subprocess.DEVNULL
+    )
+
+    def ask(path: str) -> list | dict:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/{path}") as answer:
+                    if found := json.load(answer):
+                        return found
+            except OSError:
+                pass
+            assert time.monotonic() < deadline, f"TensorBoard does not answer {path}"
+            time.sleep(0.2)
+
+    try:
+        for run, tag in (("run/private/tensorboard/finetune", "loss"), ("run/tensorboard/finetune", "learning rate")):
+            query = urllib.parse.urlencode({"run": run, "tag": tag})
+            points = ask(f"plugin/scalars/scalars?{query}")
+            steps, values = curves.points(undisturbed.parent / run, tag)
+            assert [step for _, step, _ in points] == steps == list(range(1, 21)), (run, tag)
+            assert [value for _, _, value in points] == pytest.approx(values)
+    finally:
+        server.terminate()
+        server.wait()
