@@ -67,7 +67,8 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
     _reset_peak(world)
     with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
         record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)
-    measured = {"seconds": seconds(), "peak_memory_bytes": _peak(world), "ranks": world.size, "images_per_second": record["images"] / seconds()}
+        taken = seconds()
+    measured = {"seconds": taken, "peak_memory_bytes": _peak(world), "ranks": world.size, "images_per_second": record["images"] / taken}
     if world.is_main:
         run_dir.finish(name, {**record, **measured})
     world.barrier()

@@ -13,6 +13,8 @@ from privimage.errors import UserError
 from privimage.methods import Method
 
 FREE = ("runtime.", "slurm.", "data.workers", "run.dir")  # may change between the stages of one run: they change no result and no promise
+# The plan couples these with the query: they are settled when the first stage draws from sensitive data.
+PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copies", "finetune.max_grad_norm")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -129,6 +131,8 @@ class RunDir:
         """A setting may change while no stage that reads it has begun."""
         if key.startswith(FREE):
             return True
+        if key in PLANNED and (self.path / "private" / "account.json").exists():
+            return False
         section = key.split(".")[0]
         if section not in method.stages:
             return not any((self.path / stage).exists() for stage in method.stages)
