@@ -92,9 +92,7 @@ def test_what_is_half_set_or_wrong_is_told_in_one_line(environ: dict[str, str], 
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "host"), [("gpu7", "gpu7"), ("gpu[007-012,020],login1", "gpu007"), ("a-[3,5]-ib", "a-3-ib"), ("node2,node[4-5]", "node2")]
-)
+@pytest.mark.parametrize(("text", "host"), [("gpu7", "gpu7"), ("gpu[007-012,020],login1", "gpu007"), ("a-[3,5]-ib", "a-3-ib"), ("node2,node[4-5]", "node2")])
 def test_the_first_host_of_a_node_list(text: str, host: str):
     assert first_host(text) == host
 
