@@ -9,22 +9,16 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from privimage.errors import UserError
+from privimage.jobs import Slurm
 from privimage.methods import METHODS, Method
+from privimage.section import Section
 
 SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
 PublicKind = SensitiveKind | Literal["glyphs"]
-
-Stage = Literal["prepare", "query", "select", "pretrain", "finetune", "synthesize", "evaluate"]
-
-
-class Section(BaseModel):
-    """One section of the settings; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class RunSection(Section):
@@ -182,26 +176,6 @@ class Runtime(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of public training and of synthesis")
     compile: bool = Field(False, description="torch.compile the generator in pretraining and synthesis")
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others before it gives up")
-
-
-class Job(Section):
-    """What one SLURM job asks for."""
-
-    nodes: int | None = Field(None, ge=1, description="nodes; unset: 1")
-    gpus: int | None = Field(None, ge=0, description="GPUs a node; unset: none")
-    ranks: int | None = Field(None, ge=1, description="ranks a node; unset: one a GPU, or one")
-    cpus: int | None = Field(None, ge=1, description="CPU cores a rank; unset: the cluster's default, as for memory and time")
-    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, as 200G")
-    time: str | None = Field(None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="limit of one job, as 2-00:00:00; what is unfinished is queued again")
-
-
-class Slurm(Job):
-    """Jobs of slurm/pipeline.sh and slurm/sweep.sh: what all stages ask for, and what single ones ask for instead."""
-
-    options: tuple[str, ...] = Field((), description="more options of sbatch, as --partition=gpu --account=NAME --constraint=a100")
-    setup: str = Field("", description="shell commands before a stage, on its first node: module load ..., source .../activate")
-    container: str = Field("", description="words in front of the command of each rank: apptainer exec --nv image.sif")
-    stages: dict[Stage, Job] = Field({}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}")
 
 
 class Config(Section):

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from privimage.config import Config, Job, load
+from privimage.config import Config, load
 from privimage.errors import UserError, tell
+from privimage.jobs import Job
 from privimage.rundir import RunDir
 
 HOME = Path(__file__).resolve().parent.parent.parent
@@ -75,9 +76,7 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
             continue
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         log = logs / f"{stage}-%j.out"
-        jobs.append(
-            submit(config, stage, log, [*sbatch_options(config, stage, os.environ), *after], [stage, str(path), *overrides])
-        )
+        jobs.append(submit(config, stage, log, [*sbatch_options(config, stage, os.environ), *after], [stage, str(path), *overrides]))
         print(f"{stage:12} job {jobs[-1]}  {str(log).replace('%j', jobs[-1])}", flush=True)
     _submit_summary(config, jobs, logs, [run])
 

@@ -1,0 +1,94 @@
+"""What the jobs of a pipeline and of a sweep ask for, without a cluster."""
+
+import stat
+from pathlib import Path
+
+import pytest
+from ranks import TINY
+
+from privimage.config import load
+from privimage.distributed import slurm
+from privimage.errors import UserError
+
+SECTION = ["slurm.nodes=2", "slurm.gpus=4", "slurm.time='4:00:00'", "slurm.options=[--partition=gpu]", "slurm.stages={pretrain: {nodes: 8, cpus: 6}}"]
+
+
+def options(stage: str, *overrides: str, **environ: str) -> list[str]:
+    return slurm.sbatch_options(load(TINY, [*SECTION, *overrides]), stage, environ)
+
+
+def test_a_stage_asks_for_what_all_stages_do_unless_it_says_otherwise():
+    assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=4:00:00", "--partition=gpu"} <= set(options("finetune"))
+    assert {"--nodes=8", "--gpus-per-node=4", "--cpus-per-task=6"} <= set(options("pretrain"))
+
+
+def test_the_environment_goes_before_the_configuration_and_a_stage_before_all():
+    assert {"--nodes=3", "--gpus-per-node=1"} <= set(options("pretrain", NODES="3", PRETRAIN_GPUS="1"))
+    assert {"--nodes=5", "--gpus-per-node=4"} <= set(options("finetune", NODES="3", FINETUNE_NODES="5", PRETRAIN_GPUS="1"))
+
+
+def test_without_gpus_there_is_one_rank_a_node_unless_told_otherwise():
+    assert "--ntasks-per-node=1" in options("prepare", "slurm.gpus=0")
+    assert "--ntasks-per-node=16" in options("prepare", "slurm.gpus=0", RANKS="16")
+    assert not any(option.startswith("--gpus") for option in options("prepare", "slurm.gpus=0"))
+
+
+def test_a_time_without_quotes_is_told():
+    with pytest.raises(UserError, match=r"slurm\.time: put it in quotes"):
+        options("finetune", "slurm.time=4:00:00")
+
+
+@pytest.mark.parametrize("environ", [{"NODES": "two"}, {"FINETUNE_TIME": "soon"}, {"MEMORY": "lots"}])
+def test_what_cannot_be_asked_for_is_told(environ: dict[str, str]):
+    with pytest.raises(UserError, match=f"finetune: .*{next(iter(environ.values()))}"):
+        options("finetune", **environ)
+
+
+def test_a_sweep_has_a_run_directory_for_each_combination():
+    variants = slurm.expand([str(TINY), "privacy.epsilon=1,10", "run.dir=runs/a", "finetune.steps=4,8", "evaluate.classifiers=[lr,mlp]"])
+    assert [overrides[-1] for _, overrides in variants] == [f"run.dir=runs/a-epsilon{e}-steps{s}" for e in (1, 10) for s in (4, 8)]
+    assert all(load(path, overrides).evaluate.classifiers == ("lr", "mlp") for path, overrides in variants)
+    assert [load(path, overrides).privacy.epsilon for path, overrides in variants] == [1, 1, 10, 10]
+
+
+def test_configurations_are_swept_as_they_are(tmp_path: Path):
+    assert slurm.expand(["a.yaml", "b.yaml"]) == [(Path("a.yaml"), ()), (Path("b.yaml"), ())]
+
+
+def test_a_sweep_whose_runs_would_share_a_directory_is_refused():
+    with pytest.raises(UserError, match=r"run\.dir"):
+        slurm.sweep([str(TINY), str(TINY)])
+
+
+def sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of that name which does what `text` says."""
+    (folder / "sbatch").write_text(f"#!/bin/sh\n{text}\n")
+    (folder / "sbatch").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_what_sbatch_refuses_is_told_in_one_line_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    sbatch(tmp_path, "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1", monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        slurm.main(["pipeline", str(TINY), f"run.dir={tmp_path / 'run'}"])
+    told = capsys.readouterr().err
+    assert (ended.value.code, told.count("\n")) == (2, 1)
+    assert "prepare: sbatch: error: invalid partition specified: gpu" in told
+
+
+def test_the_jobs_of_a_pipeline_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    log = tmp_path / "calls"
+    sbatch(tmp_path, f'echo "$@" >>{log}; wc -l <{log}', monkeypatch)
+    slurm.main(["pipeline", str(TINY), f"run.dir={tmp_path / 'run'}", "method=dpdm"])
+    finetune, synthesize, evaluate, summary = log.read_text().splitlines()
+    assert "--dependency" not in finetune
+    assert "--dependency=afterok:1 --kill-on-invalid-dep=yes" in synthesize
+    assert "--dependency=afterok:2 --kill-on-invalid-dep=yes" in evaluate
+    assert "--dependency=afterany:1:2:3" in summary
+    assert f"evaluate     job 3  {tmp_path}/run/slurm/evaluate-3.out" in capsys.readouterr().out
+
+
+def test_without_slurm_the_message_says_where_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sbatch: no such command"):
+        slurm.pipeline(TINY, [f"run.dir={tmp_path / 'run'}"])
