@@ -1,11 +1,13 @@
 """A real SLURM of two nodes: chained jobs, sweeps, and what clusters do to jobs. Needs root and network namespaces."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -76,6 +78,8 @@ class Cluster:
 def cluster(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes with fake GPUs, or a visible skip where this machine has no network namespaces."""
     folder = tmp_path_factory.mktemp("cluster") / "slurm"
+    alone = (Path(tempfile.gettempdir()) / "privimage-test-cluster.lock").open("w")
+    fcntl.flock(alone, fcntl.LOCK_EX)  # names of nodes and ports are those of the machine: one cluster at a time
     up = subprocess.run([HERE / "slurm_up.sh", folder], capture_output=True, text=True, check=False)
     if up.returncode and re.search("not permitted|not supported|Cannot open network namespace", up.stderr):
         pytest.skip(f"no SLURM on this machine: {up.stderr.splitlines()[-1]}")
