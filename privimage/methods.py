@@ -12,6 +12,7 @@ class Method:
     pretraining: Literal["selected", "all", "none"]
     generator: Literal["diffusion", "gan", "none"]
     private: bool
+    training: Literal["finetune"] = "finetune"  # the stage that the generator learns the sensitive set in
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -24,7 +25,7 @@ class Method:
         if self.pretraining != "none":
             names.append("pretrain")
         if self.generator != "none":
-            names += ["finetune", "synthesize"]
+            names += [self.training, "synthesize"]
         return (*names, "evaluate")
 
 

@@ -11,7 +11,7 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.models import build_diffusion, edm, parameters
 from privimage.privacy.account import plan_without_noise
-from privimage.privacy.accounting import finetune_noise
+from privimage.privacy.accounting import Mechanism, training_noise
 from privimage.privacy.plan import PrivacyPlan, make_plan
 
 # (images, classes) of the training splits that are read by kind: public facts.
@@ -39,7 +39,7 @@ def show(config: Config) -> None:
     if config.spec.private:
         plan = make_plan(config, count)
         other = make_plan(config, count, "rdp" if plan.accountant == "pld" else "pld")
-        _show_privacy(console, plan, other)
+        _show_privacy(console, count, plan, other)
         if plan.delta >= 1 / count:
             console.print(f"[yellow]warning:[/] delta {plan.delta:g} is not below 1/N = {1 / count:.2g}: revealing one whole image would be within the promise")
     else:
@@ -49,29 +49,27 @@ def show(config: Config) -> None:
         _show_cost(console, config, plan, classes)
 
 
-def _show_privacy(console: Console, plan: PrivacyPlan, other: PrivacyPlan) -> None:
+def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: PrivacyPlan) -> None:
     pld, rdp = (plan, other) if plan.accountant == "pld" else (other, plan)
-    finetune = plan.finetune
-    promise = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {finetune.count:,} images"
+    promise = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {count:,} images"
     table = Table(title=f"{promise}; used: {plan.accountant.upper()}", title_justify="left")
     for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
-    if pld.query and rdp.query:
-        table.add_row("semantic query", "1", "1", f"{pld.query.noise_multiplier:.4g}", f"{rdp.query.noise_multiplier:.4g}")
-    rate = f"{float(finetune.sample_rate):.6g}"
-    name = "fine-tuning, beside the query" if plan.query else "fine-tuning"
-    table.add_row(name, f"{finetune.steps}", rate, f"{pld.finetune.noise_multiplier:.4g}", f"{rdp.finetune.noise_multiplier:.4g}")
+
+    def row(name: str, mechanism: Mechanism, by_pld: float, by_rdp: float, style: str | None = None) -> None:
+        table.add_row(name, f"{mechanism.count}", f"{mechanism.sample_rate:.6g}", f"{by_pld:.4g}", f"{by_rdp:.4g}", style=style)
+
+    for part, by_pld, by_rdp in zip(plan.parts, pld.mechanisms, rdp.mechanisms, strict=True):
+        row(part.name, part.mechanism, by_pld.noise_multiplier, by_rdp.noise_multiplier)
     if plan.query:
-        name = "(fine-tuning, were there no query)"
-        table.add_row(name, f"{finetune.steps}", rate, f"{_alone(pld):.4g}", f"{_alone(rdp):.4g}", style="dim")
+        row("(the same without a query)", plan.training.mechanism, _alone(pld), _alone(rdp), "dim")
     console.print(table)
-    rise = "" if plan.query is None else f"; the query raises the noise of fine-tuning by {100 * (finetune.noise_multiplier / _alone(plan) - 1):.2f} %"
+    rise = f"; the query raises the noise of the training by {100 * (plan.training.noise_multiplier / _alone(plan) - 1):.2f} %" if plan.query else ""
     console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}{rise}")
 
 
 def _alone(plan: PrivacyPlan) -> float:
-    finetune = plan.finetune
-    return finetune_noise(plan.epsilon, plan.delta, float(finetune.sample_rate), finetune.steps, (), plan.accountant)
+    return training_noise(plan.epsilon, plan.delta, plan.training.mechanism, (), plan.accountant)
 
 
 def _show_cost(console: Console, config: Config, plan: PrivacyPlan, classes: int) -> None:

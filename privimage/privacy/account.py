@@ -10,6 +10,7 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.privacy import keys
 from privimage.privacy.accounting import Mechanism, epsilon
+from privimage.privacy.attempts import Attempt, resume_attempt
 from privimage.privacy.ledger import Ledger, charge_name
 from privimage.privacy.plan import FinetunePlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
 from privimage.rundir import RunDir, read_json, write_json
@@ -33,9 +34,24 @@ class Account:
     def charged(self, mechanism: Mechanism, without: Iterable[str] = ()) -> int:
         """How often this run has been charged for `mechanism`, leaving out the charges with the identities in `without`."""
         left_out = {charge_name(self.name, identity) for identity in without}
-        kind = (mechanism.noise_multiplier, mechanism.sample_rate)
         charges = self.ledger.read().charges.items()
-        return sum(run == self.name and (m.noise_multiplier, m.sample_rate) == kind and name not in left_out for name, (run, m) in charges)
+        return sum(run == self.name and m.single == mechanism.single and name not in left_out for name, (run, m) in charges)
+
+    def charge_step(self, attempt: int, step: int) -> None:
+        """Charge one step of the training, before its output is used; a replay of it in the same attempt costs nothing."""
+        self.charge(self.plan.training.mechanism.single, self._step_identity(attempt, step))
+
+    def resume_training(self, path: Path, arrangement: dict, step: int) -> Attempt:
+        """The attempt in which the training goes on from a checkpoint at `step`; `path` keeps the attempts of the run."""
+        planned = self.plan.training.mechanism
+
+        def charged_elsewhere(number: int) -> int:
+            return self.charged(planned, without=(self._step_identity(number, at) for at in range(planned.count)))
+
+        return resume_attempt(path, arrangement, step, planned.count, charged_elsewhere)
+
+    def _step_identity(self, attempt: int, step: int) -> str:
+        return f"step|{self.root.name}|{attempt}|{step}"
 
 
 def ledger_folder(config: Config) -> Path:
@@ -104,12 +120,10 @@ def statement(config: Config, account: Account, versions: dict[str, str]) -> dic
     if not account.private:
         why = "a fixed key was used" if config.spec.private else "this method adds no noise"
         return head | {"epsilon": None, "delta": None, "reason": f"not private: {why}", "mechanisms": []} | tail
+    for part in plan.parts:
+        if account.charged(part.mechanism) < 1:
+            raise UserError(f"{account.ledger.path}: the {part.name} of this run is not in the ledger; what came out of it must not be released")
     used = account.ledger.read().mechanisms(account.name)
-    for needed in plan.mechanisms[: 1 if plan.query else 0]:
-        if account.charged(needed) < 1:
-            raise UserError(f"{account.ledger.path}: the query of this run is not in the ledger; its selection must not be used")
-    if account.charged(plan.finetune.mechanism) < 1:
-        raise UserError(f"{account.ledger.path}: the fine-tuning of this run is not in the ledger; its model must not be released")
     spent = epsilon(used, plan.delta, plan.accountant)
     return (
         head
@@ -119,17 +133,10 @@ def statement(config: Config, account: Account, versions: dict[str, str]) -> dic
     )
 
 
-def _described(mechanism: Mechanism, plan: PrivacyPlan) -> dict:
-    finetune = plan.finetune
-    common = {"noise_multiplier": mechanism.noise_multiplier, "sample_rate": mechanism.sample_rate, "count": mechanism.count}
-    if mechanism.sample_rate == 1 and plan.query and mechanism.noise_multiplier == plan.query.noise_multiplier:
-        return {"name": "semantic distribution query", "mechanism": "Gaussian", "votes_per_image": plan.query.per_image} | common
-    return {
-        "name": "DP-SGD fine-tuning",
-        "mechanism": "Poisson-sampled Gaussian",
-        "max_grad_norm": finetune.max_grad_norm,
-        "noise_copies": finetune.noise_copies,
-    } | common
+def _described(used: Mechanism, plan: PrivacyPlan) -> dict:
+    part = next(part for part in plan.parts if part.mechanism.single == used.single)
+    common = {"noise_multiplier": used.noise_multiplier, "sample_rate": used.sample_rate, "count": used.count}
+    return {"name": part.name, "mechanism": used.kind} | part.parameters | common
 
 
 def statement_for_people(said: dict) -> str:

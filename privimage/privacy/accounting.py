@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import dp_accounting
@@ -29,6 +29,16 @@ class Mechanism:
     noise_multiplier: float
     sample_rate: float = 1.0
     count: int = 1
+
+    @property
+    def single(self) -> "Mechanism":
+        """One use of it."""
+        return replace(self, count=1)
+
+    @property
+    def kind(self) -> str:
+        """What the field calls it."""
+        return "Gaussian" if self.sample_rate == 1 else "Poisson-sampled Gaussian"
 
     def event(self) -> dp_accounting.DpEvent:
         """This mechanism in dp-accounting's terms."""
@@ -103,23 +113,26 @@ def _smallest_noise(compose: Compose, target: float, delta: float, accountant: s
 
 
 @lru_cache(maxsize=64)
-def finetune_noise(target: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...] = (), accountant: str = "pld") -> float:
-    """The noise multiplier of `steps` private steps that, composed with `others`, cost at most `target` epsilon at `delta`."""
+def training_noise(target: float, delta: float, training: Mechanism, others: tuple[Mechanism, ...] = (), accountant: str = "pld") -> float:
+    """The noise multiplier with which `training`, composed with `others`, costs at most `target` epsilon at `delta`.
+
+    The noise multiplier that `training` has does not matter. Raises ValueError if no amount of noise is enough.
+    """
 
     def compose(sigma: float) -> tuple[Mechanism, ...]:
-        return (*others, Mechanism(sigma, sample_rate, steps))
+        return (*others, replace(training, noise_multiplier=sigma))
 
     # Rényi DP is quick and finds the neighbourhood in which privacy loss distributions then search.
     guess = 1.0 if accountant == "rdp" else _search(lambda sigma: compose(sigma)[-1:], target, delta, "rdp", FINE, guess=1.0) * 0.95
     return _smallest_noise(compose, target, delta, accountant, guess)
 
 
-def query_noise(target: float, delta: float, finetune: Mechanism, max_rise: float, accountant: str = "pld") -> float:
-    """The smallest noise multiplier of the query for which fine-tuning needs at most `1 + max_rise` times its noise alone.
+def query_noise(target: float, delta: float, training: Mechanism, max_rise: float, accountant: str = "pld") -> float:
+    """The smallest noise multiplier of the query for which `training` needs at most `1 + max_rise` times its noise alone.
 
-    `finetune` is the fine-tuning that would meet `target` without any query.
+    `training` is the one that would meet `target` without any query.
     """
-    louder = Mechanism(finetune.noise_multiplier * (1 + max_rise), finetune.sample_rate, finetune.count)
+    louder = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
     return _smallest_noise(lambda sigma: (louder, Mechanism(sigma)), target, delta, accountant, guess=8.0)
 
 

@@ -3,9 +3,12 @@
 Sampler, optimizer, noise and accountant are all built from the same plan, so they cannot disagree.
 """
 
+import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from privimage.config import Config
 from privimage.errors import UserError
@@ -13,10 +16,29 @@ from privimage.privacy import accounting
 from privimage.privacy.accounting import Mechanism
 
 
+class MechanismPlan(ABC):
+    """How one mechanism draws from the sensitive set."""
+
+    name: ClassVar[str]  # what PRIVACY.json calls it
+    stage: ClassVar[str]  # which uses it
+
+    @property
+    @abstractmethod
+    def mechanism(self) -> Mechanism:
+        """What the accountant sees, all uses together."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict:
+        """What PRIVACY.json tells of it beside noise multiplier, sample rate and count."""
+
+
 @dataclass(frozen=True)
-class QueryPlan:
+class QueryPlan(MechanismPlan):
     """The noisy histogram: each image votes for `per_image` classes of one row, so the L2 sensitivity is sqrt(per_image)."""
 
+    name: ClassVar[str] = "semantic distribution query"
+    stage: ClassVar[str] = "select"
     per_image: int
     noise_multiplier: float
 
@@ -27,20 +49,35 @@ class QueryPlan:
 
     @property
     def mechanism(self) -> Mechanism:
-        """What the accountant sees."""
+        """See `MechanismPlan.mechanism`."""
         return Mechanism(self.noise_multiplier)
+
+    @property
+    def parameters(self) -> dict:
+        """See `MechanismPlan.parameters`."""
+        return {"votes_per_image": self.per_image}
 
 
 @dataclass(frozen=True)
-class FinetunePlan:
+class FinetunePlan(MechanismPlan):
     """DP-SGD: Poisson samples of rate B / N, per-image gradients clipped to C, noise of sigma C on their sum, T times."""
 
+    name: ClassVar[str] = "DP-SGD fine-tuning"
+    stage: ClassVar[str] = "finetune"
     count: int
     logical_batch_size: int
     steps: int
     noise_multiplier: float
     max_grad_norm: float
     noise_copies: int
+
+    @classmethod
+    def draft(cls, config: Config, count: int) -> "FinetunePlan":
+        """The plan for `count` images, its noise still to be found. Raises UserError if the expected batch is larger than the set."""
+        settings = config.finetune
+        if settings.logical_batch_size > count:
+            raise UserError(f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} sensitive images")
+        return cls(count, settings.logical_batch_size, settings.steps, 0.0, settings.max_grad_norm, settings.noise_copies)
 
     @property
     def sample_rate(self) -> Fraction:
@@ -49,36 +86,61 @@ class FinetunePlan:
 
     @property
     def mechanism(self) -> Mechanism:
-        """What the accountant sees."""
+        """See `MechanismPlan.mechanism`."""
         return Mechanism(self.noise_multiplier, float(self.sample_rate), self.steps)
+
+    @property
+    def parameters(self) -> dict:
+        """See `MechanismPlan.parameters`."""
+        return {"max_grad_norm": self.max_grad_norm, "noise_copies": self.noise_copies}
 
     def rank_deviation(self, ranks: int) -> float:
         """Standard deviation of the noise that each of `ranks` ranks adds to its sum: sigma C / sqrt(W); 0 without noise."""
         return self.noise_multiplier * self.max_grad_norm / math.sqrt(ranks) if self.noise_multiplier else 0.0
 
 
+TrainingPlan = FinetunePlan
+TRAININGS: dict[str, type[TrainingPlan]] = {kind.stage: kind for kind in (FinetunePlan,)}
+
+
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What a run promises and how it keeps it. `query` is None for methods that do not ask the sensitive set."""
+    """What a run promises and how it keeps it.
+
+    `query` is None for methods that do not ask the sensitive set; `training` is the mechanism that the synthetic images come from.
+    """
 
     epsilon: float
     delta: float
     accountant: str
     query: QueryPlan | None
-    finetune: FinetunePlan
+    training: TrainingPlan
+
+    @property
+    def parts(self) -> tuple[MechanismPlan, ...]:
+        """All mechanisms in the order in which they are used."""
+        return (*((self.query,) if self.query else ()), self.training)
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        """All mechanisms in the order in which they are used."""
-        return (*((self.query.mechanism,) if self.query else ()), self.finetune.mechanism)
+        """What the accountant sees of `parts`."""
+        return tuple(part.mechanism for part in self.parts)
+
+    @property
+    def finetune(self) -> FinetunePlan:
+        """The training of a method that fine-tunes by DP-SGD. Raises UserError for another method."""
+        if not isinstance(self.training, FinetunePlan):
+            raise UserError(f"method: it draws from the sensitive set by {self.training.name}, not by DP-SGD")
+        return self.training
 
     def spent(self, accountant: str | None = None) -> float:
         """Epsilon of the whole plan at its delta."""
         return accounting.epsilon(self.mechanisms, self.delta, accountant or self.accountant)
 
     def to_dict(self) -> dict:
-        """Plain numbers, for JSON."""
-        return asdict(self)
+        """Plain numbers, for JSON; the plan of the training under the name of its stage."""
+        tree = asdict(self)
+        return tree | {self.training.stage: tree.pop("training")}
 
 
 def default_delta(count: int) -> float:
@@ -91,29 +153,29 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
 
     Raises UserError if the expected batch is larger than the set, or if no amount of noise keeps the promise.
     """
-    settings, privacy = config.finetune, config.privacy
+    privacy = config.privacy
     accountant = accountant or privacy.accountant
     delta = privacy.delta or default_delta(count)
-    if settings.logical_batch_size > count:
-        raise UserError(f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} sensitive images")
-    rate = settings.logical_batch_size / count
+    draft = TRAININGS[config.spec.training].draft(config, count)
+
+    def noise(*others: Mechanism) -> float:
+        return accounting.training_noise(privacy.epsilon, delta, draft.mechanism, others, accountant)
+
     try:
         query = None
-        alone = accounting.finetune_noise(privacy.epsilon, delta, rate, settings.steps, (), accountant)
-        noise_multiplier = alone
+        noise_multiplier = alone = noise()
         if config.spec.pretraining == "selected":
-            sigma1 = config.select.noise_multiplier or accounting.query_noise(
-                privacy.epsilon, delta, Mechanism(alone, rate, settings.steps), config.select.max_rise, accountant
-            )
+            training = dataclasses.replace(draft.mechanism, noise_multiplier=alone)
+            sigma1 = config.select.noise_multiplier or accounting.query_noise(privacy.epsilon, delta, training, config.select.max_rise, accountant)
             query = QueryPlan(config.select.per_image, sigma1)
-            noise_multiplier = accounting.finetune_noise(privacy.epsilon, delta, rate, settings.steps, (query.mechanism,), accountant)
+            noise_multiplier = noise(query.mechanism)
     except ValueError:
         raise UserError(f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; the query alone may cost more") from None
-    finetune = FinetunePlan(count, settings.logical_batch_size, settings.steps, noise_multiplier, settings.max_grad_norm, settings.noise_copies)
-    return PrivacyPlan(privacy.epsilon, delta, accountant, query, finetune)
+    return PrivacyPlan(privacy.epsilon, delta, accountant, query, dataclasses.replace(draft, noise_multiplier=noise_multiplier))
 
 
 def plan_from_dict(tree: dict) -> PrivacyPlan:
     """The inverse of `PrivacyPlan.to_dict`."""
     query = QueryPlan(**tree["query"]) if tree["query"] else None
-    return PrivacyPlan(**{**tree, "query": query, "finetune": FinetunePlan(**tree["finetune"])})
+    training = next(kind(**tree[stage]) for stage, kind in TRAININGS.items() if stage in tree)
+    return PrivacyPlan(tree["epsilon"], tree["delta"], tree["accountant"], query, training)

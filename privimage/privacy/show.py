@@ -40,8 +40,7 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     for column in ("mechanism", "noise multiplier", "sample rate", "uses"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
     for m in mechanisms:
-        name = "Gaussian" if m.sample_rate == 1 else "Poisson-sampled Gaussian"
-        table.add_row(name, f"{m.noise_multiplier:.5g}", f"{m.sample_rate:.6g}", str(m.count))
+        table.add_row(m.kind, f"{m.noise_multiplier:.5g}", f"{m.sample_rate:.6g}", str(m.count))
     console.print(table)
     by = ", ".join(f"{epsilon(mechanisms, delta, accountant):.4f} ({accountant.upper()})" for accountant in ("pld", "rdp"))
     console.print(f"epsilon {by if mechanisms else '0'} at delta {delta:.3g}")

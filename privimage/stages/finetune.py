@@ -2,6 +2,7 @@
 
 import platform
 import secrets
+from dataclasses import replace
 
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -19,8 +20,8 @@ from privimage.errors import Stopped, UserError
 from privimage.models import build_diffusion, edm
 from privimage.models.ema import EMA
 from privimage.privacy.account import Account, open_account
-from privimage.privacy.accounting import Mechanism, epsilon
-from privimage.privacy.attempts import Attempt, kept_arrangement, resume_attempt
+from privimage.privacy.accounting import epsilon
+from privimage.privacy.attempts import Attempt, kept_arrangement
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.noise import NoiseStream
@@ -60,11 +61,10 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     deviation = plan.rank_deviation(world.size)
     size = sum(p.numel() for p in denoiser.parameters())
     noise = NoiseStream(account.root, source, size, deviation, world.rank, attempt.number) if deviation else None
-    single = Mechanism(plan.noise_multiplier, float(plan.sample_rate))
 
     def charge(at: int) -> None:
         if world.is_main:
-            account.charge(single, _step_identity(account, attempt.number, at))
+            account.charge_step(attempt.number, at)
 
     private_optimizer = PrivateOptimizer(optimizer, plan, world, noise, step, charge, lambda: stop.requested)
     steps = range(step, attempt.last)
@@ -90,7 +90,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             assert figures is not None  # a logical batch was completed
             shown = {"memory": memory(world.device), "learning rate": settings.learning_rate}
             if account.private and (step % max(1, plan.steps // 20) == 0 or step == attempt.last) and world.is_main:
-                charged = Mechanism(single.noise_multiplier, single.sample_rate, plan.steps - (attempt.last - step))
+                charged = replace(plan.mechanism, count=plan.steps - (attempt.last - step))
                 shown["epsilon"] = epsilon((*before, charged), account.plan.delta, account.plan.accountant, 1e-3)
             curves.scalars(step, shown)
             private_curves.scalars(
@@ -179,15 +179,11 @@ def start_weights(config: Config, run: RunDir, world: World, n_classes: int) -> 
     return denoiser
 
 
-def _step_identity(account: Account, attempt: int, step: int) -> str:
-    return f"step|{account.root.name}|{attempt}|{step}"
-
-
 def _arranged(
     config: Config, run: RunDir, world: World, account: Account, denoiser: nn.Module, losses: ImageLosses, physical: int, step: int
 ) -> tuple[PerImageGradients, Attempt]:
     """The gradients' way through each layer and the attempt to go on with: the same on all ranks."""
-    path, way, plan = run.private / "attempts.json", config.finetune.gradients, account.plan.finetune
+    path, way = run.private / "attempts.json", config.finetune.gradients
     cuda = world.device.type == "cuda"
     arrangement = {
         "ranks": world.size,
@@ -206,12 +202,5 @@ def _arranged(
     gradients.backward(losses, *losses.probe(physical))  # finds the fastest way for each layer that has none yet
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()
-    attempt = None
-    if world.is_main:
-        single = Mechanism(plan.noise_multiplier, float(plan.sample_rate))
-
-        def charged_elsewhere(number: int) -> int:
-            return account.charged(single, without=(_step_identity(account, number, at) for at in range(plan.steps)))
-
-        attempt = resume_attempt(path, arrangement | {"backends": gradients.choices}, step, plan.steps, charged_elsewhere)
+    attempt = account.resume_training(path, arrangement | {"backends": gradients.choices}, step) if world.is_main else None
     return gradients, world.broadcast_object(attempt)

@@ -109,7 +109,7 @@ def test_a_selection_that_was_never_charged_is_not_released(finished: Config, tm
     for stage in ("prepare", "query", "select", "pretrain"):
         shutil.copytree(finished.run.dir / stage, run / stage)
     ended = privimage("run", str(TINY), f"run.dir={run}", "finetune.steps=1")
-    assert ended.returncode == 2 and "the query of this run is not in the ledger; its selection must not be used" in ended.stderr
+    assert ended.returncode == 2 and "the semantic distribution query of this run is not in the ledger" in ended.stderr
     assert not list((run / "release").glob("*.npz")) if (run / "release").exists() else True
 
 

@@ -4,7 +4,7 @@ import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
 
-from privimage.privacy.accounting import Mechanism, epsilon, finetune_noise, query_noise
+from privimage.privacy.accounting import Mechanism, epsilon, query_noise, training_noise
 
 MIXES = [
     (Mechanism(1.0),),
@@ -47,28 +47,28 @@ def test_prv_agrees_within_its_own_error(mechanisms: tuple[Mechanism, ...]) -> N
 
 @pytest.mark.parametrize(("target", "by_pld", "by_rdp"), [(10, 2.171, 2.310), (5, 3.736, 3.994), (1, 15.18, 16.46)])
 def test_the_paper_settings_need_the_known_noise(target: float, by_pld: float, by_rdp: float) -> None:
-    rate, steps = 16384 / 50000, 152
-    assert finetune_noise(target, 1e-5, rate, steps) == pytest.approx(by_pld, rel=5e-4)
-    assert finetune_noise(target, 1e-5, rate, steps, (), "rdp") == pytest.approx(by_rdp, rel=5e-4)
+    training = Mechanism(1.0, 16384 / 50000, 152)
+    assert training_noise(target, 1e-5, training) == pytest.approx(by_pld, rel=5e-4)
+    assert training_noise(target, 1e-5, training, (), "rdp") == pytest.approx(by_rdp, rel=5e-4)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_the_noise_found_keeps_the_promise_and_hardly_less_would_not(accountant: str) -> None:
     others = (Mechanism(6.0),)
-    sigma = finetune_noise(3.0, 1e-5, 0.1, 60, others, accountant)
+    sigma = training_noise(3.0, 1e-5, Mechanism(1.0, 0.1, 60), others, accountant)
     assert epsilon((*others, Mechanism(sigma, 0.1, 60)), 1e-5, accountant) <= 3.0
     assert epsilon((*others, Mechanism(sigma * 0.999, 0.1, 60)), 1e-5, accountant) > 3.0
 
 
 def test_the_derived_query_costs_half_a_percent_of_noise() -> None:
-    alone = finetune_noise(10, 1e-5, 0.3, 100)
+    alone = training_noise(10, 1e-5, Mechanism(1.0, 0.3, 100))
     sigma = query_noise(10, 1e-5, Mechanism(alone, 0.3, 100), 0.005)
-    beside = finetune_noise(10, 1e-5, 0.3, 100, (Mechanism(sigma),))
-    louder = finetune_noise(10, 1e-5, 0.3, 100, (Mechanism(sigma * 0.97),))
+    beside = training_noise(10, 1e-5, Mechanism(1.0, 0.3, 100), (Mechanism(sigma),))
+    louder = training_noise(10, 1e-5, Mechanism(1.0, 0.3, 100), (Mechanism(sigma * 0.97),))
     assert beside / alone <= 1.0051
     assert louder / alone > 1.0051
 
 
 def test_a_query_that_costs_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="no amount of noise"):
-        finetune_noise(1.0, 1e-5, 0.1, 10, (Mechanism(0.5),))
+        training_noise(1.0, 1e-5, Mechanism(1.0, 0.1, 10), (Mechanism(0.5),))
