@@ -1,15 +1,12 @@
 """`privimage plan`: what a configuration promises and what it will cost, without touching data."""
 
-import time
-
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from privimage.config import Config
 from privimage.errors import UserError
-from privimage.models import build_diffusion, edm, parameters
+from privimage.families import family
 from privimage.privacy.account import plan_without_noise
 from privimage.privacy.accounting import Mechanism, training_noise
 from privimage.privacy.plan import PrivacyPlan, make_plan
@@ -45,7 +42,7 @@ def show(config: Config) -> None:
     else:
         plan = plan_without_noise(config, count)
         console.print(f"{config.spec.title} adds no noise: its output is [bold]not private[/].")
-    if config.spec.generator == "diffusion":
+    if config.spec.generator != "none":
         _show_cost(console, config, plan, classes)
 
 
@@ -74,47 +71,12 @@ def _alone(plan: PrivacyPlan) -> float:
 
 def _show_cost(console: Console, config: Config, plan: PrivacyPlan, classes: int) -> None:
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
-    denoiser = build_diffusion(config, classes).to(device)
-    size = parameters(denoiser)
-    forward, memory = _measured(denoiser, config, device, classes)
-    finetune, work = plan.finetune, Table(title=f"work, from a short measurement on this machine's {device.type}, one rank", title_justify="left")
+    work = Table(title=f"work, from a short measurement on this machine's {device.type}, one rank", title_justify="left")
     for column in ("stage", "steps", "images a step", "estimated hours", "memory"):
         work.add_column(column, justify="left" if column == "stage" else "right")
-
-    def row(name: str, steps: int, images: float, passes: float, at_once: float) -> None:
-        hours = steps * images * passes * forward / 3600
-        work.add_row(name, f"{steps:,}", f"{images:,.0f}", f"{hours:.3g}", f"{(size * 20 + at_once * memory) / 2**30:.2g} GiB")
-
-    if config.spec.pretraining != "none":
-        row("pretrain", config.pretrain.steps, config.pretrain.batch_size, 3, config.pretrain.batch_size)
-    at_once = 32 if config.finetune.physical_batch_size == "auto" else config.finetune.physical_batch_size
-    row("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, at_once * finetune.noise_copies + at_once * size * 4 / memory)
-    settings = config.synthesize
-    calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
-    row("synthesize", calls, settings.samples, 1, settings.batch_size / 8)
-    console.print(f"generator: {size:,} parameters")
+    for row in family(config).work(config, plan, classes, device):
+        work.add_row(row.stage, f"{row.steps:,}", f"{row.images:,.0f}", f"{row.seconds / 3600:.3g}", f"{row.memory / 2**30:.2g} GiB")
+    for name, size in family(config).sizes(config, classes).items():
+        console.print(f"{name}: {size:,} parameters")
     console.print(work)
     console.print("Hours and memory are of one rank that does all the work: divide by the number of ranks; the network of the query is not included.")
-
-
-def _measured(denoiser: torch.nn.Module, config: Config, device: torch.device, classes: int) -> tuple[float, float]:
-    """Seconds of a forward pass an image, and bytes of activations an image in training."""
-    images = 256 if device.type == "cuda" else 8
-    shape = (images, config.data.channels, config.data.resolution, config.data.resolution)
-    x, sigma = torch.zeros(shape, device=device), torch.ones(images, device=device)
-    labels = torch.zeros(images, dtype=torch.int64, device=device) if classes else None
-    held: list[int] = []
-
-    def hold(tensor: Tensor) -> Tensor:
-        held.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        edm.loss(denoiser, x, labels, sigma, x)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            denoiser(x, sigma, labels).sum().item()
-            best = min(best, time.perf_counter() - start)
-    return best / images, sum(held) / images

@@ -26,16 +26,24 @@ def build_diffusion(config: Config, n_classes: int) -> Denoiser:
     return Denoiser(DDPMpp(data.resolution, data.channels, n_classes, model.width, model.multipliers, model.attention))
 
 
-def build_gan(config: Config, n_classes: int) -> tuple[Generator, Discriminator]:
-    """BigGAN's two networks, from `model.gan_width` and `data.*`; an unlabelled set (n_classes = 0) has one class, label 0.
+def build_generator(config: Config, n_classes: int) -> Generator:
+    """BigGAN's generator, from `model.gan_width` and `data.*`; an unlabelled set (n_classes = 0) has one class, label 0.
 
     Raises UserError where the resolution does not come from doubling a map of 4x4 to 7x7.
     """
-    data, width = config.data, config.model.gan_width
+    return Generator(*_gan_shape(config, n_classes))
+
+
+def build_discriminator(config: Config, n_classes: int) -> Discriminator:
+    """BigGAN's discriminator, which suits `build_generator`; it refuses the same resolutions."""
+    return Discriminator(*_gan_shape(config, n_classes))
+
+
+def _gan_shape(config: Config, n_classes: int) -> tuple[int, int, int, int]:
+    data = config.data
     bottom = data.resolution
     while bottom > 7 and bottom % 2 == 0:
         bottom //= 2
     if bottom > 7:
         raise UserError(f"data.resolution: the GAN doubles a map of 4x4 to 7x7 up to the image, which never gives {data.resolution}")
-    shape = (data.resolution, data.channels, max(n_classes, 1), width)
-    return Generator(*shape), Discriminator(*shape)
+    return data.resolution, data.channels, max(n_classes, 1), config.model.gan_width

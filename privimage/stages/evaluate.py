@@ -19,7 +19,7 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.evaluation import fidelity, memorization, report, semantics, utility
 from privimage.evaluation.utility import Labelled
-from privimage.models import build_diffusion, parameters
+from privimage.families import family
 from privimage.privacy.accounting import Mechanism, best_guess
 from privimage.progress import say
 from privimage.rundir import RunDir, read_json, write_json
@@ -234,7 +234,7 @@ def _facts(config: Config, run: RunDir, train: ImageSet, test: ImageSet | None, 
         facts["grid_classes"] = draw.sample_grid(figures / "samples.png", after.images, after.labels, n_classes)
         facts["synthetic"] = {"images": len(after), "resolution": config.data.resolution, "channels": config.data.channels}
         facts["synthetic"]["classes"] = list(train.classes) if labelled else []
-        facts["parameters"] = parameters(build_diffusion(config, n_classes if labelled else 0))
+        facts["parameters"] = family(config).sizes(config, n_classes if labelled else 0)["generator"]
     steps, losses = points(run.tensorboard / "pretrain", "loss")
     if len(steps) > 1:
         draw.loss_curve(figures / "loss.png", steps, losses)

@@ -17,7 +17,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
-from privimage.models import build_diffusion, edm
+from privimage.families import family
 from privimage.privacy import keys
 from privimage.privacy.account import key_path, open_account, statement, statement_for_people
 from privimage.progress import Progress
@@ -36,10 +36,9 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     run.require("finetune")
     weights = checkpoint.load(run.stage("finetune") / "weights.pt", world.device)
     assert weights is not None  # the stage is finished
-    denoiser = build_diffusion(config, weights["n_classes"]).to(world.device)
-    denoiser.load_state_dict(weights["ema"])
+    generator = _generator(config, world, weights)
     count = settings.samples
-    _sample_blocks(config, run, world, denoiser, weights["n_classes"], count, "after")
+    _sample_blocks(config, run, world, generator, weights["n_classes"], count, "after")
     before = _pretrained(config, run, world, weights["n_classes"])
     if before is not None:
         _sample_blocks(config, run, world, before, weights["n_classes"], min(count, config.evaluate.fidelity_samples), "before")
@@ -47,8 +46,14 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     if before is not None and world.is_main:
         images, labels = _gathered(config, run, min(count, config.evaluate.fidelity_samples), weights["n_classes"], "before")
         _write_npz(run.stage("synthesize") / "before.npz", images, labels)
-    _release(config, run, world, weights, denoiser)
+    _release(config, run, world, weights)
     return {"images": count}
+
+
+def _generator(config: Config, world: World, weights: dict) -> nn.Module:
+    generator = family(config).generator(config, weights["n_classes"]).to(world.device)
+    generator.load_state_dict(weights["ema"])
+    return generator.eval()
 
 
 def _pretrained(config: Config, run: RunDir, world: World, n_classes: int) -> nn.Module | None:
@@ -58,20 +63,15 @@ def _pretrained(config: Config, run: RunDir, world: World, n_classes: int) -> nn
     state = checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
     if state is None or state["n_classes"] != n_classes:
         return None
-    denoiser = build_diffusion(config, n_classes).to(world.device)
-    denoiser.load_state_dict(state["ema"])
-    return denoiser
+    return _generator(config, world, state)
 
 
-def _sample_blocks(config: Config, run: RunDir, world: World, denoiser: nn.Module, n_classes: int, count: int, name: str) -> None:
+def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str) -> None:
     """Sample this rank's blocks of images; blocks that are there already are kept."""
-    settings, seed = config.synthesize, config.runtime.seed
+    settings = config.synthesize
     folder = run.stage("synthesize") / f"blocks-{name}"
     folder.mkdir(exist_ok=True)
-    denoiser.eval()
-    draws, shape = ImageDraws(world.device), (config.data.channels, config.data.resolution, config.data.resolution)
-    blocks = range(0, count, settings.batch_size)
-    pixels = int(np.prod(shape))
+    draws, blocks = ImageDraws(world.device), range(0, count, settings.batch_size)
     curves = Curves(run.tensorboard, f"synthesize-{name}", 0, world.is_main)
     with Progress(f"synthesize ({name})", len(blocks), shown=world.is_main) as bar:
         for number, start in enumerate(blocks):
@@ -81,14 +81,8 @@ def _sample_blocks(config: Config, run: RunDir, world: World, denoiser: nn.Modul
                 continue
             indices = torch.arange(start, min(start + settings.batch_size, count), device=world.device)
             labels = indices % n_classes if n_classes else None
-            latents = draws.normal(seed, indices, pixels).view(-1, *shape)
-
-            def churn(step: int, indices: torch.Tensor = indices) -> torch.Tensor:
-                return draws.normal(seed + 1 + step, indices, pixels).view(-1, *shape)
-
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-                images = edm.sample(denoiser, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn)
-            images = edm.to_uint8(images)
+                images = family(config).sample(config, generator, labels, indices, draws)
             np.save(temporary := folder / f".{start}.npy", images.permute(0, 2, 3, 1).cpu().numpy())
             write_whole(path, temporary.read_bytes())
             temporary.unlink()
@@ -115,7 +109,7 @@ def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     made.unlink()
 
 
-def _release(config: Config, run: RunDir, world: World, weights: dict, denoiser: nn.Module) -> None:
+def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
     """Write release/ from the allow-list, then destroy the key: nobody can subtract the noise any more."""
     sensitive = read_sensitive(config, "train")
     account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)

@@ -6,7 +6,7 @@ from torch import nn
 
 from privimage.config import Config, parse
 from privimage.errors import UserError
-from privimage.models import biggan, build_gan, parameters
+from privimage.models import biggan, build_discriminator, build_generator, parameters
 
 
 def settings(resolution: int, channels: int, width: int) -> Config:
@@ -15,22 +15,26 @@ def settings(resolution: int, channels: int, width: int) -> Config:
     return parse({"run": {"dir": "unused"}, "data": data, "model": {"gan_width": width}})
 
 
+def both(config: Config, n_classes: int) -> tuple[biggan.Generator, biggan.Discriminator]:
+    return build_generator(config, n_classes), build_discriminator(config, n_classes)
+
+
 def test_cifar10_sizes_come_out_to_the_parameter() -> None:
     with torch.device("meta"):
-        generator, discriminator = build_gan(settings(32, 3, 96), 10)
+        generator, discriminator = both(settings(32, 3, 96), 10)
     assert (parameters(generator), parameters(discriminator)) == (9_416_196, 2_372_167)
 
 
 def test_celeba64_sizes_come_out_as_published() -> None:
     # 11.29 M and 19.56 M were published to four digits; the discriminator's holds with ten label rows of 1,024, one of which is used.
     with torch.device("meta"):
-        generator, discriminator = build_gan(settings(64, 3, 64), 10)
+        generator, discriminator = both(settings(64, 3, 64), 10)
     assert (round(parameters(generator) / 1e6, 2), round(parameters(discriminator) / 1e6, 2)) == (11.29, 19.56)
 
 
 @pytest.mark.parametrize(("resolution", "channels", "n_classes"), [(8, 1, 10), (28, 1, 10), (32, 3, 10), (64, 3, 0)])
 def test_images_and_scores_have_their_shapes(resolution: int, channels: int, n_classes: int) -> None:
-    generator, discriminator = build_gan(settings(resolution, channels, 8), n_classes)
+    generator, discriminator = both(settings(resolution, channels, 8), n_classes)
     labels = torch.zeros(3, dtype=torch.int64)
     images = generator(torch.randn(3, generator.latent_size), labels)
     assert images.shape == (3, channels, resolution, resolution)
@@ -40,7 +44,7 @@ def test_images_and_scores_have_their_shapes(resolution: int, channels: int, n_c
 
 @pytest.mark.parametrize("resolution", [8, 28, 32])
 def test_every_weight_of_both_networks_learns(resolution: int) -> None:
-    generator, discriminator = build_gan(settings(resolution, 1, 8), 4)
+    generator, discriminator = both(settings(resolution, 1, 8), 4)
     labels = torch.arange(4)
     if generator.attention is not None:
         nn.init.ones_(generator.attention.gate)
@@ -52,7 +56,7 @@ def test_every_weight_of_both_networks_learns(resolution: int) -> None:
 
 
 def test_each_chunk_of_the_latent_and_the_label_change_the_image() -> None:
-    generator = build_gan(settings(32, 3, 8), 10)[0].eval()
+    generator = build_generator(settings(32, 3, 8), 10).eval()
     latents, labels = torch.randn(1, 80), torch.tensor([3])
     image = generator(latents, labels)
     for chunk in range(4):
@@ -63,7 +67,7 @@ def test_each_chunk_of_the_latent_and_the_label_change_the_image() -> None:
 
 
 def test_convolutions_of_the_generator_have_a_spectral_norm_of_one_and_those_of_the_discriminator_are_free() -> None:
-    generator, discriminator = build_gan(settings(32, 3, 8), 10)
+    generator, discriminator = both(settings(32, 3, 8), 10)
     layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
         for layer in layers:
@@ -76,7 +80,7 @@ def test_convolutions_of_the_generator_have_a_spectral_norm_of_one_and_those_of_
 
 
 def test_the_discriminator_normalises_32_groups_or_single_channels() -> None:
-    discriminator = build_gan(settings(32, 3, 96), 10)[1]
+    discriminator = build_discriminator(settings(32, 3, 96), 10)
     norms = {(module.num_channels, module.num_groups) for module in discriminator.modules() if isinstance(module, nn.GroupNorm)}
     assert norms == {(3, 3), (192, 32)}
 
@@ -88,6 +92,7 @@ def test_hinge_losses_stop_at_the_margin() -> None:
     assert biggan.g_loss(scores).tolist() == [2.0, 0.0, -0.5, -3.0]
 
 
-def test_a_resolution_that_no_doubling_gives_is_told_by_its_key() -> None:
+@pytest.mark.parametrize("build", [build_generator, build_discriminator])
+def test_a_resolution_that_no_doubling_gives_is_told_by_its_key(build) -> None:
     with pytest.raises(UserError, match=r"data\.resolution: .* never gives 36"):
-        build_gan(settings(36, 3, 8), 10)
+        build(settings(36, 3, 8), 10)

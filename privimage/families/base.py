@@ -1,0 +1,137 @@
+"""What the stages ask of a family of generators (diffusion models, GANs): training in public and in private, and sampling."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privimage.config import Config
+from privimage.data.sensitive import ImageDraws
+from privimage.distributed.world import World
+from privimage.families.work import Work
+from privimage.models import parameters
+from privimage.privacy.plan import PrivacyPlan
+
+
+class PublicTraining(ABC):
+    """Pretraining of a family's networks, by all ranks together."""
+
+    @abstractmethod
+    def step(self, images: Tensor, labels: Tensor, step: int) -> None:
+        """Take in this rank's part of the batch of a step: images uint8 (B, C, H, W), labels int64 (B,). Repeatable: it depends on nothing else."""
+
+    @abstractmethod
+    def losses(self) -> dict[str, float]:
+        """Means of the losses over the steps since the last call and over the ranks, for TensorBoard; all ranks must call it together."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; all ranks must call it together, any of them may write it."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, on all ranks, before the first step."""
+
+    @abstractmethod
+    def samples(self) -> Tensor:
+        """A few images from the averaged generator, uint8 (N, C, H, W), for TensorBoard; one rank may call it alone."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """What later stages start from: the generator's state as `raw` and, averaged, as `ema`, and what else the family needs."""
+
+
+class ImageLosses(ABC):
+    """The losses of sensitive images, each a function of one image and of random numbers that belong to it and to the step."""
+
+    @abstractmethod
+    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, ...]:
+        """Images uint8 (B, C, H, W), labels and indices (B,) -> the tensors of the loss, (B, K, ...) each, with K copies of each image.
+
+        Row i depends on images[i], labels[i], indices[i] and the seed, on no other image and on no other row.
+        """
+
+    @abstractmethod
+    def probe(self, count: int) -> tuple[Tensor, ...]:
+        """What `draw` gives for `count` images, without sensitive images, to time and measure with."""
+
+    @abstractmethod
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
+        """The tensors of `draw`, copies and images in one leading dimension n -> losses (n,); an image's loss is the mean over its copies."""
+
+
+class PrivateTraining(ABC):
+    """Fine-tuning of a family's networks: the one that sees sensitive images by private steps, the others from it alone."""
+
+    module: nn.Module  # the only network that sees sensitive images
+    losses: ImageLosses
+    optimizer: torch.optim.Optimizer  # of `module`
+
+    @abstractmethod
+    def after_step(self, step: int) -> dict[str, float]:
+        """What follows the `step`-th private update (1, 2, ...) of `module` and sees nothing sensitive but its weights.
+
+        All ranks call it together. Returns figures that may be shown beside the public ones.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside `module` and `optimizer`; all ranks must call it together."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, on all ranks, after `module` and `optimizer` were restored; other keys are left alone."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The state of the averaged generator, which is released."""
+
+
+class Family(ABC):
+    """One kind of generator. `n_classes` is 0 for an unlabelled set."""
+
+    @abstractmethod
+    def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
+        """All fresh networks by name. Raises UserError for settings that do not fit together."""
+
+    @abstractmethod
+    def generator(self, config: Config, n_classes: int) -> nn.Module:
+        """A fresh network that makes images; it loads the states that trainings leave."""
+
+    @abstractmethod
+    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
+        """The images at `indices` (B,) of an endless synthetic set, uint8 (B, C, H, W); `labels` int64 (B,), None for an unlabelled set.
+
+        The random numbers of an image come from `runtime.seed` and its index.
+        """
+
+    @abstractmethod
+    def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
+        """Fresh networks, equal on all ranks. Raises UserError for an engine that does not train this family."""
+
+    @abstractmethod
+    def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:
+        """Networks that start from the `weights` of public training, or fresh ones; equal on all ranks.
+
+        Where the public labels were others than the sensitive ones, label embeddings are fresh in any case. Raises ValueError for the
+        weights of other networks.
+        """
+
+    @abstractmethod
+    def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
+        """What pretraining, fine-tuning and synthesis will take, from a short measurement on `device`."""
+
+    def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
+        """The number of parameters of each network, by name."""
+        with torch.device("meta"):
+            return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
+
+
+def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | None) -> None:
+    """Give `module` its pretrained state; the parameter named `fresh` keeps its own value. Raises ValueError for another network's."""
+    own = module.state_dict()
+    taken = {name: value for name, value in weights.items() if name != fresh}
+    if taken.keys() != own.keys() - {fresh} or any(value.shape != own[name].shape for name, value in taken.items()):
+        raise ValueError("the weights are those of another network")
+    module.load_state_dict(own | taken)

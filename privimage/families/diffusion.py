@@ -1,0 +1,204 @@
+"""Diffusion models: DDPM++ under EDM. The denoiser is the generator, and the network that sees sensitive images."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privimage.config import Config
+from privimage.data.sensitive import ImageDraws, dropped
+from privimage.distributed.engine import make_engine
+from privimage.distributed.world import World
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, load_pretrained
+from privimage.families.work import Work, measured
+from privimage.models import build_diffusion, edm, parameters
+from privimage.models.ema import EMA
+from privimage.privacy.plan import PrivacyPlan
+
+LABEL = "network.label.weight"
+
+
+class Diffusion(Family):
+    """See `Family`."""
+
+    def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
+        """The denoiser alone."""
+        return {"generator": build_diffusion(config, n_classes)}
+
+    def generator(self, config: Config, n_classes: int) -> nn.Module:
+        """The denoiser."""
+        return build_diffusion(config, n_classes)
+
+    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
+        """By the sampler, steps and guidance of `synthesize`."""
+        settings, seed, shape = config.synthesize, config.runtime.seed, image_shape(config)
+        pixels = math.prod(shape)
+
+        def churn(step: int) -> Tensor:
+            return draws.normal(seed + 1 + step, indices, pixels).view(-1, *shape)
+
+        latents = draws.normal(seed, indices, pixels).view(-1, *shape)
+        return edm.to_uint8(edm.sample(generator, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn))
+
+    def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
+        """EDM's loss, by DDP or DeepSpeed."""
+        return DiffusionPublic(config, n_classes, world)
+
+    def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:
+        """DP-SGD on the denoiser."""
+        return DiffusionPrivate(config, n_classes, world, pretrained)
+
+    def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
+        """Passes through the denoiser: 3 for a public step (forward and backward), 3.3 for a private one."""
+        images = 256 if device.type == "cuda" else 8
+        denoiser = build_diffusion(config, n_classes).to(device)
+        x, sigma = torch.zeros((images, *image_shape(config)), device=device), torch.ones(images, device=device)
+        labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
+        forward, memory = measured(lambda: edm.loss(denoiser, x, labels, sigma, x), images)
+        size, rows = parameters(denoiser), []
+
+        def row(stage: str, steps: int, images: float, passes: float, at_once: float) -> None:
+            rows.append(Work(stage, steps, images, steps * images * passes * forward, size * 20 + at_once * memory))
+
+        if config.spec.pretraining != "none":
+            row("pretrain", config.pretrain.steps, config.pretrain.batch_size, 3, config.pretrain.batch_size)
+        finetune, settings = plan.finetune, config.synthesize
+        at_once = 32 if config.finetune.physical_batch_size == "auto" else config.finetune.physical_batch_size
+        row("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, at_once * finetune.noise_copies + at_once * size * 4 / memory)
+        calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
+        row("synthesize", calls, settings.samples, 1, settings.batch_size / 8)
+        return rows
+
+
+class DiffusionPublic(PublicTraining):
+    """EDM's loss on public images through an engine, and the average of the weights."""
+
+    def __init__(self, config: Config, n_classes: int, world: World):
+        self.config, self.n_classes, self.world = config, n_classes, world
+        torch.manual_seed(config.runtime.seed)
+        self.denoiser = build_diffusion(config, n_classes).to(world.device)
+        self.engine = make_engine(config, self.denoiser, world)
+        self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
+        self.loss_sum, self.steps = torch.zeros((), device=world.device), 0
+
+    def step(self, images: Tensor, labels: Tensor, step: int) -> None:
+        """See `PublicTraining`."""
+        losses = edm.loss(self.engine.forward, *self._noised(images, labels, step))
+        self.engine.backward_and_step(losses.mean())
+        self.ema.update()
+        self.loss_sum += losses.detach().mean()
+        self.steps += 1
+
+    def _noised(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Images in [-1, 1], labels with some dropped, noise levels and noise: the random part of a step, repeatable."""
+        settings, device = self.config.pretrain, self.world.device
+        generator = torch.Generator(device).manual_seed((self.config.runtime.seed * 1_000_003 + step) * 4096 + self.world.rank)
+        x = edm.to_unit(images)
+        count = len(x)
+        if settings.flip:
+            flipped = torch.rand(count, generator=generator, device=device) < 0.5
+            x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+        sigma = edm.draw_sigma(torch.randn(count, generator=generator, device=device))
+        noise = torch.randn(x.shape, generator=generator, device=device)
+        hidden = torch.rand(count, generator=generator, device=device) < settings.label_dropout
+        return x, torch.where(hidden, self.n_classes, labels), sigma, noise
+
+    def losses(self) -> dict[str, float]:
+        """See `PublicTraining`."""
+        mean = self.world.all_reduce_(self.loss_sum.clone()) / (self.steps * self.world.size)
+        self.loss_sum.zero_()
+        self.steps = 0
+        return {"loss": mean.item()}
+
+    def state(self) -> dict[str, Any]:
+        """See `PublicTraining`."""
+        return {"engine": self.engine.state(), "ema": self.ema.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `PublicTraining`."""
+        self.engine.load(state["engine"])
+        self.ema.load_state_dict(state["ema"])
+
+    def samples(self) -> Tensor:
+        """See `PublicTraining`."""
+        averaged = build_diffusion(self.config, self.n_classes).to(self.world.device)
+        averaged.load_state_dict(self.denoiser.state_dict())
+        self.ema.copy_to(averaged)
+        count = 5 * min(self.n_classes, 10) if self.n_classes else 25
+        generator = torch.Generator(self.world.device).manual_seed(self.config.runtime.seed)
+        latents = torch.randn(count, *image_shape(self.config), generator=generator, device=self.world.device)
+        labels = torch.arange(count, device=self.world.device) % max(self.n_classes, 1)
+        return edm.to_uint8(edm.sample(averaged, latents, labels if self.n_classes else None, steps=18))
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """See `PublicTraining`."""
+        return {"raw": self.denoiser.state_dict(), "ema": self.ema.averages}
+
+
+class DiffusionPrivate(PrivateTraining):
+    """DP-SGD on the denoiser itself; each private step is followed by its average."""
+
+    def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
+        torch.manual_seed(config.runtime.seed)
+        self.module = build_diffusion(config, n_classes).to(world.device)
+        if pretrained is not None:
+            weights = pretrained[config.finetune.start_from]
+            load_pretrained(self.module, weights, LABEL if config.spec.pretraining == "all" else None)
+        self.losses = DenoisingLosses(config, world, n_classes)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.finetune.learning_rate)
+        self.ema = EMA(self.module, config.finetune.ema_decay)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Take the weights into the average."""
+        self.ema.update()
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """See `PrivateTraining`."""
+        return {"ema": self.ema.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `PrivateTraining`."""
+        self.ema.load_state_dict(state["ema"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `PrivateTraining`."""
+        return self.ema.averages
+
+
+class DenoisingLosses(ImageLosses):
+    """EDM's loss of K noised copies of each image; all random numbers belong to (step, image)."""
+
+    def __init__(self, config: Config, world: World, n_classes: int):
+        self.copies, self.label_dropout = config.finetune.noise_copies, config.finetune.label_dropout
+        self.n_classes, self.device, self.shape = n_classes, world.device, image_shape(config)
+        self.bf16 = config.finetune.precision == "bf16"
+        self.draws = ImageDraws(world.device)
+
+    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) -> images, labels, sigma and noise with K copies each: (B, K, ...)."""
+        count, copies, pixels = len(images), self.copies, images[0].numel()
+        normal = self.draws.normal(seed, indices, 1 + copies * (1 + pixels))
+        hidden = dropped(normal[:, 0], self.label_dropout)
+        sigma = edm.draw_sigma(normal[:, 1 : 1 + copies])
+        noise = normal[:, 1 + copies :].view(count, copies, *self.shape)
+        kept = torch.where(hidden, self.n_classes, labels)
+        return edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1), kept[:, None].expand(-1, copies), sigma, noise
+
+    def probe(self, count: int) -> tuple[Tensor, ...]:
+        """See `ImageLosses`."""
+        images = torch.full((count, *self.shape), 127, dtype=torch.uint8, device=self.device)
+        indices = torch.arange(count, device=self.device)
+        return self.draw(images, indices % max(self.n_classes, 1), indices, seed=0)
+
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
+        """See `ImageLosses`."""
+        images, labels, sigma, noise = tensors
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return edm.loss(module, images, labels if self.n_classes else None, sigma, noise)
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a configuration."""
+    return config.data.channels, config.data.resolution, config.data.resolution
