@@ -3,20 +3,24 @@
     python benchmarks/private_step.py [--device cuda] [--rounds 8]
 
 Prints, for the 1.75M DDPM++ of CIFAR-10, medians over interleaved rounds of: the non-private step (same images and copies),
-the private one (folded gradients, clip and sum), Opacus' hooks where they apply, and vmap(grad); the peak memory of the first two;
-and the share of noise and update in a logical batch of 16,384.
+the private one (folded gradients, clip and sum), Opacus' hooks where they apply, and vmap(grad); the peak memory of the first two,
+each in a process of its own; and the share of clipping, summing, noise and update in a logical batch of 16,384.
 """
 
 import argparse
 import copy
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from privimage.distributed.world import keep_freed_memory
 from privimage.models import edm, parameters
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
@@ -59,20 +63,19 @@ def private(network: nn.Module, tensors: tuple[Tensor, ...], kind: type) -> Step
 
 
 def hooks(network: nn.Module, tensors: tuple[Tensor, ...]) -> Step:
-    """Opacus' hooks: gradients of every image and copy, averaged over the copies, clipped and summed by the same function."""
+    """Opacus' own step: its hooks give gradients of every image and copy, averaged over the copies; its optimizer clips and sums."""
     images, copies = tensors[0].shape[:2]
     flat = [t.flatten(0, 1) for t in tensors]
-    wrapped, total = GradSampleModule(network, loss_reduction="sum"), torch.zeros(parameters(network), device=flat[0].device)
-    trained = list(network.parameters())
+    wrapped, trained = GradSampleModule(network, loss_reduction="sum"), list(network.parameters())
+    optimizer = DPOptimizer(torch.optim.Adam(trained), noise_multiplier=1.0, max_grad_norm=1e-3, expected_batch_size=images)
 
     def step() -> None:
         wrapped.zero_grad(set_to_none=True)
         edm.loss(wrapped, *flat).sum().backward()
         for p in trained:
             p.grad_sample = p.grad_sample.view(images, copies, *p.shape).mean(1)
-        clip_and_sum_(total, trained, 1e-3)
-        for p in trained:
-            p.grad_sample = None
+        optimizer.clip_and_accumulate()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     device = arguments.device
     torch.manual_seed(0)
     fresh = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
@@ -125,23 +129,58 @@ def main() -> None:
         print(f"{images} images x {copies} copies: non-private {found['non-private']:.3f} s = 1, {ratios}{faster}", flush=True)
         if copies == 8:
             per_image = found["private"] / images
-    _noise_share(fresh, per_image)
+    _peaks(device, arguments.threads)
+    _share(fresh, per_image, device)
 
 
-def _noise_share(network: nn.Module, per_image: float) -> None:
-    """The time of noise and update beside the gradients of a logical batch of 16,384 images, 8 copies each."""
-    size = parameters(network)
-    for p in network.parameters():
+def _peaks(device: str, threads: int) -> None:
+    """The peak memory of a private and a non-private step of 8 images and 8 copies, above that of a process that did nothing yet."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:
+        peaks = {kind: pool.apply(_peak, (kind, device, threads)) for kind in ("non-private", "private")}
+    told = ", ".join(f"{kind} {peak / 2**20:.0f} MiB" for kind, peak in peaks.items())
+    print(f"peak memory of 8 images x 8 copies: {told}, ratio {peaks['private'] / peaks['non-private']:.2f}", flush=True)
+
+
+def _peak(kind: str, device: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    before = _resident("VmRSS")
+    network = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
+    tensors = batch(8, 8, device)
+    step = private(network, tensors, FoldedGradients) if kind == "private" else plain(network, tensors)
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) * 1024
+
+
+def _share(network: nn.Module, per_image: float, device: str) -> None:
+    """The time of clipping, sum, noise and update beside a logical batch of 16,384 images, 8 copies each."""
+    size, trained = parameters(network), list(network.parameters())
+    total, images = torch.zeros(size, device=device), 8
+    samples = [torch.randn(images, *p.shape, device=device) for p in trained]
+    for p in trained:
         p.grad = torch.zeros_like(p)
-    optimizer, root = torch.optim.Adam(network.parameters(), lr=3e-4), insecure_fixed(0)
-    seconds = []
-    for step in range(5):
-        start = time.perf_counter()
-        torch.from_numpy(gaussian("aes-ctr", root.derive("benchmark", step), size, 1e-3)).float()
+    optimizer, root = torch.optim.Adam(trained, lr=3e-4), insecure_fixed(0)
+
+    def clip() -> None:
+        for p, sample in zip(trained, samples, strict=True):
+            p.grad_sample = sample  # type: ignore[attr-defined]
+        clip_and_sum_(total, trained, 1e-3)
+
+    def release() -> None:
+        total.double().add_(torch.from_numpy(gaussian("aes-ctr", root.derive("benchmark", 0), size, 1e-3)).to(device)).float()
         optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    whole = 16384 * per_image
-    print(f"noise and update: {statistics.median(seconds):.3f} s of a logical step of {whole:.0f} s ({100 * statistics.median(seconds) / whole:.3f} %)")
+
+    found = interleaved({"clip": clip, "release": release}, 8, device)
+    clipping, whole = found["clip"] * 16384 / images, 16384 * per_image
+    told = f"clipping and sum {clipping:.2f} s, noise and update {found['release']:.2f} s"
+    print(f"of a logical step of {whole:.0f} s: {told}: together {100 * (clipping + found['release']) / whole:.2f} %")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class ConvolutionBackends:
     def __init__(self, choices: dict[str, str]):
         self.choices = choices
 
-    def weight_gradient(self, name: str, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor:
-        """Per-image weight gradients (B, O, C, kh, kw) of `layer` for its input x and its output's gradient g."""
+    def gradients(self, name: str, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
+        """Per-image gradients of weight (B, O, C, kh, kw) and bias (B, O) of `layer` for its input x and its output's gradient g."""
         if name not in self.choices:
             usual = "unfolded" if layer.kernel_size == (1, 1) else "grouped"
             self.choices[name] = min(WAYS, key=lambda way: _seconds(WAYS[way], layer, x, g, folding)) if x.is_cuda else usual
@@ -49,25 +49,30 @@ def _seconds(way: Callable, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Fol
     return best
 
 
-def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor:
-    """One grouped convolution's weight gradient, a group an image."""
-    images, copies = folding.images, folding.copies
+def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
+    """One grouped convolution's gradients of weight and bias, a group an image."""
+    images, copies, fp32 = folding.images, folding.copies, x.dtype == torch.float32
     out_channels, in_channels, height, width = layer.weight.shape
     x = x.reshape(copies, images * in_channels, *x.shape[2:])
     g = g.reshape(copies, images * out_channels, *g.shape[2:])
     shape_only = x.new_empty(1).expand(images * out_channels, in_channels, height, width)
-    _, weight_gradient, _ = torch.ops.aten.convolution_backward(
-        g, x, shape_only, None, layer.stride, layer.padding, layer.dilation, False, [0, 0], images, [False, True, False]
+    _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
+        g, x, shape_only, [images * out_channels], layer.stride, layer.padding, layer.dilation, False, [0, 0], images, [False, True, fp32]
     )
-    return weight_gradient.view(images, out_channels, in_channels, height, width)
+    # The kernel's sum would be in bf16 there.
+    bias_gradient = bias_gradient.view(images, out_channels) if fp32 else _sum_bias(g.view(copies * images, out_channels, -1), folding)
+    return weight_gradient.view(images, out_channels, in_channels, height, width), bias_gradient
 
 
-def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor:
+def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
     """Patches times output gradients, a matrix product an image, in chunks that keep the patches small."""
-    images, copies = folding.images, folding.copies
+    images, copies, bias_gradient = folding.images, folding.copies, _sum_bias(g, folding)
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1):
-        x, g = x.reshape(copies, images, x.shape[1], -1), g.reshape(copies, images, g.shape[1], -1)
-        return torch.einsum("kbop,kbcp->boc", g, x).view(images, *layer.weight.shape)
+        x, g = x.reshape(copies, images, x.shape[1], -1).transpose(2, 3), g.reshape(copies, images, g.shape[1], -1)
+        total = torch.bmm(g[0], x[0])
+        for copy in range(1, copies):  # one by one: an einsum over the copies would first lay them out anew
+            total.baddbmm_(g[copy], x[copy])
+        return total.view(images, *layer.weight.shape), bias_gradient
     x, g = x.view(copies, images, *x.shape[1:]), g.reshape(copies, images, g.shape[1], -1)
     chunk = max(1, (1 << 24) // (copies * x[0, 0].numel() * layer.kernel_size[0] * layer.kernel_size[1]))
     parts = []
@@ -76,10 +81,10 @@ def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> Tensor
         assert not isinstance(layer.padding, str)  # refused at the door
         patches = F.unfold(part.flatten(0, 1), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         parts.append(torch.einsum("kbop,kbcp->boc", g[:, start : start + chunk], patches.view(*part.shape[:2], *patches.shape[1:])))
-    return torch.cat(parts).view(images, *layer.weight.shape)
+    return torch.cat(parts).view(images, *layer.weight.shape), bias_gradient
 
 
-WAYS: dict[str, Callable[[nn.Conv2d, Tensor, Tensor, Folding], Tensor]] = {"grouped": grouped, "unfolded": unfolded}
+WAYS: dict[str, Callable[[nn.Conv2d, Tensor, Tensor, Folding], tuple[Tensor, Tensor]]] = {"grouped": grouped, "unfolded": unfolded}
 
 
 def _sum_bias(g: Tensor, folding: Folding) -> Tensor:
@@ -110,9 +115,9 @@ class _Conv2d(torch.autograd.Function):
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 g, x, weight, None, layer.stride, layer.padding, layer.dilation, False, [0, 0], 1, [True, False, False]
             )
-        layer.weight.grad_sample = ctx.backends.weight_gradient(ctx.name, layer, x, g, ctx.folding)
+        layer.weight.grad_sample, bias_gradient = ctx.backends.gradients(ctx.name, layer, x, g, ctx.folding)
         if layer.bias is not None:
-            layer.bias.grad_sample = _sum_bias(g, ctx.folding)
+            layer.bias.grad_sample = bias_gradient
         return x_gradient, None, None, None, None, None, None
 
 
@@ -151,18 +156,15 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, mean, rstd = ctx.saved_tensors
         layer, g, channels, groups = ctx.layer, g.float().contiguous(), x.shape[1], ctx.layer.num_groups
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient, _, _ = torch.ops.aten.native_group_norm_backward(
-                g, x, mean, rstd, weight, len(x), channels, x[0, 0].numel(), groups, [True, False, False]
-            )
-        shift = g.flatten(2).sum(2)
-        product = torch.einsum("ncp,ncp->nc", g.flatten(2), x.flatten(2))
-        per_channel = channels // groups
-        scale = (product - mean.repeat_interleave(per_channel, 1) * shift) * rstd.repeat_interleave(per_channel, 1)
+        # As one image of N C channels the kernel keeps the gradients of weight and bias apart for each of the N.
+        count, folded = len(x), (1, len(x) * channels, *x.shape[2:])
+        x_gradient, scale, shift = torch.ops.aten.native_group_norm_backward(
+            g.view(folded), x.view(folded), mean.view(1, -1), rstd.view(1, -1), weight.repeat(count), 1, folded[1], x[0, 0].numel(), count * groups, [True] * 3
+        )
         shape = (ctx.folding.copies, ctx.folding.images, channels)
         layer.weight.grad_sample = scale.view(shape).sum(0)
         layer.bias.grad_sample = shift.view(shape).sum(0)
+        x_gradient = x_gradient.view_as(x)
         return x_gradient, None, None, None, None
 
 
