@@ -3,19 +3,19 @@
 Every field has a sentence of help and a range. Inside the house a `Config` is trusted: it was validated at the door.
 """
 
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from yaml import YAMLError
 
 from privimage.errors import UserError
 from privimage.jobs import Slurm
 from privimage.methods import METHODS, Method
-from privimage.section import Section
+from privimage.section import Section, nearest, validated
 
 SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
 PublicKind = SensitiveKind | Literal["glyphs"]
@@ -198,7 +198,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _method_is_known(self) -> "Config":
         if self.method not in METHODS:
-            raise ValueError(f"method: unknown {self.method!r}{_nearest(self.method, METHODS)}; known: {', '.join(METHODS)}")
+            raise ValueError(f"method: unknown {self.method!r}{nearest(self.method, METHODS)}; known: {', '.join(METHODS)}")
         return self
 
     @property
@@ -211,54 +211,22 @@ class Config(Section):
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
 
 
-def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _known_keys(location: tuple) -> list[str]:
-    model: type[Section] = Config
-    for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location, key = first["loc"], ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown setting{_nearest(str(location[-1]), _known_keys(location[:-1]))}"
-    if first["type"] == "missing":
-        return f"{key}: required setting is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    value = first.get("input")
-    return f"{key}: {message[0].lower()}{message[1:]}" + (f", not {value!r}" if not isinstance(value, dict) else "")
-
-
 def parse(tree: dict, origin: str = "configuration") -> Config:
     """Validate a nested dict of settings. Raises UserError with one line that names the key."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_one_line(error)}") from None
+    return validated(Config, tree, origin)
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``section.key=value`` overrides.
 
     Raises UserError, in one line that names the file or the key, for a missing or malformed file, an unknown key, or a
     value out of range.
     """
-    path = Path(path)
+    return parse(read_yaml(Path(path), overrides), str(path))
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
+    """The sections of a YAML file as plain values, after ``section.key=value`` overrides. Raises UserError that names the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     for item in overrides:
@@ -272,4 +240,4 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
-    return parse(plain, str(path))
+    return plain

@@ -1,9 +1,64 @@
-"""What all sections of the settings have in common."""
+"""What all sections of settings have in common, and how a mistake in them is told."""
 
-from pydantic import BaseModel, ConfigDict
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from privimage.errors import UserError
 
 
 class Section(BaseModel):
     """One section of the settings; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(model: type[S], tree: dict, origin: str) -> S:
+    """Validate a nested dict of settings. Raises UserError with one line that names the key, after `origin`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_one_line(model, error)}") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` with the known word that is most like this one; empty if none is."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _one_line(model: type[Section], error: ValidationError) -> str:
+    first = error.errors()[0]
+    location, key = first["loc"], ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown setting{nearest(str(location[-1]), _known_keys(model, location[:-1]))}"
+    if first["type"] == "missing":
+        return f"{key}: required setting is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    value = first.get("input")
+    return f"{key}: {message[0].lower()}{message[1:]}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+
+
+def _known_keys(model: type[Section], location: tuple) -> list[str]:
+    for part in location:
+        if part not in model.model_fields:
+            continue  # a key of a mapping or a place in a list, whose values are sections of the same kind
+        nested = next(_sections_in(model.model_fields[part].annotation), None)
+        if nested is None:
+            return []
+        model = nested
+    return list(model.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
