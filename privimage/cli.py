@@ -94,6 +94,25 @@ def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="run directo
     rebuild(RunDir(path))
 
 
+ExperimentFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of an experiment, see configs/experiments")]
+
+
+@app.command()
+def experiment(file: ExperimentFile, overrides: Overrides = None) -> None:
+    """Run all runs of an experiment, one after the other; those that are finished are skipped."""
+    from privimage.experiments.execute import execute
+
+    sys.exit(execute(file, overrides or ()))
+
+
+@app.command()
+def table(file: ExperimentFile) -> None:
+    """Gather the runs of an experiment into table.md, table.csv and table.png, beside them."""
+    from privimage.experiments.table import write
+
+    sys.stdout.write(write(file))
+
+
 @app.command()
 def methods() -> None:
     """List the methods that can be run, as settings of one pipeline."""

@@ -25,6 +25,7 @@ class RunSection(Section):
     """Where a run lives."""
 
     dir: Path = Field(description="the run directory; everything that a run writes is below it")
+    shared: Path | None = Field(None, description="folder where public stages are kept for other runs that need the same; unset: each run does its own")
 
 
 class PublicData(Section):

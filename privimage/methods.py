@@ -28,6 +28,12 @@ class Method:
             names += [self.training, "synthesize"]
         return (*names, "evaluate")
 
+    @property
+    def public_stages(self) -> tuple[str, ...]:
+        """Those that depend on public images alone, neither on the sensitive set nor on a stage that saw it."""
+        public = ("prepare", "query", "pretrain") if self.pretraining == "all" else ("prepare", "query")
+        return tuple(stage for stage in self.stages if stage in public)
+
 
 METHODS: dict[str, Method] = {
     "privimage+d": Method("PrivImage+D", "selected", "diffusion", True),

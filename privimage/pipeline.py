@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from privimage import sharing
 from privimage.config import Config
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
@@ -47,10 +48,23 @@ def _claimed(config: Config, world: World) -> Iterator[RunDir]:
     run_dir = RunDir(config.run.dir)
     lock = run_dir.lock() if world.is_main else contextlib.nullcontext()
     with lock:
-        if world.is_main:
-            run_dir.reconcile(config)
-        world.barrier()
-        yield run_dir
+        try:
+            if world.is_main:
+                run_dir.reconcile(config)
+                run_dir.note_failure(None)
+            world.barrier()
+            yield run_dir
+        except Stopped:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            run_dir.note_failure(_in_short(error))
+            raise
+
+
+def _in_short(error: BaseException) -> str:
+    """Why a run ends early, in one line."""
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None:
@@ -62,6 +76,8 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
         return
     if stop.agreed(world):
         raise Stopped(f"before {name}; run again to go on")
+    if world.broadcast_object(world.is_main and sharing.adopt(name, config, run_dir, world)):
+        return
     if world.is_main:
         say(f"{name}: {world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}")
     _reset_peak(world)
@@ -71,6 +87,7 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
     measured = {"seconds": taken, "peak_memory_bytes": _peak(world), "ranks": world.size, "images_per_second": record["images"] / taken}
     if world.is_main:
         run_dir.finish(name, {**record, **measured})
+        sharing.keep(name, config, run_dir, world)
     world.barrier()
 
 

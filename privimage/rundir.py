@@ -1,5 +1,6 @@
 """The run directory: a folder a stage, `private/` that never leaves, `release/` that may."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -8,11 +9,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from privimage.config import Config
+from privimage.config import Config, parse
 from privimage.errors import UserError
 from privimage.methods import Method
 
-FREE = ("runtime.", "slurm.", "data.workers", "run.dir")  # may change between the stages of one run: they change no result and no promise
+FREE = ("runtime.", "slurm.", "data.workers", "run.")  # may change between the stages of one run: they change no result and no promise
 # The plan couples these with the query: they are settled when the first stage draws from sensitive data.
 PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copies", "finetune.max_grad_norm")
 
@@ -99,6 +100,35 @@ class RunDir:
         """Mark a stage as finished; the last thing that it writes."""
         write_json(self.stage(stage) / "done.json", record)
 
+    @property
+    def public_store(self) -> Path:
+        """The prepared public set. Raises UserError if `prepare` is not finished."""
+        return self.path / "prepare" / self.require("prepare")["store"]
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last attempt ended early, in one line; None if it did not, or could not say."""
+        path = self.path / "failed.json"
+        return read_json(path)["reason"] if path.exists() else None
+
+    def note_failure(self, reason: str | None) -> None:
+        """Keep why this attempt ends early; None forgets it."""
+        if reason is None:
+            (self.path / "failed.json").unlink(missing_ok=True)
+        else:
+            write_json(self._folder(self.path) / "failed.json", {"reason": reason})
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a run holds this directory now."""
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            self.lock().close()
+        except UserError:
+            return True
+        return False
+
     def lock(self):
         """Hold the run directory against a second run at the same time. Raises UserError when it is held."""
         self._folder(self.path)
@@ -115,17 +145,23 @@ class RunDir:
         Raises UserError that names each setting that differs and says how to go on.
         """
         path = self.path / "config.yaml"
-        new = config.model_dump(mode="json")
-        if path.exists():
-            old = _plain(path)
-            clashes = [(k, a, b) for k, a, b in differences(old, new) if not self._may_change(k, config.spec)]
-            if clashes:
-                told = "; ".join(f"{key} was {a!r}, now {b!r}" for key, a, b in clashes)
-                raise UserError(
-                    f"{path}: this run was made with other settings ({told}); choose another run.dir, or go on with the old values"
-                    f" (`privimage run {path}`), or delete the folders of the stages that should be done again"
-                )
+        if clashes := self.clashes(config):
+            told = "; ".join(f"{key} was {a!r}, now {b!r}" for key, a, b in clashes)
+            raise UserError(
+                f"{path}: this run was made with other settings ({told}); choose another run.dir, or go on with the old values"
+                f" (`privimage run {path}`), or delete the folders of the stages that should be done again"
+            )
         write_whole(path, config.to_yaml().encode())
+
+    def clashes(self, config: Config) -> list[tuple[str, object, object]]:
+        """The settings, as (key, old value, new value), that stages of this run were begun with and that `config` has otherwise.
+
+        Raises UserError for a damaged config.yaml.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return []
+        return [clash for clash in differences(_plain(path), config.model_dump(mode="json")) if not self._may_change(clash[0], config.spec)]
 
     def _may_change(self, key: str, method: Method) -> bool:
         """A setting may change while no stage that reads it has begun."""
@@ -146,6 +182,8 @@ def _plain(path: Path) -> dict:
         tree = None
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{path}: damaged, not readable as YAML; put back the settings that the run was made with")
+    with contextlib.suppress(UserError):  # settings that are younger than the run had their defaults in it
+        return parse(tree).model_dump(mode="json")
     return tree
 
 

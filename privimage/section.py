@@ -43,7 +43,7 @@ def _one_line(model: type[Section], error: ValidationError) -> str:
     if not key:
         return message
     value = first.get("input")
-    return f"{key}: {message[0].lower()}{message[1:]}" + (f", not {value!r}" if not isinstance(value, dict) else "")
+    return f"{key}: {message[0].lower()}{message[1:]}" + (f", not {value!r}" if not isinstance(value, dict | BaseModel) else "")
 
 
 def _known_keys(model: type[Section], location: tuple) -> list[str]:

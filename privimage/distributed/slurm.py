@@ -12,8 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from privimage import sharing
 from privimage.config import Config, load
 from privimage.errors import UserError, tell
+from privimage.experiments.settings import is_experiment
+from privimage.experiments.settings import load as load_experiment
 from privimage.jobs import Job
 from privimage.rundir import RunDir
 
@@ -21,7 +24,8 @@ HOME = Path(__file__).resolve().parent.parent.parent
 SCRIPT = HOME / "slurm" / "stage.sbatch"
 WARNING_SECONDS = 180  # before the limit of time: SLURM may send the signal a minute early, and looks every half minute
 USAGE = """usage: slurm/pipeline.sh CONFIG [section.key=value ...]
-       slurm/sweep.sh CONFIG [CONFIG ...] [section.key=value,value,... ...]"""
+       slurm/sweep.sh CONFIG [CONFIG ...] [section.key=value,value,... ...]
+       slurm/sweep.sh EXPERIMENT [section.key=value ...]"""
 
 
 def job_request(config: Config, stage: str, environ: Mapping[str, str]) -> Job:
@@ -82,24 +86,42 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
 
 
 def sweep(words: Sequence[str]) -> None:
-    """Submit an array of whole pipelines: each configuration with each combination of the values that commas separate."""
+    """Submit an array of whole pipelines: all runs of an experiment, or each configuration with each combination of comma-separated values.
+
+    Runs whose public stages others of the sweep do as well wait for those, to share them.
+    """
     variants = expand(words)
-    runs = [RunDir(load(path, overrides).run.dir) for path, overrides in variants]
+    configs = [load(path, overrides) for path, overrides in variants]
+    runs = [RunDir(config.run.dir) for config in configs]
     if len({run.path for run in runs}) < len(runs):
         raise UserError("run.dir: several runs of the sweep would share a directory; give configurations of different run.dir")
-    config = load(*variants[0])
-    logs = _logs(RunDir(config.run.dir.parent))
-    tasks = logs / f"sweep-{os.getpid()}.tasks"
-    tasks.write_text("".join(shlex.join([str(path), *overrides]) + "\n" for path, overrides in variants))
-    options = [*sbatch_options(config, "run", os.environ), f"--array=0-{len(variants) - 1}"]
-    job = submit(config, "sweep", logs / "sweep-%A-%a.out", options, ["--tasks", str(tasks)])
-    for number, (run, (path, overrides)) in enumerate(zip(runs, variants, strict=True)):
-        print(f"job {job}_{number}  {run.path}  {path} {' '.join(overrides)}")
-    _submit_summary(config, [job], logs, runs)
+    logs = _logs(RunDir(runs[0].path.parent))
+    jobs: list[str] = []
+    for part in waves(configs):
+        tasks = logs / f"sweep-{os.getpid()}-{len(jobs)}.tasks"
+        tasks.write_text("".join(shlex.join([str(variants[at][0]), *variants[at][1]]) + "\n" for at in part))
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        options = [*sbatch_options(configs[0], "run", os.environ), *after, f"--array=0-{len(part) - 1}"]
+        jobs.append(submit(configs[0], "sweep", logs / "sweep-%A-%a.out", options, ["--tasks", str(tasks)]))
+        for number, at in enumerate(part):
+            print(f"job {jobs[-1]}_{number}  {runs[at].path}  {variants[at][0]} {' '.join(variants[at][1])}")
+    _submit_summary(configs[0], jobs, logs, runs)
+
+
+def waves(configs: Sequence[Config]) -> list[list[int]]:
+    """The places of the runs that may begin at once, and of those that then find all their public stages done by others."""
+    known: set[str] = set()
+    first: list[int] = []
+    second: list[int] = []
+    for at, config in enumerate(configs):
+        needed = {sharing.name_of(stage, config) for stage in config.spec.public_stages if config.run.shared}
+        (second if needed and needed <= known else first).append(at)
+        known |= needed
+    return [part for part in (first, second) if part]
 
 
 def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
-    """Configurations and their overrides from the words of sweep.sh.
+    """Configurations and their overrides from the words of sweep.sh; those of its runs for the file of an experiment.
 
     ``a.yaml privacy.epsilon=1,5`` gives a.yaml twice, with a run.dir of its own for each: ``runs/a-epsilon1`` and so on.
     Commas inside brackets separate nothing. Raises UserError where there is no configuration.
@@ -107,6 +129,11 @@ def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
     paths = [Path(word) for word in words if "=" not in word]
     if not paths:
         raise UserError(USAGE.splitlines()[1].strip())
+    if is_experiment(paths[0]):
+        if len(paths) > 1:
+            raise UserError(f"{paths[1]}: an experiment is submitted alone")
+        runs = load_experiment(paths[0]).all_runs([word for word in words if "=" in word])
+        return [(run.path, run.overrides) for run in runs]
     choices = [[(key, value) for value in re.split(r",(?![^\[]*\])", values)] for key, values in (word.split("=", 1) for word in words if "=" in word)]
     variants = []
     for path, combination in itertools.product(paths, itertools.product(*choices)):

@@ -22,7 +22,7 @@ ANNOTATED = 12  # classes up to which the cells of a matrix show their number
 Draw = Callable[[Figure, dict[str, str]], None]
 
 
-def _save(path: Path, size: tuple[float, float], draw: Draw) -> None:
+def save(path: Path, size: tuple[float, float], draw: Draw) -> None:
     """Draw in both themes: NAME.png and NAME-dark.png. `size` in inches at 200 dots an inch."""
     for theme, suffix in ((LIGHT, ""), (DARK, "-dark")):
         style: Any = {
@@ -119,7 +119,7 @@ def accuracies(path: Path, after: dict[str, float], before: dict[str, float], ch
             labels = ["before private fine-tuning", "after"]
             figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, handletextpad=0.2, fontsize=8)
 
-    _save(path, (5.2, 0.9 + 0.62 * len(after)), draw)
+    save(path, (5.2, 0.9 + 0.62 * len(after)), draw)
 
 
 def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
@@ -139,7 +139,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> 
         axes.set(xlabel="said to be", ylabel="is")
         axes.grid(visible=False)
 
-    _save(path, (4.6, 4.2), draw)
+    save(path, (4.6, 4.2), draw)
 
 
 def _short(name: str, letters: int = 18) -> str:
@@ -179,7 +179,7 @@ def embedding(
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
 
-    _save(path, (9.4, 4.6), draw)
+    save(path, (9.4, 4.6), draw)
 
 
 def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
@@ -194,7 +194,7 @@ def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> Non
             axes.set_yscale("log")
         axes.tick_params(length=0, which="both")
 
-    _save(path, (9.4, 2.4), draw)
+    save(path, (9.4, 2.4), draw)
 
 
 def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequence[str], columns: Sequence[str], shown: int = 40) -> None:
@@ -220,7 +220,7 @@ def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequ
         bar.set_label("votes, with noise")
         bar.ax.tick_params(length=0)
 
-    _save(path, (9.4, 0.7 + 0.07 * max(len(_short(columns[i])) for i in top) + 0.25 * len(rows)), draw)
+    save(path, (9.4, 0.7 + 0.07 * max(len(_short(columns[i])) for i in top) + 0.25 * len(rows)), draw)
 
 
 def budget(path: Path, steps: Sequence[int], spent: Sequence[float], promised: float) -> None:
@@ -237,4 +237,4 @@ def budget(path: Path, steps: Sequence[int], spent: Sequence[float], promised: f
         axes.set(xlabel="private step", ylabel="ε spent", xlim=(0, steps[-1]), ylim=(0, promised * 1.15))
         axes.tick_params(length=0)
 
-    _save(path, (4.6, 3.0), draw)
+    save(path, (4.6, 3.0), draw)

@@ -27,6 +27,15 @@ STAGES = {
     "synthesize": "Synthesise",
     "evaluate": "Evaluate",
 }
+FIDELITY = ("distance", "fid", "kid", "precision", "recall", "kernel_distance", "kernel_deviation")
+NUMBERS = (  # all that report.json tells in numbers, for tables over many runs; a run that has not measured one has null or nothing there
+    *(f"{section}.{name}" for section in ("accuracy", "accuracy_before") for name in CLASSIFIERS),
+    *(f"{section}.{name}" for section in ("fidelity", "fidelity_before") for name in FIDELITY),
+    *(f"semantics.{name}" for name in ("sds", "sds_all_public")),
+    *(f"memorization.{name}" for name in ("nearest_is_training", "expected", "excess", "identical")),
+    *(f"resources.{stage}.{name}" for stage in STAGES for name in MEASURED),
+    *("privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
+)
 
 
 def versions() -> dict[str, str]:

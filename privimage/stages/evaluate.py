@@ -262,7 +262,7 @@ def _selection(config: Config, run: RunDir, train: ImageSet, vectors: dict[str, 
     from privimage.evaluation import figures as draw
 
     prepared = run.require("prepare")
-    public, labels = prepared["classes"], store.labels(Path(prepared["store"]))
+    public, labels = prepared["classes"], store.labels(run.public_store)
     available = np.bincount(labels, minlength=len(public))
     used, chosen = available, None
     if config.spec.pretraining == "selected":

@@ -1,7 +1,5 @@
 """Bring the public set into a store of the run's shape, once."""
 
-from pathlib import Path
-
 from privimage.config import Config
 from privimage.data import store
 from privimage.data.sources import public_source
@@ -14,25 +12,26 @@ from privimage.rundir import RunDir
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Write prepare/public.beton (or .npy), or check the .beton that the configuration names.
 
-    Returns where it is, its count and its classes. Raises UserError for whatever is wrong with the public set, and for a .beton of another
+    Returns where it is (seen from prepare/), its count and its classes. Raises UserError for whatever is wrong with the public set, and for a .beton of another
     shape than `data.channels` and `data.resolution`.
     """
     data = config.data
     if data.public.kind == "beton":
         if data.public.path is None:
             raise UserError("data.public.path: kind beton needs one")
-        path = data.public.path
+        path, place = data.public.path, str(data.public.path.resolve())
         sidecar = store.verify(path)
         wanted = (data.channels, data.resolution, data.resolution)
         if sidecar.shape != wanted:
             raise UserError(f"{path}: holds images of shape {sidecar.shape}, data.channels and data.resolution ask for {wanted}")
     else:
-        path = run.stage("prepare") / f"public.{_format(config, world)}"
+        place = f"public.{_format(config, world)}"
+        path = run.stage("prepare") / place
         if world.is_main:
             store.write(public_source(config), path, data.resolution, data.channels, data.workers)
         world.barrier()
         sidecar = store.verify(path)
-    return {"images": sidecar.count, "count": sidecar.count, "store": str(Path(path).resolve()), "classes": list(sidecar.classes)}
+    return {"images": sidecar.count, "count": sidecar.count, "store": place, "classes": list(sidecar.classes)}
 
 
 def _format(config: Config, world: World) -> str:

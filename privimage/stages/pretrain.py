@@ -67,7 +67,7 @@ def pretraining_set(config: Config, run: RunDir) -> tuple[Path, np.ndarray, np.n
     Raises UserError if the selection kept no image.
     """
     prepared = run.require("prepare")
-    path = Path(prepared["store"])
+    path = run.public_store
     public = store.labels(path)
     if config.spec.pretraining == "all":
         return path, np.arange(len(public)), public, len(prepared["classes"])

@@ -1,7 +1,5 @@
 """Train the semantic query function: a ResNet on the public labels (METHOD: SGD, cosine schedule, best validation accuracy)."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     Writes query/network.pt and returns the best validation accuracy in percent.
     """
     settings, prepared = config.query, run.require("prepare")
-    path, classes = Path(prepared["store"]), prepared["classes"]
+    path, classes = run.public_store, prepared["classes"]
     labels = store.labels(path)
     train, held_out = split(len(labels), settings.validation_fraction, config.runtime.seed)
     batch_size = -(-min(settings.batch_size, len(train)) // world.size)

@@ -1,7 +1,6 @@
 """Ask the sensitive set, under differential privacy, which public classes resemble it; keep those for pretraining."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         np.savez(path := run.stage("select") / ".selection.npz", counts=counts, assignment=assignment)
         write_whole(run.stage("select") / "selection.npz", path.read_bytes())
         path.unlink()
-        labels = store.labels(Path(prepared["store"]))
+        labels = store.labels(run.public_store)
         chosen = int((assignment[labels] >= 0).sum())
         say(f"select: {chosen} of {len(labels)} public images ({100 * chosen / len(labels):.1f} %), noise of {plan.standard_deviation:.3g} votes a bin")
         for row in range(min(rows, 20)):

@@ -123,6 +123,36 @@ def test_settings_of_stages_that_have_begun_must_stay(tiny_config: Config) -> No
             run.reconcile(changed(tiny_config, section, **values))
 
 
+def test_a_setting_that_is_younger_than_the_run_had_its_default_in_it(tiny_config: Config) -> None:
+    run = RunDir(tiny_config.run.dir)
+    run.stage("query")
+    run.reconcile(tiny_config)
+    path, line = run.path / "config.yaml", "  flip: false\n"
+    assert line in path.read_text()
+    path.write_text(path.read_text().replace(line, ""))
+    run.reconcile(changed(tiny_config, "query", flip=True))
+    with pytest.raises(UserError, match=r"query\.flip was True, now False"):
+        run.reconcile(tiny_config)
+
+
+def test_a_run_that_fails_leaves_its_reason(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.failure is None
+    run.note_failure("data.public.path: not there")
+    assert RunDir(tmp_path / "run").failure == "data.public.path: not there"
+    run.note_failure(None)
+    run.note_failure(None)
+    assert run.failure is None
+
+
+def test_whether_a_run_holds_its_directory_can_be_seen(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert not run.is_running
+    with run.lock():
+        assert run.is_running
+    assert not run.is_running
+
+
 def test_a_damaged_configuration_of_a_run_is_named(tiny_config: Config) -> None:
     run = RunDir(tiny_config.run.dir)
     run.stage("query")

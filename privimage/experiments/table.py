@@ -1,0 +1,94 @@
+"""The table of an experiment as Markdown and CSV, gaps and published values included."""
+
+import csv
+import io
+from pathlib import Path
+
+from privimage.errors import UserError
+from privimage.experiments import figure
+from privimage.experiments.gather import Cell, Gathered, Row, gather
+from privimage.experiments.settings import Measure, load
+from privimage.rundir import write_whole
+
+ARROWS = {"highest": " ↑", "lowest": " ↓", None: ""}
+
+
+def write(path: Path) -> str:
+    """Write table.md, table.csv and table.png below the runs of the experiment in the file at `path`; returns the Markdown.
+
+    Raises UserError for whatever is wrong with the file or with a report.
+    """
+    gathered = gather(load(path))
+    folder = gathered.file.folder
+    text = markdown(gathered)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: could not be made ({error.strerror})") from None
+    write_whole(folder / "table.md", text.encode())
+    write_whole(folder / "table.csv", comma_separated(gathered).encode())
+    figure.draw(folder / "table.png", gathered)
+    return text
+
+
+def markdown(gathered: Gathered) -> str:
+    """A table for each combination of all axes but the first, whose options are the rows; below, the runs that are missing and why."""
+    experiment, lines = gathered.file.experiment, [f"# {gathered.file.experiment.title}", "", _told(gathered)]
+    if experiment.notes:
+        lines += ["", experiment.notes.strip()]
+    for heading, rows in gathered.sections:
+        lines += ["", f"## {heading}", ""] if heading else [""]
+        lines += _section(gathered, rows)
+    if gathered.gaps:
+        lines += ["", "Not there:", "", *(f"- {result.run.name}: {result.state.told}" for result in gathered.gaps)]
+    return "\n".join(lines) + "\n"
+
+
+def _told(gathered: Gathered) -> str:
+    experiment, total = gathered.file.experiment, len(gathered.results)
+    seeds = len(experiment.seeds)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    published = f" In brackets: {experiment.source}." if experiment.source else ""
+    return f"`privimage experiment {gathered.file.path}`: {total - len(gathered.gaps)} of {total} runs, {spread}.{published}"
+
+
+def _section(gathered: Gathered, rows: list[Row]) -> list[str]:
+    measures = gathered.file.experiment.measures
+    axis = next(iter(gathered.file.experiment.axes))
+    heads = [f"{name}{f' ({measure.unit})' if measure.unit else ''}{ARROWS[measure.best]}" for name, measure in measures.items()]
+    best = {name: _best(measure, [row.cells[name] for row in rows]) for name, measure in measures.items()}
+    lines = [f"| {axis} | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for row in rows:
+        cells = [_cell(row.cells[name], measure, row.cells[name] is best[name]) for name, measure in measures.items()]
+        lines.append(f"| {next(iter(row.choice.values()))} | {' | '.join(cells)} |")
+    return lines
+
+
+def _best(measure: Measure, cells: list[Cell]) -> Cell | None:
+    known = [(cell.mean, cell) for cell in cells if cell.mean is not None]
+    if measure.best is None or len(known) < 2:
+        return None
+    return (max if measure.best == "highest" else min)(known, key=lambda pair: pair[0])[1]
+
+
+def _cell(cell: Cell, measure: Measure, best: bool) -> str:
+    text: str = cell.gaps[0].kind if cell.gaps else "-"
+    if cell.mean is not None:
+        text = f"{cell.mean:.{measure.digits}f}" + (f" ± {cell.spread:.{measure.digits}f}" if cell.spread is not None else "")
+        text = f"**{text}**" if best else text
+        text += f" ({len(cell.values)} of {cell.planned})" if cell.gaps else ""
+    return text + (f" [{cell.published:g}]" if cell.published is not None else "")
+
+
+def comma_separated(gathered: Gathered) -> str:
+    """A line for each combination and measure, with full precision; `values` are those of the seeds, `gaps` the reasons of the others."""
+    experiment, out = gathered.file.experiment, io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow([*experiment.axes, "measure", "unit", "mean", "std", "finished", "planned", "values", "published", "gaps"])
+    for row in gathered.rows:
+        gaps = "; ".join(f"seed {result.run.seed} {result.state.told}" for result in row.results if result.report is None)
+        for name, measure in experiment.measures.items():
+            cell = row.cells[name]
+            numbers = [cell.mean, cell.spread, len(cell.values), cell.planned, " ".join(map(repr, cell.values)), cell.published]
+            lines.writerow([*row.choice.values(), name, measure.unit, *("" if number is None else number for number in numbers), gaps])
+    return out.getvalue()

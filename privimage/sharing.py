@@ -1,0 +1,106 @@
+"""Public stages that several runs have in common are done once: `run.shared` is the folder where they are kept.
+
+Only what depends on public images alone is ever kept or taken (`Method.public_stages`); the selection and all that follows from
+it saw the sensitive set, and each run makes its own. What is kept goes by a digest of everything that its content depends on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+
+from privimage import __version__
+from privimage.config import Config
+from privimage.data import store
+from privimage.distributed.world import World
+from privimage.progress import say
+from privimage.rundir import RunDir, write_json
+
+
+def settings_of(stage: str, config: Config) -> dict:
+    """All settings that the result of a public stage depends on, as plain values."""
+    tree = config.model_dump(mode="json")
+    data = {name: tree["data"][name] for name in ("resolution", "channels", "public", "store")}
+    if stage == "prepare":
+        return {"data": data}
+    runtime = {name: tree["runtime"][name] for name in ("seed", "precision", "compile")}
+    own = {"query": ("query",), "pretrain": ("pretrain", "model")}[stage]
+    generator = {"generator": config.spec.generator} if stage == "pretrain" else {}
+    return {"data": data, "runtime": runtime, **{section: tree[section] for section in own}, **generator}
+
+
+def name_of(stage: str, config: Config, **more: object) -> str:
+    """The stage and a digest of its settings, and of what `more` its result depends on."""
+    tree = {"settings": settings_of(stage, config), **more}
+    return f"{stage}-{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def adopt(stage: str, config: Config, run: RunDir, world: World) -> bool:
+    """Take a public stage that another run has finished, if there is one and this run has not begun it."""
+    kept = _place(stage, config, run, world)
+    folder = run.path / stage
+    if kept is None or not kept.is_dir() or folder.exists():
+        return False
+    part = run.path / f".{stage}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    _link_tree(kept / "stage", part)
+    if (kept / "curves").is_dir():
+        _link_tree(kept / "curves", run.tensorboard / stage)
+    record = json.loads((part / "done.json").read_text())
+    write_json(part / "done.json", record | {"shared": str(kept)})
+    part.rename(folder)
+    say(f"{stage}: done before by another run, taken from {kept}")
+    return True
+
+
+def keep(stage: str, config: Config, run: RunDir, world: World) -> None:
+    """Keep a public stage that this run has finished for others; whoever is first wins."""
+    kept = _place(stage, config, run, world)
+    if kept is None or kept.exists():
+        return
+    part = kept.with_name(f".{kept.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        _link_tree(run.path / stage, part / "stage")
+        if (run.tensorboard / stage).is_dir():
+            _link_tree(run.tensorboard / stage, part / "curves")
+        part.rename(kept)
+    except OSError as error:
+        if not kept.is_dir():
+            say(f"{stage}: could not be kept in {kept} for other runs ({error.strerror}); this run goes on")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _place(stage: str, config: Config, run: RunDir, world: World) -> Path | None:
+    """Where a stage of this run is kept; None for one that may not be shared, and where nothing is to be shared."""
+    if config.run.shared is None or stage not in config.spec.public_stages:
+        return None
+    # ranks draw their own augmentations and noise, and sums on another device or version are rounded otherwise
+    made = {"ranks": world.size, "device": world.device.type, "torch": torch.__version__, "privimage": __version__}
+    images = _stamps(config.data.public.path) if stage == "prepare" else store.verify(run.public_store).sha256
+    return config.run.shared / name_of(stage, config, made=made, images=images)
+
+
+def _stamps(path: Path | None) -> list:
+    """When the public set and its sub-folders were last changed: enough to see that images came or went."""
+    if path is None:
+        return []
+    places = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else [path]
+    return [[str(place.resolve()), place.stat().st_mtime_ns] for place in places if place.exists()]
+
+
+def _link_tree(source: Path, destination: Path) -> None:
+    """A copy that shares its files' blocks where the file system can do that. Runs replace files, they do not rewrite them."""
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, destination, copy_function=link, dirs_exist_ok=True)

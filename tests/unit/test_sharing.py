@@ -1,0 +1,167 @@
+"""Public stages are done once for all runs that need the same; nothing that saw the sensitive set is ever shared."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import TINY
+
+from privimage import pipeline, sharing
+from privimage.config import Config, load
+from privimage.distributed.world import World
+from privimage.methods import METHODS
+from privimage.rundir import RunDir, read_json
+from privimage.section import Section
+from privimage.stages import prepare, pretrain, query
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+PUBLIC = {"prepare": prepare, "query": query, "pretrain": pretrain}
+QUICK = ("pretrain.steps=3", "query.steps=3", "query.checkpoint_every=3", "finetune.steps=2", "evaluate.fidelity_samples=10", "synthesize.samples=20")
+
+
+def config(tmp_path: Path, name: str, *overrides: str) -> Config:
+    return load(TINY, [f"run.dir={tmp_path / name}", f"run.shared={tmp_path / 'shared'}", *QUICK, *overrides])
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return sorted(path.name.split("-")[0] for path in (tmp_path / "shared").iterdir())
+
+
+class Watched:
+    """A configuration that notes which of its settings are read."""
+
+    def __init__(self, section: Section, read: set[str], prefix: str = ""):
+        self._section, self._read, self._prefix = section, read, prefix
+
+    def __getattr__(self, name: str):
+        value = getattr(self._section, name)
+        if isinstance(value, Section):
+            return Watched(value, self._read, f"{self._prefix}{name}.")
+        self._read.add(f"{self._prefix}{name}")
+        return value
+
+
+def leaves(tree: dict, prefix: str = "") -> set[str]:
+    return {key for name, value in tree.items() for key in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})}
+
+
+def test_every_setting_that_a_public_stage_reads_is_in_its_key(tmp_path: Path) -> None:
+    """But for those that change no result, and the configuration as a text for TensorBoard."""
+    settings = config(tmp_path, "run", "method=pdp-diffusion")
+    run, reads = RunDir(settings.run.dir), {}
+    for name, stage in PUBLIC.items():
+        read: set[str] = set()
+        record = stage.run(Watched(settings, read), run, ALONE)
+        run.finish(name, record)
+        reads[name] = read
+        assert read - {"data.workers", "spec", "to_yaml"} <= leaves(sharing.settings_of(name, settings)), name
+    assert {"pretrain.steps", "model.width", "runtime.seed", "data.resolution"} <= reads["pretrain"]  # the watching works
+    assert {"query.learning_rate", "query.flip"} <= reads["query"]
+    assert {"data.public.kind", "data.public.images_per_class"} <= reads["prepare"]
+
+
+def test_public_stages_are_taken_from_another_run_and_private_ones_never_are(tmp_path: Path) -> None:
+    first, second = (config(tmp_path, name, f"privacy.epsilon={epsilon}") for name, epsilon in (("first", 10), ("second", 1)))
+    assert pipeline.run(first) == 0
+    assert kept(tmp_path) == ["prepare", "query"]
+    assert pipeline.run(second) == 0
+    assert kept(tmp_path) == ["prepare", "query"]
+    for stage in first.spec.stages:
+        taken = [("shared" in read_json(settings.run.dir / stage / "done.json")) for settings in (first, second)]
+        assert taken == [False, stage in ("prepare", "query")]
+    inodes = {path.stat().st_ino for path in files(tmp_path / "shared").values()}
+    private = [stage for stage in first.spec.stages if stage not in ("prepare", "query")]
+    for settings in (first, second):
+        for folder in (*private, "private", "release", *(f"tensorboard/{stage}" for stage in private)):
+            assert not [path for path in files(settings.run.dir / folder).values() if path.stat().st_ino in inodes], folder
+    votes = [(settings.run.dir / "select" / "selection.npz").read_bytes() for settings in (first, second)]
+    assert votes[0] != votes[1]
+    # the second run stands alone
+    for path in files(tmp_path / "shared").values():
+        path.unlink()
+    weights = [torch.load(settings.run.dir / "release" / "model.pt", weights_only=True)["weights"] for settings in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert (second.run.dir / "prepare" / "public.npy").stat().st_size > 1000
+
+
+def test_no_method_shares_a_stage_that_follows_from_the_sensitive_set() -> None:
+    for name, method in METHODS.items():
+        assert not {"select", "finetune", "synthesize", "evaluate"} & set(method.public_stages), name
+        assert ("pretrain" in method.public_stages) == (method.pretraining == "all"), name
+        assert set(method.public_stages) <= set(method.stages)
+
+
+def test_a_stage_that_is_not_public_is_neither_kept_nor_taken(tmp_path: Path) -> None:
+    settings = config(tmp_path, "run")
+    run = RunDir(settings.run.dir)
+    run.finish("prepare", prepare.run(settings, run, ALONE))
+    for stage in ("select", "pretrain", "finetune", "synthesize", "evaluate"):
+        run.finish(stage, {"images": 1})
+        sharing.keep(stage, settings, run, ALONE)
+        assert not sharing.adopt(stage, settings, RunDir(tmp_path / "other"), ALONE)
+    assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize("change", ["query.steps=4", "runtime.seed=5", "data.public.images_per_class=5", "data.resolution=16"])
+def test_other_settings_are_another_stage(change: str, tmp_path: Path) -> None:
+    settings, other = config(tmp_path, "run"), config(tmp_path, "other", change)
+    stage = "prepare" if change.startswith("data") else "query"
+    run = RunDir(settings.run.dir)
+    run.finish("prepare", prepare.run(settings, run, ALONE))
+    if stage == "query":
+        run.finish("query", query.run(settings, run, ALONE))
+    sharing.keep(stage, settings, run, ALONE)
+    taker = RunDir(other.run.dir)
+    if stage == "query":
+        taker.finish("prepare", prepare.run(other, taker, ALONE))
+    assert not sharing.adopt(stage, other, taker, ALONE)
+    same = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"epsilon": 0.5})})
+    another = RunDir(tmp_path / "another")
+    if stage == "query":
+        another.finish("prepare", prepare.run(same, another, ALONE))
+    assert sharing.adopt(stage, same, another, ALONE)
+
+
+def test_a_public_set_that_changed_is_another_one(tmp_path: Path) -> None:
+    from data_sets import numbered, save_npz
+
+    path = save_npz(tmp_path / "public.npz", numbered(40), torch.arange(40).numpy() % 2)
+    settings = config(tmp_path, "run", "data.public.kind=npz", f"data.public.path={path}")
+    run = RunDir(settings.run.dir)
+    run.finish("prepare", prepare.run(settings, run, ALONE))
+    sharing.keep("prepare", settings, run, ALONE)
+    assert sharing.adopt("prepare", settings, RunDir(tmp_path / "before"), ALONE)
+    os.utime(path, ns=(1, 1))
+    assert not sharing.adopt("prepare", settings, RunDir(tmp_path / "after"), ALONE)
+
+
+def test_a_stage_that_has_begun_goes_on_by_itself(tmp_path: Path) -> None:
+    settings = config(tmp_path, "run")
+    run, begun = RunDir(settings.run.dir), RunDir(tmp_path / "begun")
+    run.finish("prepare", prepare.run(settings, run, ALONE))
+    sharing.keep("prepare", settings, run, ALONE)
+    (begun.stage("prepare") / "half").touch()
+    assert not sharing.adopt("prepare", settings, begun, ALONE)
+    assert not begun.record("prepare")
+
+
+def test_without_a_shared_folder_each_run_does_its_own(tmp_path: Path) -> None:
+    settings = load(TINY, [f"run.dir={tmp_path / 'run'}", *QUICK])
+    run = RunDir(settings.run.dir)
+    run.finish("prepare", prepare.run(settings, run, ALONE))
+    sharing.keep("prepare", settings, run, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_in_the_shared_folder_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = config(tmp_path, "run")
+    run = RunDir(settings.run.dir)
+    run.finish("prepare", prepare.run(settings, run, ALONE))
+    (tmp_path / "shared").write_text("a file in the way")
+    sharing.keep("prepare", settings, run, ALONE)
+    assert "could not be kept" in capsys.readouterr().err
