@@ -9,7 +9,7 @@ from privimage.errors import UserError
 from privimage.rundir import differences
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name != "experiments")
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 
 
