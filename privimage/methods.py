@@ -9,7 +9,7 @@ class Method:
     """One row of `privimage methods`."""
 
     title: str
-    pretraining: Literal["selected", "all", "none"]
+    pretraining: Literal["selected", "random", "all", "none"]
     generator: Literal["diffusion", "gan", "none"]
     private: bool
     training: Literal["finetune"] = "finetune"  # the stage that the generator learns the sensitive set in
@@ -21,7 +21,9 @@ class Method:
         if self.pretraining != "none":
             names.append("prepare")
         if self.pretraining == "selected":
-            names += ["query", "select"]
+            names.append("query")
+        if self.pretraining in ("selected", "random"):
+            names.append("select")
         if self.pretraining != "none":
             names.append("pretrain")
         if self.generator != "none":
@@ -39,6 +41,7 @@ METHODS: dict[str, Method] = {
     "privimage+d": Method("PrivImage+D", "selected", "diffusion", True),
     "pdp-diffusion": Method("PDP-Diffusion", "all", "diffusion", True),
     "dpdm": Method("DPDM", "none", "diffusion", True),
+    "random+d": Method("Random+D", "random", "diffusion", True),
     "nonprivd": Method("NonPrivD", "selected", "diffusion", False),
     "nonpriv": Method("NonPriv", "none", "none", False),
 }

@@ -265,14 +265,16 @@ def _selection(config: Config, run: RunDir, train: ImageSet, vectors: dict[str, 
     public, labels = prepared["classes"], store.labels(run.public_store)
     available = np.bincount(labels, minlength=len(public))
     used, chosen = available, None
-    if config.spec.pretraining == "selected":
+    if config.spec.pretraining in ("selected", "random"):
         selection = np.load(run.stage("select") / "selection.npz")
         counts, assignment = selection["counts"], selection["assignment"]
         rows = list(train.classes) if config.data.sensitive.labelled else ["all images"]
-        draw.selection(figures / "selection.png", counts, assignment, rows, public)
+        by_vote = config.spec.pretraining == "selected"
+        if by_vote:
+            draw.selection(figures / "selection.png", counts, assignment, rows, public)
         used = np.where(assignment >= 0, available, 0)
         kept = [{"name": name, "public": [public[i] for i in np.flatnonzero(assignment == row)]} for row, name in enumerate(rows)]
-        chosen = {"images": int(used.sum()), "public_images": len(labels), "kept": kept}
+        chosen = {"images": int(used.sum()), "public_images": len(labels), "by_vote": by_vote, "kept": kept}
     if vectors is None or not config.data.sensitive.labelled:
         return {"selection": chosen, "semantics": nothing}
     own = (train.classes, np.bincount(train.labels, minlength=len(train.classes)))

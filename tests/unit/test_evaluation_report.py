@@ -55,7 +55,12 @@ def results(**changes: object) -> dict:
         "fidelity_before": FIDELITY | {"distance": 30.0},
         "semantics": {"sds": 0.42, "sds_all_public": 0.3, "covered": [1.0, 0.9]},
         "memorization": MEMORY,
-        "selection": {"images": 30, "public_images": 100, "kept": [{"name": "<cat>", "public": ["tabby"]}, {"name": "dog", "public": ["collie", "pug"]}]},
+        "selection": {
+            "images": 30,
+            "public_images": 100,
+            "by_vote": True,
+            "kept": [{"name": "<cat>", "public": ["tabby"]}, {"name": "dog", "public": ["collie", "pug"]}],
+        },
         "synthetic": {"images": 40, "resolution": 8, "channels": 1, "classes": ["<cat>", "dog"]},
         "sensitive": {"images": 300, "test_images": 50},
         "grid_classes": [0, 1],
