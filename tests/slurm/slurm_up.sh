@@ -50,7 +50,7 @@ GresTypes=gpu
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmdTimeout=10
+SlurmdTimeout=20
 SlurmctldTimeout=10
 KillWait=20
 MessageTimeout=10

@@ -159,9 +159,6 @@ def undisturbed(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.mark.skipif(
-    "PRIVIMAGE_LONG_TESTS" not in os.environ, reason="minutes of real node failures, not yet steady on a busy machine; set PRIVIMAGE_LONG_TESTS=1"
-)
 def test_a_job_that_is_stopped_preempted_and_loses_a_node_and_the_network_ends_like_an_undisturbed_one(
     cluster: Cluster, a_copy: Callable[[str], Path], undisturbed: Path
 ):
