@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from privimage.errors import UserError
 from privimage.jobs import Slurm
-from privimage.methods import METHODS, Method
+from privimage.methods import METHODS, Method, for_method, with_defaults
 from privimage.section import Section, nearest, validated
 
 SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
@@ -118,9 +118,10 @@ class Pretrain(Section):
     deepspeed_config: Path | None = Field(None, description="DeepSpeed's JSON; unset: ZeRO stage 1 with bf16 on GPUs")
     batch_size: int = Field(2048, ge=1, description="images a step over all ranks")
     steps: int = Field(128_000, ge=1, description="training steps")
-    learning_rate: float = Field(1e-4, gt=0, description="Adam learning rate, no weight decay")
+    learning_rate: float = Field(1e-4, gt=0, description="Adam learning rate, no weight decay; of both networks of a GAN")
+    discriminator_steps: int = Field(5, ge=1, le=100, description="GAN: steps of the discriminator, which `steps` counts, for each step of the generator")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="probability of hiding an image's label")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label")
     flip: bool = Field(True, description="random horizontal flips; off for characters")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
     log_every: int = Field(50, ge=1, description="steps between lines of the log and points of TensorBoard")
@@ -131,12 +132,15 @@ class Finetune(Section):
 
     logical_batch_size: int = Field(16384, ge=1, description="B, the expected number of images a step; the sample rate is B / N")
     physical_batch_size: int | Literal["auto"] = Field("auto", description="images that go through the network at once, a rank")
-    steps: int = Field(152, ge=1, description="T, the number of private steps")
-    noise_copies: int = Field(8, ge=1, description="K, noised copies of an image over which its gradient is averaged before clipping")
+    steps: int = Field(152, ge=1, description="T, the number of private steps; of a GAN's discriminator")
+    noise_copies: int = Field(8, ge=1, description="diffusion: K, noised copies of an image over which its gradient is averaged before clipping")
     max_grad_norm: float = Field(1e-3, gt=0, description="C, the bound on the L2 norm of one image's gradient")
-    learning_rate: float = Field(3e-4, gt=0, description="Adam learning rate, no weight decay")
+    learning_rate: float = Field(3e-4, gt=0, description="Adam learning rate of the private steps, no weight decay")
+    discriminator_steps: int = Field(5, ge=1, le=100, description="GAN: private steps for each step of the generator")
+    generator_learning_rate: float = Field(2e-4, gt=0, description="GAN: Adam learning rate of the generator, no weight decay")
+    generator_batch_size: int = Field(256, ge=1, description="GAN: generated images in a step of the generator over all ranks; costs no privacy")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="probability of hiding an image's label, all its copies alike")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label, all its copies alike")
     start_from: Literal["ema", "raw"] = Field("ema", description="which pretrained weights to start from")
     gradients: Literal["folded", "vmap"] = Field("folded", description="per-image gradients: folded is fast, vmap(grad) is the plain oracle")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of forward and backward; norms, sums and noise are always fp32 or better")
@@ -147,9 +151,9 @@ class Synthesize(Section):
     """Sampling of the synthetic set."""
 
     samples: int = Field(50_000, ge=1, description="images to synthesise, labels in turn so that each class gets the same share")
-    sampler: Literal["euler", "heun"] = Field("euler", description="deterministic Euler, or EDM's stochastic Heun")
-    sampler_steps: int = Field(50, ge=2, le=1000, description="noise levels from 80 to 0.002")
-    guidance: float = Field(0.0, ge=0, description="classifier-free guidance scale; 0 is off")
+    sampler: Literal["euler", "heun"] = Field("euler", description="diffusion: deterministic Euler, or EDM's stochastic Heun")
+    sampler_steps: int = Field(50, ge=2, le=1000, description="diffusion: noise levels from 80 to 0.002")
+    guidance: float = Field(0.0, ge=0, description="diffusion: classifier-free guidance scale; 0 is off")
     batch_size: int = Field(500, ge=1, description="images that go through the network at once, a rank")
     images: bool = Field(False, description="also write the images as PNG files under release/images")
 
@@ -207,6 +211,11 @@ class Config(Section):
         """What the chosen method pretrains on, which generator it uses, and whether it is private."""
         return METHODS[self.method]
 
+    @property
+    def noise_copies(self) -> int:
+        """K of the method: diffusion alone adds noise to images."""
+        return self.finetune.noise_copies if self.spec.generator == "diffusion" else 1
+
     def to_yaml(self) -> str:
         """The resolved settings as YAML; `load` reads it back to an equal tree."""
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
@@ -214,16 +223,23 @@ class Config(Section):
 
 def parse(tree: dict, origin: str = "configuration") -> Config:
     """Validate a nested dict of settings. Raises UserError with one line that names the key."""
-    return validated(Config, tree, origin)
+    return validated(Config, with_defaults(tree), origin)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``section.key=value`` overrides.
 
+    A section `gan` of the file holds sections whose settings replace those of the same name where the method's generator is a GAN; so one
+    file serves all methods. Overrides come last.
+
     Raises UserError, in one line that names the file or the key, for a missing or malformed file, an unknown key, or a
     value out of range.
     """
-    return parse(read_yaml(Path(path), overrides), str(path))
+    tree = read_yaml(Path(path), overrides)
+    config = parse(for_method(tree, OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))), str(path))
+    if "gan" in tree and config.spec.generator != "gan":
+        parse(for_method(tree | {"method": "privimage+g"}, {}), f"{path}: gan")  # a mistake there is told before the section is used
+    return config
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:

@@ -1,7 +1,9 @@
 """The methods of the paper as settings of one pipeline (METHOD table: what is pretrained on, which generator, private or not)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from privimage.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,52 @@ METHODS: dict[str, Method] = {
     "pdp-diffusion": Method("PDP-Diffusion", "all", "diffusion", True),
     "dpdm": Method("DPDM", "none", "diffusion", True),
     "random+d": Method("Random+D", "random", "diffusion", True),
+    "privimage+g": Method("PrivImage+G", "selected", "gan", True),
+    "dpgan-p": Method("DPGAN-p", "all", "gan", True),
+    "dpgan": Method("DPGAN (DP-CGAN)", "none", "gan", True),
     "nonprivd": Method("NonPrivD", "selected", "diffusion", False),
+    "nonprivg": Method("NonPrivG", "selected", "gan", False),
     "nonpriv": Method("NonPriv", "none", "none", False),
 }
+
+# Defaults of the settings where the generator is not a diffusion model, for CIFAR-10 (Table 6 of the paper: 20,000 and 30 steps of the generator).
+DEFAULTS: dict[str, dict] = {
+    "gan": {
+        "pretrain": {"batch_size": 64, "steps": 100_000, "learning_rate": 2e-4},
+        "finetune": {"steps": 150, "max_grad_norm": 1.0, "learning_rate": 5e-4},
+    }
+}
+
+
+def with_defaults(tree: dict) -> dict:
+    """A tree of settings with the defaults of its method's generator for what it leaves out."""
+    return _over(DEFAULTS.get(_generator(tree), {}), tree)
+
+
+def for_method(tree: dict, given: Any) -> dict:
+    """What a file with a section `gan` says for its method: see `privimage.config.load`. `given` is the tree of the overrides.
+
+    Raises UserError where `gan` holds no sections.
+    """
+    special = tree.get("gan", {})
+    if not isinstance(special, dict):
+        raise UserError(f"gan: expected sections of settings for methods with a GAN, not {special!r}")
+    found = _over(tree, _without(special, given)) if _generator(tree) == "gan" else tree
+    return {key: value for key, value in found.items() if key != "gan"}
+
+
+def _generator(tree: dict) -> str:
+    method = METHODS.get(str(tree.get("method")))
+    return method.generator if method else "none"
+
+
+def _over(low: dict, high: dict) -> dict:
+    """Two nested dicts in one; where both have a value it is that of `high`."""
+    both = {key: _over(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value for key, value in high.items()}
+    return low | both
+
+
+def _without(tree: dict, given: dict) -> dict:
+    """A nested dict without the values that `given` has too."""
+    nested = {key: _without(value, given[key]) for key, value in tree.items() if isinstance(value, dict) and isinstance(given.get(key), dict)}
+    return {key: value for key, value in tree.items() if key not in given} | nested

@@ -1,6 +1,6 @@
 """The engines of public pretraining behind one interface: torch DDP, or DeepSpeed ZeRO 0, 1 and 2.
 
-Both train with Adam (betas 0.9 and 0.999, no weight decay), keep the weights in fp32, and give the same state: full
+Both train with Adam (betas 0.9 and 0.999 unless told otherwise, no weight decay), keep the weights in fp32, and give the same state: full
 tensors by parameter name. A run may therefore go on with another number of ranks or with the other engine.
 """
 
@@ -26,9 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Engine(ABC):
     """Forward, backward, update and state of one module that all ranks train together."""
 
-    def __init__(self, module: nn.Module, learning_rate: float):
+    def __init__(self, module: nn.Module, learning_rate: float, betas: tuple[float, float] = BETAS):
         self.module, self.learning_rate = module, learning_rate
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, betas=BETAS)
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas)
 
     @abstractmethod
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -57,8 +57,8 @@ class Engine(ABC):
 class DDPEngine(Engine):
     """torch DistributedDataParallel; with one rank the bare module."""
 
-    def __init__(self, module: nn.Module, learning_rate: float, world: World, bf16: bool):
-        super().__init__(module, learning_rate)
+    def __init__(self, module: nn.Module, learning_rate: float, world: World, bf16: bool, betas: tuple[float, float] = BETAS):
+        super().__init__(module, learning_rate, betas)
         self.bf16, self.device = bf16, world.device
         devices = [world.device.index] if world.device.type == "cuda" else None
         self.wrapped = DistributedDataParallel(module, device_ids=devices) if world.size > 1 else module

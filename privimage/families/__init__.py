@@ -3,8 +3,9 @@
 from privimage.config import Config
 from privimage.families.base import Family
 from privimage.families.diffusion import Diffusion
+from privimage.families.gan import Gan
 
-FAMILIES: dict[str, Family] = {"diffusion": Diffusion()}
+FAMILIES: dict[str, Family] = {"diffusion": Diffusion(), "gan": Gan()}
 
 
 def family(config: Config) -> Family:

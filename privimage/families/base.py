@@ -45,6 +45,11 @@ class PublicTraining(ABC):
 class ImageLosses(ABC):
     """The losses of sensitive images, each a function of one image and of random numbers that belong to it and to the step."""
 
+    def __init__(self, config: Config, world: World, n_classes: int):
+        self.n_classes, self.device, self.shape = n_classes, world.device, image_shape(config)
+        self.bf16 = config.finetune.precision == "bf16"
+        self.draws = ImageDraws(world.device)
+
     @abstractmethod
     def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, ...]:
         """Images uint8 (B, C, H, W), labels and indices (B,) -> the tensors of the loss, (B, K, ...) each, with K copies of each image.
@@ -52,9 +57,11 @@ class ImageLosses(ABC):
         Row i depends on images[i], labels[i], indices[i] and the seed, on no other image and on no other row.
         """
 
-    @abstractmethod
     def probe(self, count: int) -> tuple[Tensor, ...]:
-        """What `draw` gives for `count` images, without sensitive images, to time and measure with."""
+        """What `draw` gives for `count` grey images that are not sensitive, to time and measure with."""
+        images = torch.full((count, *self.shape), 127, dtype=torch.uint8, device=self.device)
+        indices = torch.arange(count, device=self.device)
+        return self.draw(images, indices % max(self.n_classes, 1), indices, seed=0)
 
     @abstractmethod
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
@@ -126,6 +133,11 @@ class Family(ABC):
         """The number of parameters of each network, by name."""
         with torch.device("meta"):
             return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a configuration."""
+    return config.data.channels, config.data.resolution, config.data.resolution
 
 
 def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | None) -> None:

@@ -10,7 +10,7 @@ from privimage.config import Config
 from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, load_pretrained
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
 from privimage.families.work import Work, measured
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
@@ -171,10 +171,8 @@ class DenoisingLosses(ImageLosses):
     """EDM's loss of K noised copies of each image; all random numbers belong to (step, image)."""
 
     def __init__(self, config: Config, world: World, n_classes: int):
+        super().__init__(config, world, n_classes)
         self.copies, self.label_dropout = config.finetune.noise_copies, config.finetune.label_dropout
-        self.n_classes, self.device, self.shape = n_classes, world.device, image_shape(config)
-        self.bf16 = config.finetune.precision == "bf16"
-        self.draws = ImageDraws(world.device)
 
     def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) -> images, labels, sigma and noise with K copies each: (B, K, ...)."""
@@ -186,19 +184,8 @@ class DenoisingLosses(ImageLosses):
         kept = torch.where(hidden, self.n_classes, labels)
         return edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1), kept[:, None].expand(-1, copies), sigma, noise
 
-    def probe(self, count: int) -> tuple[Tensor, ...]:
-        """See `ImageLosses`."""
-        images = torch.full((count, *self.shape), 127, dtype=torch.uint8, device=self.device)
-        indices = torch.arange(count, device=self.device)
-        return self.draw(images, indices % max(self.n_classes, 1), indices, seed=0)
-
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         """See `ImageLosses`."""
         images, labels, sigma, noise = tensors
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return edm.loss(module, images, labels if self.n_classes else None, sigma, noise)
-
-
-def image_shape(config: Config) -> tuple[int, int, int]:
-    """Channels, height and width of the images of a configuration."""
-    return config.data.channels, config.data.resolution, config.data.resolution

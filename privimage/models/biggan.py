@@ -7,6 +7,8 @@ power iteration that alters the layer at every forward pass; what it is for, a b
 clipping. The generator sees latents and labels only and keeps both.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,6 +121,28 @@ class Generator(nn.Module):
             if self.attention is not None and number == self.attention_after:
                 hidden = self.attention(hidden)
         return torch.tanh(self.output(F.relu(self.norm(hidden))))
+
+
+@torch.no_grad()
+def settle(generator: Generator, batches: Sequence[tuple[Tensor, Tensor]]) -> Generator:
+    """Fit what is no weight to the present weights, and go to eval mode, in which an image depends on its own latent and label alone.
+
+    Running means and variances become the averages over `batches` (latents, labels), and the vectors of the spectral norm those of a
+    power iteration with a step a batch. An averaged or freshly updated generator needs this: the statistics of one network
+    are not those of another (Brock et al. 2019, "standing statistics").
+    """
+    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    generator.train()
+    for _ in range(2):  # the first round is for the spectral norm, on which the statistics of the second depend
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average
+        for latents, labels in batches:
+            generator(latents, labels)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return generator.eval()
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

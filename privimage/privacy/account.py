@@ -107,7 +107,7 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
 def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
     """The steps of a method without noise or clipping, in the form of a plan."""
     settings = config.finetune
-    finetune = FinetunePlan(count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, settings.noise_copies)
+    finetune = FinetunePlan(count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, config.noise_copies)
     query = QueryPlan(config.select.per_image, 0.0) if config.spec.pretraining == "selected" else None
     return PrivacyPlan(math.inf, 1.0, config.privacy.accountant, query, finetune)
 

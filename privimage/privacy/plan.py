@@ -77,7 +77,7 @@ class FinetunePlan(MechanismPlan):
         settings = config.finetune
         if settings.logical_batch_size > count:
             raise UserError(f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} sensitive images")
-        return cls(count, settings.logical_batch_size, settings.steps, 0.0, settings.max_grad_norm, settings.noise_copies)
+        return cls(count, settings.logical_batch_size, settings.steps, 0.0, settings.max_grad_norm, config.noise_copies)
 
     @property
     def sample_rate(self) -> Fraction:

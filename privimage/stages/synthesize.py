@@ -123,10 +123,10 @@ def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
     _write_npz(release / "synthetic.npz", images, labels)
     if config.synthesize.images:
         _write_images(release / "images", images, labels)
-    model = {"weights": {name: value.cpu() for name, value in weights["ema"].items()}, "classes": weights["classes"], "n_classes": weights["n_classes"]}
-    torch.save(
-        model | {"model": config.model.model_dump(mode="json"), "resolution": config.data.resolution, "channels": config.data.channels}, release / "model.pt"
-    )
+    weights_on_cpu = {name: value.cpu() for name, value in weights["ema"].items()}
+    shape = {"resolution": config.data.resolution, "channels": config.data.channels, "n_classes": weights["n_classes"]}
+    network = {"generator": config.spec.generator, "model": config.model.model_dump(mode="json")} | shape
+    torch.save({"weights": weights_on_cpu, "classes": weights["classes"]} | network, release / "model.pt")
     write_json(release / "PRIVACY.json", said)
     write_whole(release / "PRIVACY.md", statement_for_people(said).encode())
     strangers = sorted(entry.name for entry in release.iterdir() if entry.name not in RELEASED)

@@ -45,7 +45,7 @@ def test_the_synthetic_set_has_the_stated_form_and_labels_in_turn(finished: Conf
 
 def test_the_model_holds_weights_and_public_facts_only(finished: Config) -> None:
     model = torch.load(finished.run.dir / "release" / "model.pt", weights_only=True)
-    assert sorted(model) == ["channels", "classes", "model", "n_classes", "resolution", "weights"]
+    assert sorted(model) == ["channels", "classes", "generator", "model", "n_classes", "resolution", "weights"]
 
 
 def test_the_statement_is_that_of_the_ledger(finished: Config) -> None:

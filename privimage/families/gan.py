@@ -1,0 +1,275 @@
+"""GANs: BigGAN with hinge losses. The generator never sees a sensitive image, the discriminator is the network that does."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privimage.config import Config
+from privimage.data.sensitive import ImageDraws
+from privimage.distributed.batch_norm import over_ranks
+from privimage.distributed.engine import DDPEngine
+from privimage.distributed.world import World
+from privimage.errors import UserError
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
+from privimage.families.work import Work, measured
+from privimage.models import build_discriminator, build_generator, edm, parameters
+from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss, settle
+from privimage.models.ema import EMA
+from privimage.privacy.plan import PrivacyPlan
+
+BETAS = (0.5, 0.999)
+LABEL = "label.weight"  # the label embedding of either network
+SETTLING = (8, 64)  # batches and latents in each, from which a generator's statistics are measured
+
+
+class Gan(Family):
+    """See `Family`."""
+
+    def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
+        """Generator and discriminator."""
+        return {"generator": build_generator(config, n_classes), "discriminator": build_discriminator(config, n_classes)}
+
+    def generator(self, config: Config, n_classes: int) -> Generator:
+        """BigGAN's generator."""
+        return build_generator(config, n_classes)
+
+    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
+        """One pass of the generator, which is in eval mode."""
+        assert isinstance(generator, Generator)
+        return generated(generator, draws, config.runtime.seed, indices, torch.zeros_like(indices) if labels is None else labels)
+
+    def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
+        """Discriminator and generator in turn, by DDP."""
+        if config.pretrain.engine == "deepspeed":
+            raise UserError("pretrain.engine: deepspeed trains one network and a GAN has two; choose ddp")
+        return GanPublic(config, n_classes, world)
+
+    def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:
+        """DP-SGD on the discriminator."""
+        return GanPrivate(config, n_classes, world, pretrained)
+
+    def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
+        """Passes through both networks: 3 for a public step (forward and backward), 3.3 for a private one, on a real and a fake image each."""
+        images = 256 if device.type == "cuda" else 8
+        generator, discriminator = build_generator(config, n_classes).to(device), build_discriminator(config, n_classes).to(device)
+        latents, labels = torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
+        x = torch.zeros((images, *image_shape(config)), device=device)
+        g_seconds, g_memory = measured(lambda: generator(latents, labels), images)
+        d_seconds, d_memory = measured(lambda: discriminator(x, labels), images)
+        weights, d_size, rows = 20 * (parameters(generator) + parameters(discriminator)), parameters(discriminator), []
+        pretrain, finetune, private = config.pretrain, config.finetune, plan.finetune
+        if config.spec.pretraining != "none":
+            seconds = 6 * d_seconds + g_seconds + 3 * (g_seconds + d_seconds) / pretrain.discriminator_steps
+            memory = weights + pretrain.batch_size * max(2 * d_memory, g_memory + d_memory)
+            rows.append(Work("pretrain", pretrain.steps, pretrain.batch_size, pretrain.steps * pretrain.batch_size * seconds, memory))
+        at_once = 32 if finetune.physical_batch_size == "auto" else finetune.physical_batch_size
+        seconds = private.logical_batch_size * (6.6 * d_seconds + g_seconds)
+        seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
+        memory = weights + max(at_once * (2 * d_memory + 4 * d_size), finetune.generator_batch_size * (g_memory + d_memory))
+        rows.append(Work("finetune", private.steps, private.logical_batch_size, private.steps * seconds, memory))
+        samples = config.synthesize.samples
+        rows.append(Work("synthesize", 1, samples, samples * g_seconds, weights + config.synthesize.batch_size * g_memory / 8))
+        return rows
+
+
+@torch.no_grad()
+def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tensor, labels: Tensor) -> Tensor:
+    """Images of a settled generator, uint8 (B, C, H, W): each from its label and from a latent that belongs to (seed, index).
+
+    `indices` and `labels` int64 (B,), labels 0 for an unlabelled set.
+    """
+    return edm.to_uint8(generator(draws.normal(seed, indices, generator.latent_size), labels))
+
+
+class GeneratorTraining:
+    """A generator against a discriminator that it only looks at: its steps, its average, and its settled form.
+
+    A step depends on the discriminator's weights, the seed of the configuration and its own number, on nothing else. Batch norm
+    sees the latents of all ranks, so that a step is the same for any number of ranks that divides the batch.
+    """
+
+    def __init__(self, config: Config, n_classes: int, world: World, network: Generator, batch_size: int, learning_rate: float, decay: float, bf16: bool):
+        self.config, self.n_classes, self.world, self.network, self.bf16 = config, n_classes, world, network, bf16
+        self.own = -(-batch_size // world.size)
+        over_ranks(network, world)
+        self.engine = DDPEngine(network, learning_rate, world, bf16, BETAS)
+        self.ema = EMA(network, decay)
+        self.critic = build_discriminator(config, n_classes).to(world.device).requires_grad_(False)
+        self.draws = ImageDraws(world.device)
+
+    def step(self, discriminator: nn.Module, number: int) -> Tensor:
+        """One update; returns this rank's loss. All ranks call it together."""
+        # A copy: per-image gradients have taken the place of the original's ordinary ones.
+        self.critic.load_state_dict(discriminator.state_dict())
+        place = self.world.rank * self.own + torch.arange(self.own, device=self.world.device)
+        labels = (place + number * self.own * self.world.size) % max(self.n_classes, 1)
+        images = self.engine.forward(self.draws.normal(public_seed(self.config, "generator step", number), place, self.network.latent_size), labels)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            scores = self.critic(images, labels)
+        loss = g_loss(scores.float()).mean()
+        self.engine.backward_and_step(loss)
+        self.ema.update()
+        return loss.detach()
+
+    def settled(self, averaged: bool) -> Generator:
+        """The present or the averaged weights in a generator of their own, with statistics that fit them, in eval mode."""
+        still = build_generator(self.config, self.n_classes).to(self.world.device)
+        still.load_state_dict(self.network.state_dict())
+        if averaged:
+            self.ema.copy_to(still)
+        batches, latents = SETTLING
+        normal = self.draws.normal(public_seed(self.config, "settling", 0), torch.arange(batches * latents), still.latent_size)
+        labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
+        return settle(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; all ranks must call it together."""
+        return {"generator": self.engine.state(), "ema": self.ema.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.engine.load(state["generator"])
+        self.ema.load_state_dict(state["ema"])
+
+
+class GanPublic(PublicTraining):
+    """Hinge losses on public images; the generator's turn comes after every `pretrain.discriminator_steps` steps of the discriminator."""
+
+    def __init__(self, config: Config, n_classes: int, world: World):
+        self.config, self.n_classes, self.world = config, n_classes, world
+        settings, self.bf16 = config.pretrain, config.runtime.precision == "bf16"
+        torch.manual_seed(config.runtime.seed)
+        network, discriminator = build_generator(config, n_classes).to(world.device), build_discriminator(config, n_classes).to(world.device)
+        self.generator = GeneratorTraining(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, self.bf16)
+        self.discriminator = DDPEngine(discriminator, settings.learning_rate, world, self.bf16, BETAS)
+        self.draws = ImageDraws(world.device)
+        self.sums = torch.zeros(2, device=world.device)
+        self.counts = [0, 0]
+
+    def step(self, images: Tensor, labels: Tensor, step: int) -> None:
+        """See `PublicTraining`."""
+        network, count = self.generator.network, len(images)
+        place = self.world.rank * count + torch.arange(count, device=self.world.device)
+        normal = self.draws.normal(public_seed(self.config, "discriminator step", step), place, network.latent_size + 1)
+        real = edm.to_unit(images)
+        if self.config.pretrain.flip:
+            real = torch.where((normal[:, -1] < 0)[:, None, None, None], real.flip(3), real)
+        with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16):
+            fake = network(normal[:, :-1], labels).float()
+        scores = self.discriminator.forward(torch.cat([real, fake]), labels.repeat(2)).float()
+        loss = (d_loss_real(scores[:count]) + d_loss_fake(scores[count:])).mean()
+        self.discriminator.backward_and_step(loss)
+        self._count(0, loss.detach())
+        if (step + 1) % self.config.pretrain.discriminator_steps == 0:
+            self._count(1, self.generator.step(self.discriminator.module, step))
+
+    def _count(self, which: int, loss: Tensor) -> None:
+        self.sums[which] += loss
+        self.counts[which] += 1
+
+    def losses(self) -> dict[str, float]:
+        """See `PublicTraining`."""
+        sums = (self.world.all_reduce_(self.sums.clone()) / self.world.size).tolist()
+        names = ("discriminator loss", "generator loss")
+        found = {name: total / count for name, total, count in zip(names, sums, self.counts, strict=True) if count}
+        self.sums.zero_()
+        self.counts = [0, 0]
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """See `PublicTraining`."""
+        return self.generator.state() | {"discriminator": self.discriminator.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `PublicTraining`."""
+        self.generator.load(state)
+        self.discriminator.load(state["discriminator"])
+
+    def samples(self) -> Tensor:
+        """See `PublicTraining`."""
+        indices = torch.arange(5 * min(self.n_classes, 10) if self.n_classes else 25, device=self.world.device)
+        labels = indices % max(self.n_classes, 1)
+        return generated(self.generator.settled(averaged=True), self.draws, self.config.runtime.seed, indices, labels)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """See `PublicTraining`; and the `discriminator`, which is not averaged: it is judged by what it is now."""
+        raw, averaged = self.generator.network.state_dict(), self.generator.settled(averaged=True).state_dict()
+        return {"raw": raw, "ema": averaged, "discriminator": self.discriminator.module.state_dict()}
+
+
+class GanPrivate(PrivateTraining):
+    """DP-SGD on the discriminator; after every `finetune.discriminator_steps` private steps the generator follows the noised one."""
+
+    def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
+        settings, self.world = config.finetune, world
+        torch.manual_seed(config.runtime.seed)
+        self.module: Discriminator = build_discriminator(config, n_classes).to(world.device)
+        network = build_generator(config, n_classes).to(world.device)
+        if pretrained is not None:
+            fresh = LABEL if config.spec.pretraining == "all" else None
+            load_pretrained(self.module, pretrained["discriminator"], fresh)
+            load_pretrained(network, pretrained[settings.start_from], fresh)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.learning_rate, betas=BETAS)
+        self.ratio, bf16 = settings.discriminator_steps, settings.precision == "bf16"
+        self.generator = GeneratorTraining(
+            config, n_classes, world, network, settings.generator_batch_size, settings.generator_learning_rate, settings.ema_decay, bf16
+        )
+        self.losses: AdversarialLosses = AdversarialLosses(config, world, n_classes, self.generator.settled(averaged=False))
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """The generator's step, if it is its turn."""
+        if step % self.ratio:
+            return {}
+        loss = self.world.all_reduce_(self.generator.step(self.module, step)) / self.world.size
+        self.losses.generator = self.generator.settled(averaged=False)
+        return {"generator loss": loss.item()}
+
+    def state(self) -> dict[str, Any]:
+        """See `PrivateTraining`."""
+        return self.generator.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `PrivateTraining`."""
+        self.generator.load(state)
+        self.losses.generator = self.generator.settled(averaged=False)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `PrivateTraining`."""
+        return self.generator.settled(averaged=True).state_dict()
+
+
+class AdversarialLosses(ImageLosses):
+    """The discriminator's hinge losses of a sensitive image and of one generated image with its label: their gradients are summed, then clipped.
+
+    The two are laid out as two copies of the image with doubled losses, whose mean is the sum. The generator is in eval mode: batch norm
+    over the batch would let the fake of one image depend on which other images take part, and clipping would bound nothing.
+    """
+
+    def __init__(self, config: Config, world: World, n_classes: int, generator: Generator):
+        super().__init__(config, world, n_classes)
+        self.generator = generator
+
+    @torch.no_grad()
+    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) -> pairs of a real and a generated one (B, 2, C, H, W), their labels and which is real (B, 2)."""
+        assert not self.generator.training
+        latents = self.draws.normal(seed, indices, self.generator.latent_size)
+        labels = labels if self.n_classes else torch.zeros_like(labels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            fake = self.generator(latents, labels).float()
+        real = torch.tensor([True, False], device=self.device).expand(len(images), -1)
+        return torch.stack([edm.to_unit(images), fake], 1), labels[:, None].expand(-1, 2), real
+
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
+        """See `ImageLosses`."""
+        images, labels, real = tensors
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            scores = module(images, labels).float()
+        return 2 * torch.where(real, d_loss_real(scores), d_loss_fake(scores))
+
+
+def public_seed(config: Config, purpose: str, number: int) -> int:
+    """The seed of public random numbers for one purpose, from `runtime.seed`."""
+    return int.from_bytes(hashlib.sha256(f"{config.runtime.seed}|{purpose}|{number}".encode()).digest()[:8], "big")
