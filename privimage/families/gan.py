@@ -254,7 +254,8 @@ class AdversarialLosses(ImageLosses):
     @torch.no_grad()
     def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) -> pairs of a real and a generated one (B, 2, C, H, W), their labels and which is real (B, 2)."""
-        assert not self.generator.training
+        if self.generator.training:
+            raise RuntimeError("the generator's statistics are those of its batch: the loss of an image would depend on the others")
         latents = self.draws.normal(seed, indices, self.generator.latent_size)
         labels = labels if self.n_classes else torch.zeros_like(labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

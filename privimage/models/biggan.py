@@ -134,12 +134,13 @@ def settle(generator: Generator, batches: Sequence[tuple[Tensor, Tensor]]) -> Ge
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     generator.train()
-    for _ in range(2):  # the first round is for the spectral norm, on which the statistics of the second depend
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average
-        for latents, labels in batches:
-            generator(latents, labels)
+    for latents, labels in batches:  # for the spectral norm, on which the statistics depend; it sees weights only
+        generator(latents[:1], labels[:1])
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+    for latents, labels in batches:
+        generator(latents, labels)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return generator.eval()

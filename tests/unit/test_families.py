@@ -1,0 +1,150 @@
+"""Where each family's private training starts from, what it releases, and how its parts fit together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from privimage.config import Config, load
+from privimage.distributed import checkpoint
+from privimage.distributed.world import World
+from privimage.errors import UserError
+from privimage.families import family
+from privimage.families.gan import GanPrivate, GanPublic
+
+TINY = Path(__file__).parent.parent / "tiny.yaml"
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+LABELS = {"diffusion": ("network.label.weight",), "gan": ("label.weight",)}
+
+
+def settings(method: str, *overrides: str) -> Config:
+    return load(TINY, [f"method={method}", "run.dir=unused", *overrides])
+
+
+def pretrained(config: Config, n_classes: int) -> dict:
+    """Weights of a short public training that differ everywhere from fresh ones."""
+    training = family(config).public_training(config, n_classes, ALONE)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(4):
+        images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=generator)
+        training.step(images, torch.arange(8) % max(n_classes, 1), step)
+    return training.weights() | {"n_classes": n_classes}
+
+
+def networks(training) -> dict[str, nn.Module]:
+    """All networks of a private training."""
+    return {"module": training.module} | ({"generator": training.generator.network} if isinstance(training, GanPrivate) else {})
+
+
+@pytest.mark.parametrize(("same", "other"), [("privimage+d", "pdp-diffusion"), ("privimage+g", "dpgan-p")])
+@pytest.mark.parametrize("start_from", ["ema", "raw"])
+def test_label_embeddings_are_kept_for_the_labels_of_a_selection_and_fresh_for_others(same: str, other: str, start_from: str) -> None:
+    """PrivImage pretrains with the sensitive labels; where public labels were others, only the embeddings start anew, in all networks."""
+    config = settings(same, f"finetune.start_from={start_from}")
+    own, label = pretrained(config, 10), LABELS[config.spec.generator]
+    sources = {"generator": own[start_from], "module": own.get("discriminator", own[start_from])}
+    begun = networks(family(config).private_training(config, 10, ALONE, own))
+    config = settings(other, f"finetune.start_from={start_from}")
+    public = pretrained(config, 34)
+    public_sources = {"generator": public[start_from], "module": public.get("discriminator", public[start_from])}
+    again = networks(family(config).private_training(config, 10, ALONE, public))
+    fresh = networks(family(config).private_training(config, 10, ALONE, None))
+    for name, network in begun.items():
+        for key, value in network.named_parameters():
+            assert torch.equal(value, sources[name][key]), key
+        found = dict(again[name].named_parameters())
+        assert len([key for key in found if key in label]) == 1
+        for key, value in found.items():
+            assert torch.equal(value, dict(fresh[name].named_parameters())[key] if key in label else public_sources[name][key]), key
+
+
+@pytest.mark.parametrize("method", ["pdp-diffusion", "dpgan-p"])
+def test_an_unlabelled_sensitive_set_takes_everything_but_the_public_labels(method: str) -> None:
+    config = settings(method)
+    training = family(config).private_training(config, 0, ALONE, pretrained(config, 34))
+    losses = training.losses(training.module, *(part.flatten(0, 1) for part in training.losses.probe(3)))
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
+def test_weights_of_another_network_are_refused(method: str) -> None:
+    config = settings(method)
+    narrow = settings(method, "model.width=16", "model.gan_width=8")
+    with pytest.raises(ValueError, match="those of another network"):
+        family(config).private_training(config, 10, ALONE, pretrained(narrow, 10))
+
+
+@pytest.mark.parametrize("method", ["dpdm", "dpgan"])
+def test_a_released_state_loads_and_images_belong_to_their_indices(method: str) -> None:
+    config = settings(method, "synthesize.sampler_steps=3")
+    kind = family(config)
+    training = kind.private_training(config, 10, ALONE, None)
+    training.after_step(3)
+    generator = kind.generator(config, 10)
+    generator.load_state_dict(training.weights())
+    draws, indices = training.losses.draws, torch.arange(9)
+    together = kind.sample(config, generator.eval(), indices % 10, indices, draws)
+    alone = kind.sample(config, generator, indices[4:6] % 10, indices[4:6], draws)
+    assert together.shape == (9, 1, 8, 8) and together.dtype == torch.uint8
+    assert (alone.int() - together[4:6].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("method", ["dpdm", "dpgan"])
+def test_every_network_is_counted(method: str) -> None:
+    config = settings(method)
+    sizes = family(config).sizes(config, 10)
+    training = family(config).private_training(config, 10, ALONE, None)
+    own = {name: sum(p.numel() for p in network.parameters()) for name, network in networks(training).items()}
+    assert sizes == ({"generator": own["module"]} if method == "dpdm" else {"generator": own["generator"], "discriminator": own["module"]})
+
+
+@pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
+def test_a_public_training_goes_on_to_the_bit_from_its_state(method: str, tmp_path: Path) -> None:
+    """5 steps, state, 5 more: as 10 without a break, after the state went through a file."""
+    config = settings(method)
+
+    def trained(training, begin: int, end: int):
+        for step in range(begin, end):
+            images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
+            training.step(images, torch.arange(8) % 10, step)
+        return training
+
+    whole, half, resumed = (family(config).public_training(config, 10, ALONE) for _ in range(3))
+    trained(whole, 0, 10)
+    checkpoint.save(tmp_path / "half", trained(half, 0, 5).state())
+    resumed.load(checkpoint.load(tmp_path / "half") or {})
+    trained(resumed, 5, 10)
+    for kind in ("raw", "ema"):
+        for name, value in whole.weights()[kind].items():
+            assert torch.equal(value, resumed.weights()[kind][name]), name
+
+
+def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
+    """One picture a class: the discriminator moves every step, the generator every second, and its averaged images come near."""
+    config = settings("privimage+g", "pretrain.discriminator_steps=2", "pretrain.learning_rate=2e-3")
+    training = GanPublic(config, 2, ALONE)
+    pictures = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    pictures[0, :, :, :4], pictures[1, :, :4] = 255, 255
+    trained = (training.discriminator.module, training.generator.network)
+
+    def distance() -> float:
+        return (training.samples().float() - pictures.repeat(5, 1, 1, 1)).abs().mean().item()
+
+    def moved(step: int) -> list[bool]:
+        before = [{name: p.detach().clone() for name, p in network.named_parameters()} for network in trained]
+        training.step(pictures.repeat(8, 1, 1, 1), torch.arange(16) % 2, step)
+        return [any(not torch.equal(p, old[name]) for name, p in network.named_parameters()) for network, old in zip(trained, before, strict=True)]
+
+    start = distance()
+    assert [moved(step) for step in range(130)] == [[True, step % 2 == 1] for step in range(130)]
+    assert distance() < start / 4
+    assert set(training.losses()) == {"discriminator loss", "generator loss"}
+    training.step(pictures, torch.arange(2), 130)
+    assert set(training.losses()) == {"discriminator loss"}
+
+
+def test_a_gan_is_not_trained_by_deepspeed() -> None:
+    config = settings("privimage+g", "pretrain.engine=deepspeed")
+    with pytest.raises(UserError, match=r"pretrain\.engine: deepspeed trains one network"):
+        family(config).public_training(config, 10, ALONE)
