@@ -37,6 +37,10 @@ def show(config: Config) -> None:
         plan = make_plan(config, count)
         other = make_plan(config, count, "rdp" if plan.accountant == "pld" else "pld")
         _show_privacy(console, count, plan, other)
+        votes = count * config.select.per_image / max(classes, 1)
+        if plan.query and 8 * plan.query.standard_deviation > votes:  # about the largest of many bins' noise against half of the votes
+            told = f"{plan.query.standard_deviation:.3g} votes a bin is loud beside the {votes:.0f} votes of a sensitive class"
+            console.print(f"[yellow]warning:[/] noise of {told}: the query may choose wrong public classes; a larger select.max_rise makes it surer")
         if plan.delta >= 1 / count:
             console.print(f"[yellow]warning:[/] delta {plan.delta:g} is not below 1/N = {1 / count:.2g}: revealing one whole image would be within the promise")
     else:
