@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py [--device cuda] [--ranks 2] [--rounds 5]
 
-The same global batch on 1 rank and on `--ranks` ranks, one thread each on a CPU, the two in turn in one run; medians. Also
-counts the all-reduces of a logical step and their bytes, and models the time on clusters from the measured computing and
-stated figures of a network.
+The same global batch on 1 rank and on `--ranks` ranks, one thread each on a CPU, in turn in one run; medians. Beside them
+the machine's own limit: as many processes that share the work and nothing else, since cores share memory. Also counts the
+all-reduces of a logical step and their bytes, and models the time on clusters from the measured computing and stated figures
+of a network.
 """
 
 import argparse
@@ -33,18 +34,18 @@ from privimage.privacy.optimizer import PrivateOptimizer
 from privimage.privacy.plan import FinetunePlan
 from privimage.privacy.sampling import PoissonBatches
 
-BATCH, COPIES, PHYSICAL, COUNT = 32, 4, 8, 320  # images of a step over all ranks, noise copies, images at once, images of the set
+BATCH, COPIES, PHYSICAL, COUNT = 128, 2, 16, 1280  # images of a step over all ranks, noise copies, images at once, images of the set
 
 # A node of 8 GPUs on NVLink, nodes on one 400 Gb/s InfiniBand port a GPU: what their makers state, halved.
 NODE_BANDWIDTH, NETWORK_BANDWIDTH, HOP_SECONDS, NODE_GPUS = 225e9, 25e9, 10e-6, 8
 
 
-def pretraining(world: World):
+def pretraining(world: World, batch: int):
     """A function that takes one step on this rank's share of the batch and returns the images of all ranks."""
     config = parse({"run": {"dir": "none"}, "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "digits"}}})
     torch.manual_seed(0)
     engine = make_engine(config, edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device), world)
-    own = BATCH // world.size
+    own = batch // world.size
     images, labels = torch.randn(own, 3, 32, 32, device=world.device), torch.randint(0, 10, (own,), device=world.device)
     sigma, noise = torch.rand(own, device=world.device) + 0.1, torch.randn(own, 3, 32, 32, device=world.device)
 
@@ -54,16 +55,17 @@ def pretraining(world: World):
     return step
 
 
-def finetuning(world: World):
+def finetuning(world: World, batch: int):
     """A function that takes one private step: Poisson sample, per-image gradients, clip, noise, one all-reduce, update."""
     torch.manual_seed(0)
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device)
-    plan, root, size = FinetunePlan(COUNT, BATCH, 1000, 2.0, 1e-3, COPIES), insecure_fixed(1), parameters(network)
+    count = COUNT * batch // BATCH
+    plan, root, size = FinetunePlan(count, batch, 1000, 2.0, 1e-3, COPIES), insecure_fixed(1), parameters(network)
     noise = NoiseStream(root, "aes-ctr", size, plan.noise_multiplier * plan.max_grad_norm / world.size**0.5, world.rank, 0)
     optimizer = PrivateOptimizer(torch.optim.Adam(network.parameters()), plan, world, noise, 0, lambda step: None, lambda: False)
-    batches = PoissonBatches(root, "aes-ctr", 0, COUNT, plan.sample_rate, range(1000), world.rank, world.size)
-    images = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8).numpy()
-    data = SensitiveSet(images, torch.arange(COUNT).numpy() % 10, world.device)
+    batches = PoissonBatches(root, "aes-ctr", 0, count, plan.sample_rate, range(1000), world.rank, world.size)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8).numpy()
+    data = SensitiveSet(images, torch.arange(count).numpy() % 10, world.device)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=lambda batch: batch)
     gradients = FoldedGradients(network)
 
@@ -85,7 +87,7 @@ def finetuning(world: World):
 def serve(work: str) -> None:
     """One rank: take a step whenever the parent writes a line; print its seconds, and the bytes that it all-reduced."""
     world = connect(Runtime(device=os.environ["DEVICE"], threads=1))
-    step = {"pretrain": pretraining, "finetune": finetuning}[work](world)
+    step = {"pretrain": pretraining, "finetune": finetuning}[work](world, int(os.environ["BATCH"]))
     sent = [0, 0]
     all_reduce = dist.all_reduce
 
@@ -105,14 +107,25 @@ def serve(work: str) -> None:
 
 
 class Ranks:
-    """Processes of one size of world that wait for their turn."""
+    """`size` ranks that share the batch and wait for their turn; strangers share it without knowing of each other."""
 
-    def __init__(self, work: str, size: int, device: str):
-        port = str(free_port())
+    def __init__(self, work: str, size: int, device: str, strangers: bool = False):
+        port = free_port()
         self.processes = []
         for rank in range(size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = os.environ | {key: str(value) for key, value in place.items()} | {"DEVICE": device, "OMP_NUM_THREADS": "1"}
+            own, ranks = (0, 1) if strangers else (rank, size)
+            place = {
+                "RANK": own,
+                "LOCAL_RANK": own,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port + rank - own,
+            }
+            place |= {"OMP_NUM_THREADS": 1, "DEVICE": device, "BATCH": BATCH * ranks // size}
+            if strangers:
+                place["CUDA_VISIBLE_DEVICES"] = rank
+            env = os.environ | {key: str(value) for key, value in place.items()}
             command = [sys.executable, __file__, "--serve", work]
             self.processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
@@ -154,9 +167,10 @@ def main() -> None:
         serve(arguments.serve)
         return
     print(f"1.75M DDPM++, {BATCH} images a step ({COPIES} copies each in fine-tuning), {arguments.device}, medians of {arguments.rounds} interleaved rounds")
-    print(f"{'':10}{'1 rank, s':>12}{f'{arguments.ranks} ranks, s':>12}{'efficiency':>12}{'all-reduces':>13}{'bytes':>12}")
+    print(f"{'':10}{'1 rank, s':>12}{f'{arguments.ranks} ranks, s':>12}{'efficiency':>12}{'the limit':>12}{'all-reduces':>13}{'bytes':>12}")
     for work in ("pretrain", "finetune"):
         worlds = [Ranks(work, 1, arguments.device), Ranks(work, arguments.ranks, arguments.device)]
+        worlds.append(Ranks(work, arguments.ranks, arguments.device, strangers=True))
         try:
             for world in worlds:
                 world.step()
@@ -164,10 +178,10 @@ def main() -> None:
         finally:
             for world in worlds:
                 world.close()
-        alone, together = (statistics.median(step[number][0] for step in rounds) for number in (0, 1))
+        alone, together, apart = (statistics.median(step[number][0] for step in rounds) for number in range(3))
         _, calls, count = rounds[0][1]
         traffic = f"{calls:>13}{count:>12,}" if work == "finetune" else f"{'by DDP':>13}{'':>12}"
-        print(f"{work:10}{alone:12.3f}{together:12.3f}{alone / together / arguments.ranks:12.2f}{traffic}", flush=True)
+        print(f"{work:10}{alone:12.3f}{together:12.3f}{alone / together / arguments.ranks:12.2f}{alone / apart / arguments.ranks:12.2f}{traffic}", flush=True)
     print("\nmodel of a private step of 16,384 images x 8 copies, 100 us an image and copy on one GPU; seconds")
     print(f"{'GPUs':>6}{'computing':>12}{'all-reduce':>12}{'efficiency':>12}")
     for size in (1, 8, 64, 512):
