@@ -106,11 +106,11 @@ def experiment(file: ExperimentFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def table(file: ExperimentFile) -> None:
+def table(file: ExperimentFile, overrides: Overrides = None) -> None:
     """Gather the runs of an experiment into table.md, table.csv and table.png, beside them."""
     from privimage.experiments.table import write
 
-    sys.stdout.write(write(file))
+    sys.stdout.write(write(file, overrides or ()))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What the runs of an experiment have given so far: values, their mean and spread, and why some are not there."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -105,12 +106,14 @@ def state_of(run: PlannedRun) -> State:
     return State("stopped", f"before {left[0]} was finished; run the experiment again to go on")
 
 
-def gather(file: ExperimentFile) -> Gathered:
-    """Read the reports of all runs. Raises UserError for wrong settings and for a damaged report."""
-    file.all_runs()  # mistakes in the settings are told before anything is shown
-    rows = []
+def gather(file: ExperimentFile, more: Sequence[str] = ()) -> Gathered:
+    """Read the reports of all runs; `more` are the settings that they were given beside the file's.
+
+    Raises UserError for wrong settings and for a damaged report.
+    """
+    runs, rows = file.all_runs(more), []
     for choice in file.experiment.choices:
-        results = tuple(_result(run) for run in file.runs_of(choice))
+        results = tuple(_result(run) for run in runs if run.choice == choice)
         rows.append(Row(choice, results, _cells(file, choice, results)))
     return Gathered(file, tuple(rows))
 

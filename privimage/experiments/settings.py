@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ class PlannedRun:
     path: Path
     overrides: tuple[str, ...]
 
-    @property
+    @cached_property
     def config(self) -> Config:
         """Its settings. Raises UserError that says which run it is."""
         try:

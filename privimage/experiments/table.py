@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from privimage.errors import UserError
@@ -13,12 +14,12 @@ from privimage.rundir import write_whole
 ARROWS = {"highest": " ↑", "lowest": " ↓", None: ""}
 
 
-def write(path: Path) -> str:
+def write(path: Path, overrides: Sequence[str] = ()) -> str:
     """Write table.md, table.csv and table.png below the runs of the experiment in the file at `path`; returns the Markdown.
 
-    Raises UserError for whatever is wrong with the file or with a report.
+    `overrides` are those that the runs were made with. Raises UserError for whatever is wrong with the file or with a report.
     """
-    gathered = gather(load(path))
+    gathered = gather(load(path), overrides)
     folder = gathered.file.folder
     text = markdown(gathered)
     try:
