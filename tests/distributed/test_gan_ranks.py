@@ -1,0 +1,124 @@
+"""A GAN on 1 to 3 real gloo processes: batch norm sees all ranks' images, and both trainings are those of one rank."""
+
+
+import pytest
+import torch
+from ranks import TINY, run_ranks
+from torch import Tensor
+
+SCRIPT = """
+import sys
+import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import nn
+from torch.utils.data import DataLoader
+from privimage.config import load
+from privimage.data.sensitive import SensitiveSet
+from privimage.distributed.batch_norm import over_ranks
+from privimage.distributed.world import connect
+from privimage.families.gan import GanPrivate, GanPublic
+from privimage.privacy.gradients import FoldedGradients
+from privimage.privacy.keys import insecure_fixed
+from privimage.privacy.optimizer import PrivateOptimizer
+from privimage.privacy.plan import FinetunePlan
+from privimage.privacy.sampling import PoissonBatches
+
+# Small steps: rounding grows quickly in a GAN, since Adam makes as much of a gradient near zero as of any other.
+sections = {"pretrain": ("learning_rate=1e-5", "batch_size=12", "discriminator_steps=2"),
+            "finetune": ("learning_rate=1e-5", "generator_learning_rate=1e-5", "generator_batch_size=12", "discriminator_steps=2")}
+config = load(sys.argv[1], ["method=privimage+g", "run.dir=unused", *(f"{section}.{text}" for section, texts in sections.items() for text in texts)])
+world = connect(config.runtime)
+random = torch.Generator().manual_seed(0)
+found = {}
+
+def share(whole):
+    return whole.chunk(world.size)[world.rank]
+
+def all_ranks(part):
+    parts = torch.zeros(world.size, *part.shape)
+    parts[world.rank] = part
+    return world.all_reduce_(parts).flatten(0, 1)
+
+# Batch norm: a weighted sum of its outputs, so that no gradient is zero.
+norm = nn.Sequential(nn.BatchNorm2d(3))
+over_ranks(norm, world)
+images, weights = 3 + 2 * torch.randn(12, 3, 4, 4, generator=random), torch.randn(12, 3, 4, 4, generator=random)
+own = share(images).clone().requires_grad_()
+out = norm(own)
+(out * share(weights)).sum().backward()
+gain = world.all_reduce_(norm[0].weight.grad.clone())
+found["batch norm"] = [all_ranks(out.detach()), all_ranks(own.grad), gain, norm[0].running_mean, norm[0].running_var]
+
+# Public training: four steps of the discriminator, two of the generator.
+public = GanPublic(config, 10, world)
+for step in range(4):
+    batch = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=random)
+    public.step(share(batch), share(torch.arange(12) % 10), step)
+found["losses"] = public.losses()
+found["public"] = public.state()
+
+# Private training without noise: four steps with the sampler, batches and optimizer of fine-tuning, some ranks without an image.
+private = GanPrivate(config, 10, world, public.weights())
+plan, root = FinetunePlan(60, 5, 4, 0.0, 0.5, 1), insecure_fixed(5)
+pictures = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=random).numpy()
+data = SensitiveSet(pictures, (torch.arange(60) % 10).numpy(), world.device)
+gradients = FoldedGradients(private.module)
+optimizer = PrivateOptimizer(private.optimizer, plan, world, None, 0, lambda step: None, lambda: False)
+loader = DataLoader(data, batch_sampler=PoissonBatches(root, "aes-ctr", 0, 60, plan.sample_rate, range(4), world.rank, world.size), collate_fn=lambda b: b)
+step = 0
+with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as batches:
+    for pixels, labels, indices in batches:
+        if len(pixels):
+            optimizer.count_losses(gradients.backward(private.losses, *private.losses.draw(pixels, labels, indices, step)))
+        if optimizer.step():
+            step += 1
+            private.after_step(step)
+moments = {name: private.optimizer.state[p]["exp_avg"] for name, p in private.module.named_parameters()}
+found["private"] = private.state() | {"discriminator": {"module": private.module.state_dict(), "exp_avg": moments}}
+torch.save(found, f"{sys.argv[2]}/{world.size}-{world.rank}")
+world.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+    """What each rank has come to, by number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for size in (1, 2, 3):
+        ended = run_ranks(SCRIPT, size, str(TINY), str(folder), seconds=300)
+        assert [rank.status for rank in ended] == [0] * size, ended[0].err[-2000:]
+    return {size: [torch.load(folder / f"{size}-{rank}", weights_only=True) for rank in range(size)] for size in (1, 2, 3)}
+
+
+def flat(tree: dict) -> Tensor:
+    """All numbers of a nested state."""
+    return torch.cat([flat(value) if isinstance(value, dict) else torch.as_tensor(value).double().flatten() for value in tree.values()])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_batch_norm_over_ranks_is_that_of_the_whole_batch(found: dict[int, list[dict]], size: int) -> None:
+    """Outputs, gradients of inputs and gains, running statistics."""
+    for mine, alone in zip(found[size][0]["batch norm"], found[1][0]["batch norm"], strict=True):
+        assert torch.allclose(mine, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("training", ["public", "private"])
+@pytest.mark.parametrize("network", ["discriminator", "generator"])
+def test_the_gradients_of_a_training_on_more_ranks_are_those_of_one(found: dict[int, list[dict]], network: str, training: str, size: int) -> None:
+    """Adam's running mean of the gradients of all steps, equal up to float error; ReLUs that rounding switches are left room for."""
+    mine, alone = (flat(found[ranks][0][training][network]["exp_avg"]) for ranks in (size, 1))
+    assert alone.norm() > 0.1
+    assert (mine - alone).norm() < 0.01 * alone.norm()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_losses_are_means_over_the_ranks(found: dict[int, list[dict]], size: int) -> None:
+    assert found[size][0]["losses"] == pytest.approx(found[1][0]["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_hold_the_same_networks_to_the_bit(found: dict[int, list[dict]], size: int) -> None:
+    for training in ("public", "private"):
+        first, *others = (flat(rank[training]) for rank in found[size])
+        assert all(torch.equal(first, other) for other in others)
