@@ -1,6 +1,5 @@
 """A GAN on 1 to 3 real gloo processes: batch norm sees all ranks' images, and both trainings are those of one rank."""
 
-
 import pytest
 import torch
 from ranks import TINY, run_ranks

@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at random moments, start it again each time, and look at what is left in the end.
 
-    python tests/end_to_end/kills.py --kills 200
+    python tests/end_to_end/kills.py --kills 200 [--method privimage+g]
 
 A parent with everything imported forks each try, so that a restart takes no time and the kills fall into the work. Prints a
 table of the stages in which the kills fell, and whether the end is that of an undisturbed run: the same selection and the
@@ -31,9 +31,9 @@ STAGES = ("prepare", "query", "select", "pretrain", "finetune", "synthesize")
 TINY = Path(__file__).resolve().parent.parent / "tiny.yaml"
 
 
-def configuration(folder: Path) -> Config:
+def configuration(folder: Path, method: str) -> Config:
     """The tiny pipeline with a fixed key, so that two runs can be compared."""
-    return load(TINY, [f"run.dir={folder / 'run'}", "privacy.insecure_fixed_key=1", "finetune.steps=12", "query.checkpoint_every=3"])
+    return load(TINY, [f"method={method}", f"run.dir={folder / 'run'}", "privacy.insecure_fixed_key=1", "finetune.steps=12", "query.checkpoint_every=3"])
 
 
 def start(config: Config) -> int:
@@ -106,13 +106,13 @@ def problems(config: Config, undisturbed: dict[str, str]) -> list[str]:
     return found
 
 
-def trial(folder: Path, kills: int, longest: float = 2.0, seed: int = 0) -> tuple[Counter, list[str]]:
+def trial(folder: Path, kills: int, method: str, longest: float = 2.0, seed: int = 0) -> tuple[Counter, list[str]]:
     """One undisturbed run and killed ones until `kills` kills have fallen."""
-    reference = configuration(folder / "undisturbed")
+    reference = configuration(folder / "undisturbed", method)
     killed_run(reference, 0, longest, seed)
     undisturbed, fallen, found, number = fingerprints(reference), Counter(), [], 0
     while fallen.total() < kills:
-        config = configuration(folder / f"killed-{number}")
+        config = configuration(folder / f"killed-{number}", method)
         fallen += killed_run(config, min(kills - fallen.total(), 25), longest, seed + number)
         found += problems(config, undisturbed)
         number += 1
@@ -123,9 +123,10 @@ def main() -> None:
     """Run the trial and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--method", default="privimage+d")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        fallen, found = trial(Path(folder), arguments.kills)
+        fallen, found = trial(Path(folder), arguments.kills, arguments.method)
     print("| stage | kills |\n|---|---|")
     for stage in STAGES:
         print(f"| {stage} | {fallen[stage]} |")

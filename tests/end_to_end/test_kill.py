@@ -4,12 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ranks import clean_environment
 
 
-def test_random_kills_change_nothing() -> None:
-    """24 kills at random moments; `kills.py --kills 200` is the long form, its table is in docs/results.md."""
+@pytest.mark.parametrize(("method", "kills"), [("privimage+d", 24), ("privimage+g", 12)])
+def test_random_kills_change_nothing(method: str, kills: int) -> None:
+    """Kills at random moments; `kills.py --kills 200` is the long form, its table is in docs/results.md."""
     script = Path(__file__).with_name("kills.py")
-    ended = subprocess.run([sys.executable, str(script), "--kills", "24"], capture_output=True, text=True, timeout=900, env=clean_environment())
+    ended = subprocess.run(
+        [sys.executable, str(script), "--kills", str(kills), "--method", method], capture_output=True, text=True, timeout=900, env=clean_environment()
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
-    assert "| all | 24 |" in ended.stdout
+    assert f"| all | {kills} |" in ended.stdout

@@ -13,9 +13,60 @@ CONFIGS = sorted(path for path in (REPOSITORY / "configs").rglob("*.yaml") if pa
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 
 
+@pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    assert isinstance(load(path), Config)
+def test_every_shipped_configuration_is_valid(path: Path, method: str) -> None:
+    assert isinstance(load(path, [f"method={method}"]), Config)
+
+
+@pytest.mark.parametrize(
+    ("data", "width", "pretrain", "finetune"),
+    [
+        ("cifar10", 96, (64, 20_000, 5, 2e-4), (16384, 30, 5, 2e-4, 2e-4)),
+        ("celeba32", 96, (64, 4_000, 5, 2e-4), (16384, 124, 5, 2e-4, 2e-4)),
+        ("celeba64", 64, (64, 4_000, 5, 2e-4), (16384, 124, 2, 2e-4, 5e-4)),
+    ],
+)
+@pytest.mark.parametrize("epsilon", [1, 5, 10])
+def test_the_paper_s_files_have_the_constants_of_its_gans(data: str, width: int, pretrain: tuple, finetune: tuple, epsilon: int) -> None:
+    """Table 6: batch, steps of the generator, ratio, learning rates; C = 1 and the same promise."""
+    path = REPOSITORY / "configs" / "paper" / f"{data}-eps{epsilon}.yaml"
+    config, diffusion = load(path, ["method=privimage+g"]), load(path)
+    first, then = config.pretrain, config.finetune
+    assert config.model.gan_width == width and config.privacy == diffusion.privacy and config.run.dir != diffusion.run.dir
+    assert (first.batch_size, first.steps // first.discriminator_steps, first.discriminator_steps, first.learning_rate) == pretrain
+    steps = then.steps // then.discriminator_steps
+    assert (then.logical_batch_size, steps, then.discriminator_steps, then.generator_learning_rate, then.learning_rate) == finetune
+    assert (then.max_grad_norm, config.noise_copies) == (1.0, 1)
+
+
+def test_a_gan_has_defaults_of_its_own_which_any_setting_replaces() -> None:
+    tree = {"run": {"dir": "runs/x"}, "data": {"resolution": 8, "public": {"kind": "glyphs"}, "sensitive": {"kind": "digits"}}}
+    diffusion, gan = parse(tree), parse(tree | {"method": "privimage+g", "finetune": {"steps": 7}})
+    assert (diffusion.finetune.max_grad_norm, diffusion.pretrain.batch_size, diffusion.noise_copies) == (1e-3, 2048, 8)
+    assert (gan.finetune.max_grad_norm, gan.pretrain.batch_size, gan.noise_copies, gan.finetune.steps) == (1.0, 64, 1, 7)
+
+
+def test_the_section_gan_replaces_settings_for_gans_only_and_overrides_replace_it(tmp_path: Path) -> None:
+    path = tmp_path / "both.yaml"
+    path.write_text(QUICKSTART.read_text().split("gan:")[0] + "gan: {finetune: {steps: 11, max_grad_norm: 2}, model: {width: 24}}\n")
+    assert (load(path).finetune.steps, load(path).finetune.max_grad_norm) == (60, 0.01)
+    gan = load(path, ["method=dpgan", "finetune.steps=5", "gan.finetune.logical_batch_size=9"])
+    assert (gan.finetune.steps, gan.finetune.max_grad_norm, gan.model.width, gan.finetune.logical_batch_size) == (5, 2.0, 24, 9)
+    assert gan.finetune.physical_batch_size == 64  # what the section leaves alone is the file's
+    (tmp_path / "again.yaml").write_text(gan.to_yaml())
+    assert load(tmp_path / "again.yaml") == gan
+
+
+@pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
+@pytest.mark.parametrize(
+    ("section", "told"), [("{finetune: {stops: 1}}", "finetune.stops: unknown setting"), ("3", "gan: expected sections"), ("{finetun: {}}", "finetun: unknown")]
+)
+def test_a_mistake_in_the_section_gan_is_told_even_where_it_is_not_used(method: str, section: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(QUICKSTART.read_text().split("gan:")[0] + f"gan: {section}\n")
+    with pytest.raises(UserError, match=told):
+        load(path, [f"method={method}"])
 
 
 @pytest.mark.parametrize(
