@@ -96,3 +96,55 @@ def test_hinge_losses_stop_at_the_margin() -> None:
 def test_a_resolution_that_no_doubling_gives_is_told_by_its_key(build) -> None:
     with pytest.raises(UserError, match=r"data\.resolution: .* never gives 36"):
         build(settings(36, 3, 8), 10)
+
+
+def latents_and_labels(size: int, count: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    random = torch.Generator().manual_seed(2)
+    return [(torch.randn(32, size, generator=random), torch.arange(32) % 10) for _ in range(count)]
+
+
+def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_else() -> None:
+    """Whatever statistics came with the weights, as with an average of weights that were never run together."""
+    generator = build_generator(settings(8, 1, 8), 10)
+    batches = latents_and_labels(generator.latent_size)
+    weights = {name: value.clone() for name, value in generator.named_parameters()}
+    found = []
+    for garbage in (0.0, 7.0):
+        for module in generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.fill_(garbage)
+                module.running_var.fill_(garbage + 1)
+        assert biggan.settle(generator, batches) is generator and not generator.training
+        found.append({name: value.clone() for name, value in generator.named_buffers()})
+    assert all(torch.equal(value, weights[name]) for name, value in generator.named_parameters())
+    assert {module.momentum for module in generator.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+    for name, value in found[0].items():
+        assert torch.allclose(value.float(), found[1][name].float(), atol=1e-2), name
+    with torch.no_grad():  # the first batch norm sees the linear map of the first chunk of the latents
+        seen = torch.cat([generator.input(latents[:, : generator.chunk]) for latents, _ in batches]).unflatten(1, (-1, 4, 4))
+    norm = generator.blocks[0].norm_1.norm
+    assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-2)
+    assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.1)
+
+
+def test_settling_finds_the_spectral_norm_of_changed_weights() -> None:
+    generator = build_generator(settings(8, 1, 8), 10)
+    layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in layers:
+            original = layer.parametrizations.weight.original
+            original.add_(torch.randn(original.shape, generator=random))
+    biggan.settle(generator, latents_and_labels(generator.latent_size, 16))
+    norms = [torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() for layer in layers]
+    assert norms == pytest.approx([1.0] * len(norms), abs=0.05)
+
+
+def test_an_image_of_a_settled_generator_is_its_own() -> None:
+    generator = build_generator(settings(8, 1, 8), 10)
+    biggan.settle(generator, latents_and_labels(generator.latent_size))
+    latents, labels = torch.randn(5, generator.latent_size), torch.arange(5)
+    with torch.no_grad():
+        together = generator(latents, labels)
+        for index in range(5):
+            assert torch.allclose(generator(latents[index : index + 1], labels[index : index + 1])[0], together[index], atol=1e-5)

@@ -28,6 +28,12 @@ def test_the_papers_cifar10_has_its_parameters_and_noise(capsys: pytest.CaptureF
     assert "warning" not in text
 
 
+def test_both_networks_of_a_gan_are_counted_and_its_steps_are_those_of_the_discriminator(capsys: pytest.CaptureFixture):
+    text = said(capsys, TINY, "method=nonprivg")
+    assert "generator: 164,993 parameters discriminator: 67,043 parameters" in text
+    assert "│ pretrain │ 24 │ 32 │" in text and "│ finetune │ 8 │ 64 │" in text
+
+
 def test_a_query_whose_noise_is_loud_beside_a_small_set_is_told(capsys: pytest.CaptureFixture):
     loud, quiet = (said(capsys, CONFIGS / "quickstart.yaml", "privacy.epsilon=1", f"select.max_rise={rise}") for rise in (0.005, 0.2))
     assert re.search(r"warning: noise of 3\d\.\d votes a bin is loud beside the 144 votes of a sensitive class", loud)
