@@ -11,6 +11,7 @@ from privimage.rundir import differences
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name != "experiments")
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+TINY = REPOSITORY / "tests" / "tiny.yaml"
 
 
 @pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
@@ -49,11 +50,11 @@ def test_a_gan_has_defaults_of_its_own_which_any_setting_replaces() -> None:
 
 def test_the_section_gan_replaces_settings_for_gans_only_and_overrides_replace_it(tmp_path: Path) -> None:
     path = tmp_path / "both.yaml"
-    path.write_text(QUICKSTART.read_text().split("gan:")[0] + "gan: {finetune: {steps: 11, max_grad_norm: 2}, model: {width: 24}}\n")
-    assert (load(path).finetune.steps, load(path).finetune.max_grad_norm) == (60, 0.01)
+    path.write_text(TINY.read_text().split("gan:")[0] + "gan: {finetune: {steps: 11, max_grad_norm: 2}, model: {width: 24}}\n")
+    assert (load(path).finetune.steps, load(path).finetune.max_grad_norm) == (8, 0.01)
     gan = load(path, ["method=dpgan", "finetune.steps=5", "gan.finetune.logical_batch_size=9"])
     assert (gan.finetune.steps, gan.finetune.max_grad_norm, gan.model.width, gan.finetune.logical_batch_size) == (5, 2.0, 24, 9)
-    assert gan.finetune.physical_batch_size == 64  # what the section leaves alone is the file's
+    assert gan.finetune.physical_batch_size == 16  # what the section leaves alone is the file's
     (tmp_path / "again.yaml").write_text(gan.to_yaml())
     assert load(tmp_path / "again.yaml") == gan
 
