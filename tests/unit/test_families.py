@@ -120,6 +120,38 @@ def test_a_public_training_goes_on_to_the_bit_from_its_state(method: str, tmp_pa
             assert torch.equal(value, resumed.weights()[kind][name]), name
 
 
+@pytest.mark.parametrize("method", ["dpdm", "dpgan"])
+def test_a_private_training_goes_on_to_the_bit_from_a_checkpoint_between_two_turns(method: str, tmp_path: Path) -> None:
+    """A generator's turn comes after steps 3 and 6; the checkpoint is that of step 4. Made-up gradients stand for the noised ones."""
+    config = settings(method)
+    whole, half, resumed = (family(config).private_training(config, 10, ALONE, None) for _ in range(3))
+
+    def trained(training, steps: range):
+        for step in steps:
+            random = torch.Generator().manual_seed(step)
+            for p in training.module.parameters():
+                p.grad = torch.randn(p.shape, generator=random)
+            training.optimizer.step()
+            training.after_step(step)
+        return training
+
+    trained(whole, range(1, 8))
+    trained(half, range(1, 5))
+    checkpoint.save(tmp_path / "4", half.state() | {"module": half.module.state_dict(), "optimizer": half.optimizer.state_dict()})
+    state = checkpoint.load(tmp_path / "4")
+    assert state
+    resumed.module.load_state_dict(state["module"])
+    resumed.optimizer.load_state_dict(state["optimizer"])
+    resumed.load(state)
+    for mine, expected in zip(resumed.losses.probe(4), half.losses.probe(4), strict=True):
+        assert torch.equal(mine, expected)  # a GAN's hold images of the generator as it was at step 3
+    trained(resumed, range(5, 8))
+    for name, network in networks(whole).items():
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, networks(resumed)[name].state_dict()[key]), key
+    assert all(torch.equal(value, resumed.weights()[key]) for key, value in whole.weights().items())
+
+
 def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
     """One picture a class: the discriminator moves every step, the generator every second, and its averaged images come near."""
     config = settings("privimage+g", "pretrain.discriminator_steps=2", "pretrain.learning_rate=2e-3")
