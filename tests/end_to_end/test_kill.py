@@ -8,7 +8,7 @@ import pytest
 from ranks import clean_environment
 
 
-@pytest.mark.parametrize(("method", "kills"), [("privimage+d", 24), ("privimage+g", 12)])
+@pytest.mark.parametrize(("method", "kills"), [("privimage+d", 24), ("dpgan-p", 12)])
 def test_random_kills_change_nothing(method: str, kills: int) -> None:
     """Kills at random moments; `kills.py --kills 200` is the long form, its table is in docs/results.md."""
     script = Path(__file__).with_name("kills.py")
