@@ -57,7 +57,8 @@ def fingerprints(config: Config) -> dict[str, str]:
     """Digests of what a run ends with: selection, pretrained and fine-tuned weights, the released images."""
     run = RunDir(config.run.dir)
     digests = {}
-    for name in ("pretrain/weights.pt", "finetune/weights.pt"):
+    for stage in {"pretrain", "finetune"} & set(stages(config)):
+        name = f"{stage}/weights.pt"
         state = checkpoint.load(run.path / name)
         assert state is not None
         weights = b"".join(value.numpy().tobytes() for value in state["ema"].values())
