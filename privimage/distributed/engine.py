@@ -61,7 +61,7 @@ class DDPEngine(Engine):
         super().__init__(module, learning_rate, betas)
         self.bf16, self.device = bf16, world.device
         devices = [world.device.index] if world.device.type == "cuda" else None
-        self.wrapped = DistributedDataParallel(module, device_ids=devices) if world.size > 1 else module
+        self.wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True) if world.size > 1 else module
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """See `Engine.forward`; in bf16 by autocast where runtime.precision asks for it."""
