@@ -147,6 +147,38 @@ class Finetune(Section):
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
 
+class Match(Section):
+    """DP-MERF: a generator is trained until the random features of its images match the noisy mean embedding of the sensitive set."""
+
+    features: int = Field(2000, ge=2, multiple_of=2, description="F, random Fourier features of an image, half of them cosines, half sines")
+    bandwidth: float = Field(0.5, gt=0, description="bandwidth of the Gaussian kernel on pixels in [-1, 1], in units of the square root of their number; a constant")
+    batch_size: int = Field(500, ge=2, description="generated images a step over all ranks")
+    steps: int = Field(4000, ge=1, description="training steps, which use public randomness and the noisy embedding only")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate of the generator, no weight decay")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    log_every: int = Field(50, ge=1, description="steps between lines of the log and points of TensorBoard")
+
+
+class Evolve(Section):
+    """Private Evolution: sensitive images vote for synthetic ones of the public model, which are resampled and varied."""
+
+    iterations: int = Field(10, ge=1, description="T, noisy histograms of votes")
+    population: int = Field(200, ge=1, description="synthetic images of each sensitive class that its images vote for")
+    threshold: float = Field(2.0, ge=0, description="H, by which noisy counts are lowered (to 0 at least), in standard deviations of their noise")
+    first_degree: float = Field(2.0, gt=0.002, lt=80, description="noise level sigma of the variations of the first iteration, for pixels in [-1, 1]")
+    last_degree: float = Field(0.5, gt=0.002, lt=80, description="the same of the last iteration; those between are a geometric series")
+    sampler_steps: int = Field(18, ge=2, le=1000, description="noise levels from 80 (variations: from their degree) to 0.002, by Euler")
+    guidance: float = Field(0.0, ge=0, description="classifier-free guidance scale towards an image's public class; 0 is off")
+    batch_size: int = Field(500, ge=1, description="images that go through a network at once, a rank")
+
+    @model_validator(mode="after")
+    def _degrees_fall(self) -> "Evolve":
+        if self.last_degree > self.first_degree:
+            raise ValueError(f"last_degree {self.last_degree:g} is more than first_degree {self.first_degree:g}; variations become finer")
+        return self
+
+
 class Synthesize(Section):
     """Sampling of the synthetic set."""
 
@@ -195,6 +227,8 @@ class Config(Section):
     select: Select = Select()
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
+    match: Match = Match()
+    evolve: Evolve = Evolve()
     synthesize: Synthesize = Synthesize()
     evaluate: Evaluate = Evaluate()
     runtime: Runtime = Runtime()

@@ -14,7 +14,7 @@ class Method:
     pretraining: Literal["selected", "random", "all", "none"]
     generator: Literal["diffusion", "gan", "none"]
     private: bool
-    training: Literal["finetune"] = "finetune"  # the stage that the generator learns the sensitive set in
+    training: Literal["finetune", "match", "evolve"] = "finetune"  # the stage in which the synthetic set is shaped by the sensitive one
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ class Method:
         names = []
         if self.pretraining != "none":
             names.append("prepare")
-        if self.pretraining == "selected":
+        if self.pretraining == "selected" or self.training == "evolve":
             names.append("query")
         if self.pretraining in ("selected", "random"):
             names.append("select")
@@ -47,6 +47,8 @@ METHODS: dict[str, Method] = {
     "privimage+g": Method("PrivImage+G", "selected", "gan", True),
     "dpgan-p": Method("DPGAN-p", "all", "gan", True),
     "dpgan": Method("DPGAN (DP-CGAN)", "none", "gan", True),
+    "dp-merf": Method("DP-MERF", "none", "gan", True, "match"),
+    "private-evolution": Method("Private Evolution", "all", "diffusion", True, "evolve"),
     "nonprivd": Method("NonPrivD", "selected", "diffusion", False),
     "nonprivg": Method("NonPrivG", "selected", "gan", False),
     "nonpriv": Method("NonPriv", "none", "none", False),

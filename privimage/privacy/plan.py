@@ -99,8 +99,65 @@ class FinetunePlan(MechanismPlan):
         return self.noise_multiplier * self.max_grad_norm / math.sqrt(ranks) if self.noise_multiplier else 0.0
 
 
-TrainingPlan = FinetunePlan
-TRAININGS: dict[str, type[TrainingPlan]] = {kind.stage: kind for kind in (FinetunePlan,)}
+@dataclass(frozen=True)
+class MatchPlan(MechanismPlan):
+    """One noisy sum of feature vectors of norm 1, each in the row of its image's label: the L2 sensitivity is 1."""
+
+    name: ClassVar[str] = "noisy mean embedding"
+    stage: ClassVar[str] = "match"
+    count: int
+    features: int
+    noise_multiplier: float
+
+    @classmethod
+    def draft(cls, config: Config, count: int) -> "MatchPlan":
+        """The plan for `count` images, its noise still to be found."""
+        return cls(count, config.match.features, 0.0)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """See `MechanismPlan.mechanism`."""
+        return Mechanism(self.noise_multiplier)
+
+    @property
+    def parameters(self) -> dict:
+        """See `MechanismPlan.parameters`."""
+        return {"features": self.features}
+
+
+@dataclass(frozen=True)
+class EvolvePlan(MechanismPlan):
+    """One noisy histogram an iteration: each image votes for one synthetic image of its own class, so the L2 sensitivity is 1."""
+
+    name: ClassVar[str] = "nearest-neighbour histogram"
+    stage: ClassVar[str] = "evolve"
+    per_image: ClassVar[int] = 1
+    iterations: int
+    noise_multiplier: float
+
+    @classmethod
+    def draft(cls, config: Config, count: int) -> "EvolvePlan":
+        """The plan, its noise still to be found; it is the same for any `count`."""
+        return cls(config.evolve.iterations, 0.0)
+
+    @property
+    def standard_deviation(self) -> float:
+        """Standard deviation of the noise on each bin, in votes."""
+        return self.noise_multiplier
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """See `MechanismPlan.mechanism`."""
+        return Mechanism(self.noise_multiplier, count=self.iterations)
+
+    @property
+    def parameters(self) -> dict:
+        """See `MechanismPlan.parameters`."""
+        return {"votes_per_image": self.per_image}
+
+
+TrainingPlan = FinetunePlan | MatchPlan | EvolvePlan
+TRAININGS: dict[str, type[TrainingPlan]] = {kind.stage: kind for kind in (FinetunePlan, MatchPlan, EvolvePlan)}
 
 
 @dataclass(frozen=True)

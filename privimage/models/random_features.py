@@ -1,0 +1,23 @@
+"""Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), by which DP-MERF compares sets of images."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class RandomFeatures:
+    """phi(x) = sqrt(2 / F) [cos(Wx), sin(Wx)]: each image has a feature vector of norm 1, and phi(x) . phi(y) is about exp(-|x - y|^2 / (2 b^2)).
+
+    `features` F is even. The bandwidth b is `bandwidth` sqrt(pixels), a constant: one that is fitted to sensitive images would leak.
+    The frequencies W are public; they come from `seed` alone, on any device.
+    """
+
+    def __init__(self, pixels: int, features: int, bandwidth: float, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        drawn = torch.randn(pixels, features // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.frequencies = (drawn / (bandwidth * math.sqrt(pixels))).to(device, dtype)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> features (B, F)."""
+        phases = images.flatten(1).to(self.frequencies.dtype) @ self.frequencies
+        return torch.cat([phases.cos(), phases.sin()], dim=1) / math.sqrt(phases.shape[1])
