@@ -68,10 +68,10 @@ def loss(denoiser: Callable[..., Tensor], images: Tensor, labels: Tensor | None,
     return weight * error.square().flatten(1).mean(1)
 
 
-def noise_levels(steps: int) -> list[float]:
-    """`steps` noise levels from 80 down to 0.002 with rho = 7 (equation 5), and the final 0."""
+def noise_levels(steps: int, highest: float = SIGMA_MAX) -> list[float]:
+    """`steps` noise levels from `highest` down to 0.002 with rho = 7 (equation 5), and the final 0."""
     ramp = [index / (steps - 1) for index in range(steps)]
-    high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    high, low = highest ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
     return [(high + at * (low - high)) ** RHO for at in ramp] + [0.0]
 
 
@@ -92,15 +92,36 @@ def sample(
     without it the sampler is deterministic (algorithm 1).
     """
     levels = noise_levels(steps)
+    return _denoised(denoiser, latents * levels[0], levels, labels, sampler, guidance, churn_noise)
+
+
+@torch.no_grad()
+def vary(denoiser: nn.Module, images: Tensor, noise: Tensor, labels: Tensor | None, sigma: float, steps: int = 50, guidance: float = 0.0) -> Tensor:
+    """Variations of images (B, C, H, W) in [-1, 1]: noised up to level `sigma` and denoised again by `steps` Euler steps (Meng et al. 2022, SDEdit).
+
+    noise (B, C, H, W) standard normal; labels (B,) or None. The larger sigma in (0.002, 80], the less is kept.
+    """
+    return _denoised(denoiser, images + sigma * noise, noise_levels(steps, sigma), labels, "euler", guidance, None)
+
+
+def _denoised(
+    denoiser: nn.Module,
+    images: Tensor,
+    levels: list[float],
+    labels: Tensor | None,
+    sampler: Literal["euler", "heun"],
+    guidance: float,
+    churn_noise: Callable[[int], Tensor] | None,
+) -> Tensor:
+    """Follow `levels` from images with noise of the first one down to images without noise."""
 
     def slope(images: Tensor, level: float) -> Tensor:
         sigma = torch.full((len(images),), level, device=images.device)
         return (images - denoiser(images, sigma, labels, guidance=guidance)) / level
 
-    images = latents * levels[0]
     for index, (level, target) in enumerate(itertools.pairwise(levels)):
         if sampler == "heun" and churn_noise is not None and S_MIN <= level <= S_MAX:
-            raised = level * (1 + min(S_CHURN / steps, math.sqrt(2) - 1))
+            raised = level * (1 + min(S_CHURN / (len(levels) - 1), math.sqrt(2) - 1))
             images = images + math.sqrt(raised**2 - level**2) * S_NOISE * churn_noise(index)
             level = raised
         first = slope(images, level)

@@ -7,10 +7,15 @@ outputs with equal noise would show it: a new attempt then begins with fresh sam
 charged, and as many steps fewer are made in the end as were charged but lost. The charges of all attempts are at most T.
 """
 
+import platform
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from privimage.privacy.keys import RootKey
 from privimage.rundir import read_json, write_json
 
 
@@ -38,6 +43,19 @@ def resume_attempt(path: Path, arrangement: dict, step: int, steps: int, charged
     attempt = Attempt(number, first, first + max(0, steps - before), arrangement)
     write_json(path, {"attempts": [*kept[:number], vars(attempt)]})
     return attempt
+
+
+def arranged(ranks: int, device: torch.device, root: RootKey) -> dict:
+    """What may change the rounding of a computation, or its randomness: the arrangement of an attempt, to which stages add their own."""
+    cuda = device.type == "cuda"
+    return {
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "restart": secrets.token_hex(8) if cuda else "",  # sums on a GPU need not repeat to the bit: each start is an attempt of its own
+        "torch": torch.__version__,
+        "key": root.name,
+    }
 
 
 def kept_arrangement(path: Path) -> dict:

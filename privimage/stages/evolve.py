@@ -1,0 +1,186 @@
+"""Private Evolution (Lin et al. 2024): sensitive images vote for synthetic ones, of which those with votes are varied; nothing is trained."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privimage.config import Config
+from privimage.curves import Curves, memory
+from privimage.data.sensitive import ImageDraws
+from privimage.data.sources import ImageSet, read_sensitive
+from privimage.distributed import checkpoint
+from privimage.distributed.preemption import stop
+from privimage.distributed.world import World
+from privimage.errors import Stopped, UserError
+from privimage.families.evolution import Population
+from privimage.models.edm import to_unit
+from privimage.models.resnet import Classifier, classifier
+from privimage.privacy.account import Account, open_account
+from privimage.privacy.accounting import Mechanism, epsilon
+from privimage.privacy.attempts import arranged
+from privimage.privacy.histogram import noisy_histogram
+from privimage.privacy.plan import EvolvePlan
+from privimage.progress import Progress
+from privimage.rundir import RunDir
+
+
+def run(config: Config, run: RunDir, world: World) -> dict:
+    """T noisy histograms: each sensitive image votes for the image of its own class that is nearest in the features of the query network.
+
+    The first generation comes from the public model alone, each further one from the chances that the last histogram gave. Writes
+    evolve/weights.pt: the last generation, its chances and the public model, from which `synthesize` draws. How near the images are goes
+    to private/tensorboard.
+    """
+    sensitive = read_sensitive(config, "train")
+    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
+    plan = account.plan.training
+    assert isinstance(plan, EvolvePlan)  # this stage belongs to methods with one
+    n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
+    population = _population(config, run, world, max(n_classes, 1))
+    voters = Voters(config, run, world, sensitive)
+
+    file, step = run.stage("evolve") / "checkpoint.pt", 0
+    if (state := checkpoint.load(file, world.device)) is not None:
+        population.load_state_dict(population.state_dict() | state["population"])
+        step = state["step"]
+    arrangement = arranged(world.size, world.device, account.root)
+    attempt = world.broadcast_object(account.resume_training(run.private / "attempts.json", arrangement, step) if world.is_main else None)
+    if not step and not attempt.last:
+        raise UserError(f"{run.path}: all histograms of this run were charged, and lost before they were kept; choose another run.dir")
+    curves = Curves(run.tensorboard, "evolve", step, world.is_main)
+    private_curves = Curves(run.private / "tensorboard", "evolve", step, world.is_main)
+    with Progress("evolve", attempt.last, step, world.is_main) as bar:
+        while step < attempt.last:
+            population.images, population.public = _generation(population, step, config, world)
+            votes, distance = voters.vote(population)
+            counts = None
+            if world.is_main:
+                account.charge_step(attempt.number, step)
+                key = account.root.derive("evolve noise", attempt.number, step)
+                counts = noisy_histogram(votes, voters.rows, *population.chances.shape, plan, config.privacy.noise_source, key)
+            counts = torch.from_numpy(world.broadcast_object(counts)).to(world.device)
+            population.chances = chances(counts, config.evolve.threshold * plan.standard_deviation)
+            step += 1
+            bar.advance()
+            curves.scalars(step, _figures(account, population, replace(plan.mechanism, count=plan.iterations - (attempt.last - step)), world))
+            curves.images(step, "population", population.images[:10, :10].flatten(0, 1))
+            private_curves.scalars(step, {"mean distance of a vote": distance})
+            curves.flush()
+            private_curves.flush()
+            if world.is_main:
+                checkpoint.save(file, {"population": population.state(), "step": step})
+    curves.close()
+    private_curves.close()
+    if world.is_main:
+        known = {"n_classes": n_classes, "classes": list(sensitive.classes), "public_classes": population.public_classes}
+        checkpoint.save(run.stage("evolve") / "weights.pt", {"ema": population.state_dict()} | known)
+    return {"images": step * len(sensitive.images), "iterations": step, "attempts": attempt.number + 1, "population": population.public.numel()}
+
+
+def _population(config: Config, run: RunDir, world: World, rows: int) -> Population:
+    run.require("pretrain")
+    path = run.stage("pretrain") / "weights.pt"
+    state = checkpoint.load(path, world.device)
+    if state is None:
+        raise UserError(f"{path}: no such file; run `privimage pretrain` first")
+    population = Population(config, state["n_classes"], rows).to(world.device)
+    population.denoiser.load_state_dict(state["ema"])
+    return population.eval()
+
+
+def _generation(population: Population, step: int, config: Config, world: World) -> tuple[Tensor, Tensor]:
+    """The images (R, P, C, H, W) and public classes (R, P) that are voted for in `step`; the ranks make a block each in turn.
+
+    Raises Stopped between two blocks: what is lost saw no sensitive image, and is made again.
+    """
+    draws, (rows, members), size = ImageDraws(world.device), population.public.shape, config.evolve.batch_size
+    images = torch.zeros_like(population.images.transpose(0, 1).flatten(0, 1))
+    public = torch.zeros(len(images), dtype=torch.int64, device=world.device)
+    blocks = torch.arange(len(images), device=world.device).split(size)
+    for turn in range(0, len(blocks), world.size):
+        if stop.agreed(world):
+            raise Stopped(f"evolve: saved at iteration {step}")
+        if turn + world.rank < len(blocks):
+            own = blocks[turn + world.rank]
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+                images[own], public[own] = population.children(own, draws, step - 1) if step else population.first(own, draws)
+    world.all_reduce_(images)
+    world.all_reduce_(public)
+    return images.unflatten(0, (members, rows)).transpose(0, 1).contiguous(), public.view(members, rows).T.contiguous()
+
+
+class Voters:
+    """The sensitive images as features of the query network, this rank's blocks of them, and their votes."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, sensitive: ImageSet):
+        self.world, self.size, self.count = world, config.evolve.batch_size, len(sensitive.images)
+        self.rows = sensitive.labels if config.data.sensitive.labelled else np.zeros_like(sensitive.labels)
+        self.network = _query_network(config, run, world)
+        self.own = {block: self._embed(torch.from_numpy(sensitive.images[block])) for block in self._blocks(self.count)}
+
+    def _blocks(self, count: int) -> list[slice]:
+        """This rank's blocks of `count` images: what is in a block does not depend on the ranks."""
+        starts = range(0, count, self.size)[self.world.rank :: self.world.size]
+        return [slice(start, min(start + self.size, count)) for start in starts]
+
+    @torch.no_grad()
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.network.features(to_unit(images.to(self.world.device)))
+
+    def vote(self, population: Population) -> tuple[np.ndarray, float]:
+        """Every image's vote, int64 (N, 1): a member of its own class. And the mean distance, for `private/` only."""
+        images = population.images.flatten(0, 1)
+        candidates = torch.zeros(len(images), self.network.head.in_features, device=self.world.device)
+        for block in self._blocks(len(images)):
+            candidates[block] = self._embed(images[block])
+        candidates = self.world.all_reduce_(candidates).unflatten(0, population.public.shape)
+        votes = torch.zeros(self.count, dtype=torch.int64, device=self.world.device)
+        total = torch.zeros((), device=self.world.device)
+        for block, features in self.own.items():
+            votes[block], distances = nearest(features, torch.from_numpy(self.rows[block]).to(self.world.device), candidates)
+            total += distances.sum()
+        return self.world.all_reduce_(votes)[:, None].cpu().numpy(), self.world.all_reduce_(total).item() / self.count
+
+
+def _query_network(config: Config, run: RunDir, world: World) -> Classifier:
+    run.require("query")
+    path = run.stage("query") / "network.pt"
+    state = checkpoint.load(path, world.device)
+    if state is None:
+        raise UserError(f"{path}: no such file; run `privimage query` first")
+    network = classifier(config.query.network, config.data.channels, len(run.require("prepare")["classes"])).to(world.device)
+    network.load_state_dict(state["network"])
+    return network.eval()
+
+
+def _figures(account: Account, population: Population, charged: Mechanism, world: World) -> dict[str, float]:
+    """What noisy counts alone tell, and what they cost."""
+    shown = {"memory": memory(world.device), "images with votes": float((population.chances > 0).sum())}
+    if account.private and world.is_main:
+        shown["epsilon"] = epsilon((charged,), account.plan.delta, account.plan.accountant, 1e-3)
+    return shown
+
+
+def nearest(features: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The candidate of its own class that each image is closest to, int64 (B,) in [0, P), and its distance (B,).
+
+    features (B, F), labels int64 (B,) in [0, R), candidates (R, P, F).
+    """
+    votes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    distances = torch.zeros(len(features), device=features.device)
+    for label in labels.unique().tolist():
+        own = labels == label
+        distances[own], votes[own] = torch.cdist(features[own], candidates[label]).min(1)
+    return votes, distances
+
+
+def chances(counts: Tensor, threshold: float) -> Tensor:
+    """Noisy counts of votes (R, P) -> chances float64 (R, P): counts lowered by `threshold`, to 0 at least, over their sum.
+
+    A row in which nothing is left has equal chances.
+    """
+    left = (counts.double() - threshold).clamp(min=0)
+    left = torch.where(left.sum(1, keepdim=True) > 0, left, 1.0)
+    return left / left.sum(1, keepdim=True)
