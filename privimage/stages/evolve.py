@@ -166,13 +166,14 @@ def _figures(account: Account, population: Population, charged: Mechanism, world
 def nearest(features: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """The candidate of its own class that each image is closest to, int64 (B,) in [0, P), and its distance (B,).
 
-    features (B, F), labels int64 (B,) in [0, R), candidates (R, P, F).
+    features (B, F), labels int64 (B,) in [0, R), candidates (R, P, F). Each distance is computed on its own, not by a product of matrices:
+    rounding there depends on what else is multiplied, and one image could turn the vote of another.
     """
     votes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
     distances = torch.zeros(len(features), device=features.device)
     for label in labels.unique().tolist():
         own = labels == label
-        distances[own], votes[own] = torch.cdist(features[own], candidates[label]).min(1)
+        distances[own], votes[own] = torch.cdist(features[own], candidates[label], compute_mode="donot_use_mm_for_euclid_dist").min(1)
     return votes, distances
 
 
