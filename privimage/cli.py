@@ -24,6 +24,8 @@ STAGES = {
     "select": "Ask the sensitive set, with noise, which public classes resemble it.",
     "pretrain": "Pretrain the generator on the selected public images.",
     "finetune": "Fine-tune the generator on the sensitive set with differential privacy.",
+    "match": "Train a generator towards the noisy mean embedding of the sensitive set (DP-MERF).",
+    "evolve": "Let the sensitive set vote, with noise, for synthetic images of the public model, and vary those with votes (Private Evolution).",
     "synthesize": "Sample the synthetic set into release/.",
     "evaluate": "Measure the synthetic set and write the report.",
 }

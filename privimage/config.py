@@ -151,7 +151,7 @@ class Match(Section):
     """DP-MERF: a generator is trained until the random features of its images match the noisy mean embedding of the sensitive set."""
 
     features: int = Field(2000, ge=2, multiple_of=2, description="F, random Fourier features of an image, half of them cosines, half sines")
-    bandwidth: float = Field(0.5, gt=0, description="bandwidth of the Gaussian kernel on pixels in [-1, 1], in units of the square root of their number; a constant")
+    bandwidth: float = Field(0.5, gt=0, description="a constant: bandwidth of the Gaussian kernel for pixels in [-1, 1], in units of sqrt(pixels)")
     batch_size: int = Field(500, ge=2, description="generated images a step over all ranks")
     steps: int = Field(4000, ge=1, description="training steps, which use public randomness and the noisy embedding only")
     learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate of the generator, no weight decay")

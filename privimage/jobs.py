@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from privimage.section import Section
 
-Stage = Literal["prepare", "query", "select", "pretrain", "finetune", "synthesize", "evaluate"]
+Stage = Literal["prepare", "query", "select", "pretrain", "finetune", "match", "evolve", "synthesize", "evaluate"]
 
 
 class Job(Section):

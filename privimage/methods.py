@@ -12,7 +12,7 @@ class Method:
 
     title: str
     pretraining: Literal["selected", "random", "all", "none"]
-    generator: Literal["diffusion", "gan", "none"]
+    generator: Literal["diffusion", "gan", "matching", "evolution", "none"]
     private: bool
     training: Literal["finetune", "match", "evolve"] = "finetune"  # the stage in which the synthetic set is shaped by the sensitive one
 
@@ -47,8 +47,8 @@ METHODS: dict[str, Method] = {
     "privimage+g": Method("PrivImage+G", "selected", "gan", True),
     "dpgan-p": Method("DPGAN-p", "all", "gan", True),
     "dpgan": Method("DPGAN (DP-CGAN)", "none", "gan", True),
-    "dp-merf": Method("DP-MERF", "none", "gan", True, "match"),
-    "private-evolution": Method("Private Evolution", "all", "diffusion", True, "evolve"),
+    "dp-merf": Method("DP-MERF", "none", "matching", True, "match"),
+    "private-evolution": Method("Private Evolution", "all", "evolution", True, "evolve"),
     "nonprivd": Method("NonPrivD", "selected", "diffusion", False),
     "nonprivg": Method("NonPrivG", "selected", "gan", False),
     "nonpriv": Method("NonPriv", "none", "none", False),

@@ -15,7 +15,7 @@ from privimage.methods import Method
 
 FREE = ("runtime.", "slurm.", "data.workers", "run.")  # may change between the stages of one run: they change no result and no promise
 # The plan couples these with the query: they are settled when the first stage draws from sensitive data.
-PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copies", "finetune.max_grad_norm")
+PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copies", "finetune.max_grad_norm", "match.features", "evolve.iterations")
 
 
 def write_whole(path: Path, data: bytes) -> None:

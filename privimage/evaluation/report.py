@@ -24,6 +24,8 @@ STAGES = {
     "select": "Select, privately",
     "pretrain": "Pretrain on public images",
     "finetune": "Fine-tune, privately",
+    "match": "Match a noisy embedding",
+    "evolve": "Evolve a population, privately",
     "synthesize": "Synthesise",
     "evaluate": "Evaluate",
 }

@@ -3,9 +3,11 @@
 from privimage.config import Config
 from privimage.families.base import Family
 from privimage.families.diffusion import Diffusion
+from privimage.families.evolution import Evolution
 from privimage.families.gan import Gan
+from privimage.families.matching import Matching
 
-FAMILIES: dict[str, Family] = {"diffusion": Diffusion(), "gan": Gan()}
+FAMILIES: dict[str, Family] = {"diffusion": Diffusion(), "gan": Gan(), "matching": Matching(), "evolution": Evolution()}
 
 
 def family(config: Config) -> Family:

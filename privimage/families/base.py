@@ -1,7 +1,8 @@
 """What the stages ask of a family of generators (diffusion models, GANs): training in public and in private, and sampling."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,8 @@ class PrivateTraining(ABC):
 class Family(ABC):
     """One kind of generator. `n_classes` is 0 for an unlabelled set."""
 
+    trains: ClassVar[bool] = True  # whether a network learns from the sensitive set, to be released with the images
+
     @abstractmethod
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """All fresh networks by name. Raises UserError for settings that do not fit together."""
@@ -105,6 +108,12 @@ class Family(ABC):
     @abstractmethod
     def generator(self, config: Config, n_classes: int) -> nn.Module:
         """A fresh network that makes images; it loads the states that trainings leave."""
+
+    def restored(self, config: Config, state: dict[str, Any]) -> nn.Module:
+        """The generator that a stage left in `state`: its weights as `ema`, and `n_classes`."""
+        generator = self.generator(config, state["n_classes"])
+        generator.load_state_dict(state["ema"])
+        return generator
 
     @abstractmethod
     def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
@@ -138,6 +147,11 @@ class Family(ABC):
 def image_shape(config: Config) -> tuple[int, int, int]:
     """Channels, height and width of the images of a configuration."""
     return config.data.channels, config.data.resolution, config.data.resolution
+
+
+def public_seed(config: Config, purpose: str, number: int) -> int:
+    """The seed of public random numbers for one purpose, from `runtime.seed`."""
+    return int.from_bytes(hashlib.sha256(f"{config.runtime.seed}|{purpose}|{number}".encode()).digest()[:8], "big")
 
 
 def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | None) -> None:

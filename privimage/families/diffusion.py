@@ -1,6 +1,7 @@
 """Diffusion models: DDPM++ under EDM. The denoiser is the generator, and the network that sees sensitive images."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,20 +56,33 @@ class Diffusion(Family):
         denoiser = build_diffusion(config, n_classes).to(device)
         x, sigma = torch.zeros((images, *image_shape(config)), device=device), torch.ones(images, device=device)
         labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
-        forward, memory = measured(lambda: edm.loss(denoiser, x, labels, sigma, x), images)
-        size, rows = parameters(denoiser), []
+        passes = Passes(*measured(lambda: edm.loss(denoiser, x, labels, sigma, x), images), parameters(denoiser))
+        pretrain = [passes.work("pretrain", config.pretrain.steps, config.pretrain.batch_size, 3, config.pretrain.batch_size)]
+        return [*(pretrain if config.spec.pretraining != "none" else []), *self._private_work(config, plan, n_classes, passes)]
 
-        def row(stage: str, steps: int, images: float, passes: float, at_once: float) -> None:
-            rows.append(Work(stage, steps, images, steps * images * passes * forward, size * 20 + at_once * memory))
-
-        if config.spec.pretraining != "none":
-            row("pretrain", config.pretrain.steps, config.pretrain.batch_size, 3, config.pretrain.batch_size)
+    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, passes: "Passes") -> list[Work]:
+        """What follows pretraining."""
         finetune, settings = plan.finetune, config.synthesize
         at_once = 32 if config.finetune.physical_batch_size == "auto" else config.finetune.physical_batch_size
-        row("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, at_once * finetune.noise_copies + at_once * size * 4 / memory)
+        held = at_once * finetune.noise_copies + at_once * passes.size * 4 / passes.memory
         calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
-        row("synthesize", calls, settings.samples, 1, settings.batch_size / 8)
-        return rows
+        return [
+            passes.work("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, held),
+            passes.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
+        ]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a denoiser of `size` parameters takes: seconds of a forward pass an image, bytes of activations an image in training."""
+
+    forward: float
+    memory: float
+    size: int
+
+    def work(self, stage: str, steps: int, images: float, passes: float, at_once: float) -> Work:
+        """`passes` passes of `images` images in each of `steps` steps, with the activations of `at_once` images in memory."""
+        return Work(stage, steps, images, steps * images * passes * self.forward, self.size * 20 + at_once * self.memory)
 
 
 class DiffusionPublic(PublicTraining):

@@ -15,7 +15,7 @@ from privimage.families.base import image_shape, public_seed
 from privimage.families.diffusion import Diffusion, Passes
 from privimage.families.work import Work
 from privimage.models import build_diffusion, edm
-from privimage.privacy.plan import EvolvePlan, PrivacyPlan
+from privimage.privacy.plan import PrivacyPlan
 
 
 class Evolution(Diffusion):
@@ -32,17 +32,15 @@ class Evolution(Diffusion):
     def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
         """One more generation, whose variations have the last degree."""
         assert isinstance(generator, Population)
-        return generator.children(indices, draws, config.evolve.iterations - 1)[0]
+        return generator.offspring(indices, draws, config.evolve.iterations - 1)[0]
 
     def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, passes: Passes) -> list[Work]:
-        assert isinstance(plan.training, EvolvePlan)
-        images, settings = config.evolve.population * max(n_classes, 1), config.evolve
+        settings, samples = config.evolve, config.synthesize
         calls = settings.sampler_steps * (2 if settings.guidance else 1)
-        return [passes.work("evolve", plan.training.iterations, images, calls, settings.batch_size / 8)]
-
-    def _synthesis(self, config: Config, passes: Passes) -> Work:
-        calls = config.evolve.sampler_steps * (2 if config.evolve.guidance else 1)
-        return passes.work("synthesize", calls, config.synthesize.samples, 1, config.synthesize.batch_size / 8)
+        return [
+            passes.work("evolve", settings.iterations, settings.population * max(n_classes, 1), calls, settings.batch_size / 8),
+            passes.work("synthesize", calls, samples.samples, 1, samples.batch_size / 8),
+        ]
 
 
 def degree(config: Config, generation: int) -> float:
@@ -81,7 +79,7 @@ class Population(nn.Module):
         return edm.to_uint8(images), public
 
     @torch.no_grad()
-    def children(self, indices: Tensor, draws: ImageDraws, generation: int) -> tuple[Tensor, Tensor]:
+    def offspring(self, indices: Tensor, draws: ImageDraws, generation: int) -> tuple[Tensor, Tensor]:
         """Variations, uint8 (B, C, H, W), of parents of generation 0, 1, ... drawn by their chances, and their public classes (B,) (VARIATION_API)."""
         settings, rows = self.config.evolve, indices % len(self.images)
         uniform, noise = self._draw(indices, draws, generation + 1)

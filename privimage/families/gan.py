@@ -1,6 +1,5 @@
 """GANs: BigGAN with hinge losses. The generator never sees a sensitive image, the discriminator is the network that does."""
 
-import hashlib
 from typing import Any
 
 import torch
@@ -8,20 +7,17 @@ from torch import Tensor, nn
 
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
-from privimage.distributed.batch_norm import over_ranks
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
+from privimage.families.generator import BETAS, TrainedGenerator, generated
 from privimage.families.work import Work, measured
 from privimage.models import build_discriminator, build_generator, edm, parameters
-from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss, settle
-from privimage.models.ema import EMA
+from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss
 from privimage.privacy.plan import PrivacyPlan
 
-BETAS = (0.5, 0.999)
 LABEL = "label.weight"  # the label embedding of either network
-SETTLING = (8, 64)  # batches and latents in each, from which a generator's statistics are measured
 
 
 class Gan(Family):
@@ -74,64 +70,24 @@ class Gan(Family):
         return rows
 
 
-@torch.no_grad()
-def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tensor, labels: Tensor) -> Tensor:
-    """Images of a settled generator, uint8 (B, C, H, W): each from its label and from a latent that belongs to (seed, index).
+class Adversary(TrainedGenerator):
+    """A generator against a discriminator that it only looks at.
 
-    `indices` and `labels` int64 (B,), labels 0 for an unlabelled set.
-    """
-    return edm.to_uint8(generator(draws.normal(seed, indices, generator.latent_size), labels))
-
-
-class GeneratorTraining:
-    """A generator against a discriminator that it only looks at: its steps, its average, and its settled form.
-
-    A step depends on the discriminator's weights, the seed of the configuration and its own number, on nothing else. Batch norm
-    sees the latents of all ranks, so that a step is the same for any number of ranks that divides the batch.
+    A step depends on the discriminator's weights, the seed of the configuration and its own number, on nothing else.
     """
 
     def __init__(self, config: Config, n_classes: int, world: World, network: Generator, batch_size: int, learning_rate: float, decay: float, bf16: bool):
-        self.config, self.n_classes, self.world, self.network, self.bf16 = config, n_classes, world, network, bf16
-        self.own = -(-batch_size // world.size)
-        over_ranks(network, world)
-        self.engine = DDPEngine(network, learning_rate, world, bf16, BETAS)
-        self.ema = EMA(network, decay)
+        super().__init__(config, n_classes, world, network, batch_size, learning_rate, decay, bf16)
         self.critic = build_discriminator(config, n_classes).to(world.device).requires_grad_(False)
-        self.draws = ImageDraws(world.device)
 
     def step(self, discriminator: nn.Module, number: int) -> Tensor:
         """One update; returns this rank's loss. All ranks call it together."""
         # A copy: per-image gradients have taken the place of the original's ordinary ones.
         self.critic.load_state_dict(discriminator.state_dict())
-        place = self.world.rank * self.own + torch.arange(self.own, device=self.world.device)
-        labels = (place + number * self.own * self.world.size) % max(self.n_classes, 1)
-        images = self.engine.forward(self.draws.normal(public_seed(self.config, "generator step", number), place, self.network.latent_size), labels)
+        images, labels = self.batch(number)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             scores = self.critic(images, labels)
-        loss = g_loss(scores.float()).mean()
-        self.engine.backward_and_step(loss)
-        self.ema.update()
-        return loss.detach()
-
-    def settled(self, averaged: bool) -> Generator:
-        """The present or the averaged weights in a generator of their own, with statistics that fit them, in eval mode."""
-        still = build_generator(self.config, self.n_classes).to(self.world.device)
-        still.load_state_dict(self.network.state_dict())
-        if averaged:
-            self.ema.copy_to(still)
-        batches, latents = SETTLING
-        normal = self.draws.normal(public_seed(self.config, "settling", 0), torch.arange(batches * latents), still.latent_size)
-        labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
-        return settle(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; all ranks must call it together."""
-        return {"generator": self.engine.state(), "ema": self.ema.state_dict()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        self.engine.load(state["generator"])
-        self.ema.load_state_dict(state["ema"])
+        return self.update(g_loss(scores.float()).mean())
 
 
 class GanPublic(PublicTraining):
@@ -142,7 +98,7 @@ class GanPublic(PublicTraining):
         settings, self.bf16 = config.pretrain, config.runtime.precision == "bf16"
         torch.manual_seed(config.runtime.seed)
         network, discriminator = build_generator(config, n_classes).to(world.device), build_discriminator(config, n_classes).to(world.device)
-        self.generator = GeneratorTraining(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, self.bf16)
+        self.generator = Adversary(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, self.bf16)
         self.discriminator = DDPEngine(discriminator, settings.learning_rate, world, self.bf16, BETAS)
         self.draws = ImageDraws(world.device)
         self.sums = torch.zeros(2, device=world.device)
@@ -189,9 +145,7 @@ class GanPublic(PublicTraining):
 
     def samples(self) -> Tensor:
         """See `PublicTraining`."""
-        indices = torch.arange(5 * min(self.n_classes, 10) if self.n_classes else 25, device=self.world.device)
-        labels = indices % max(self.n_classes, 1)
-        return generated(self.generator.settled(averaged=True), self.draws, self.config.runtime.seed, indices, labels)
+        return self.generator.samples()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """See `PublicTraining`; and the `discriminator`, which is not averaged: it is judged by what it is now."""
@@ -213,9 +167,7 @@ class GanPrivate(PrivateTraining):
             load_pretrained(network, pretrained[settings.start_from], fresh)
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.learning_rate, betas=BETAS)
         self.ratio, bf16 = settings.discriminator_steps, settings.precision == "bf16"
-        self.generator = GeneratorTraining(
-            config, n_classes, world, network, settings.generator_batch_size, settings.generator_learning_rate, settings.ema_decay, bf16
-        )
+        self.generator = Adversary(config, n_classes, world, network, settings.generator_batch_size, settings.generator_learning_rate, settings.ema_decay, bf16)
         self.losses: AdversarialLosses = AdversarialLosses(config, world, n_classes, self.generator.settled(averaged=False))
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -269,8 +221,3 @@ class AdversarialLosses(ImageLosses):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             scores = module(images, labels).float()
         return 2 * torch.where(real, d_loss_real(scores), d_loss_fake(scores))
-
-
-def public_seed(config: Config, purpose: str, number: int) -> int:
-    """The seed of public random numbers for one purpose, from `runtime.seed`."""
-    return int.from_bytes(hashlib.sha256(f"{config.runtime.seed}|{purpose}|{number}".encode()).digest()[:8], "big")

@@ -238,7 +238,7 @@ def _facts(config: Config, run: RunDir, train: ImageSet, test: ImageSet | None, 
     steps, losses = points(run.tensorboard / "pretrain", "loss")
     if len(steps) > 1:
         draw.loss_curve(figures / "loss.png", steps, losses)
-    steps, spent = points(run.tensorboard / "finetune", "epsilon")
+    steps, spent = points(run.tensorboard / config.spec.training, "epsilon")
     if len(steps) > 1 and facts["privacy"]["private"]:
         draw.budget(figures / "budget.png", steps, spent, facts["privacy"]["promised_epsilon"])
     return facts

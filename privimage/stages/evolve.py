@@ -55,13 +55,13 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         while step < attempt.last:
             population.images, population.public = _generation(population, step, config, world)
             votes, distance = voters.vote(population)
-            counts = None
             if world.is_main:
                 account.charge_step(attempt.number, step)
                 key = account.root.derive("evolve noise", attempt.number, step)
-                counts = noisy_histogram(votes, voters.rows, *population.chances.shape, plan, config.privacy.noise_source, key)
-            counts = torch.from_numpy(world.broadcast_object(counts)).to(world.device)
-            population.chances = chances(counts, config.evolve.threshold * plan.standard_deviation)
+                rows, members = population.chances.shape
+                counts = noisy_histogram(votes, voters.rows, rows, members, plan, config.privacy.noise_source, key)
+            noisy = torch.from_numpy(world.broadcast_object(counts if world.is_main else None)).to(world.device)
+            population.chances = chances(noisy, config.evolve.threshold * plan.standard_deviation)
             step += 1
             bar.advance()
             curves.scalars(step, _figures(account, population, replace(plan.mechanism, count=plan.iterations - (attempt.last - step)), world))
@@ -105,7 +105,7 @@ def _generation(population: Population, step: int, config: Config, world: World)
         if turn + world.rank < len(blocks):
             own = blocks[turn + world.rank]
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-                images[own], public[own] = population.children(own, draws, step - 1) if step else population.first(own, draws)
+                images[own], public[own] = population.offspring(own, draws, step - 1) if step else population.first(own, draws)
     world.all_reduce_(images)
     world.all_reduce_(public)
     return images.unflatten(0, (members, rows)).transpose(0, 1).contiguous(), public.view(members, rows).T.contiguous()
@@ -118,7 +118,7 @@ class Voters:
         self.world, self.size, self.count = world, config.evolve.batch_size, len(sensitive.images)
         self.rows = sensitive.labels if config.data.sensitive.labelled else np.zeros_like(sensitive.labels)
         self.network = _query_network(config, run, world)
-        self.own = {block: self._embed(torch.from_numpy(sensitive.images[block])) for block in self._blocks(self.count)}
+        self.own = [(block, self._embed(torch.from_numpy(sensitive.images[block]))) for block in self._blocks(self.count)]
 
     def _blocks(self, count: int) -> list[slice]:
         """This rank's blocks of `count` images: what is in a block does not depend on the ranks."""
@@ -138,7 +138,7 @@ class Voters:
         candidates = self.world.all_reduce_(candidates).unflatten(0, population.public.shape)
         votes = torch.zeros(self.count, dtype=torch.int64, device=self.world.device)
         total = torch.zeros((), device=self.world.device)
-        for block, features in self.own.items():
+        for block, features in self.own:
             votes[block], distances = nearest(features, torch.from_numpy(self.rows[block]).to(self.world.device), candidates)
             total += distances.sum()
         return self.world.all_reduce_(votes)[:, None].cpu().numpy(), self.world.all_reduce_(total).item() / self.count

@@ -27,14 +27,14 @@ RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """Draw `synthesize.samples` images from the averaged weights and write release/.
+    """Draw `synthesize.samples` images from what the method made of the sensitive set and write release/.
 
     The images are the same whatever the number of ranks: each has its own random numbers, and goes through the network in
     a block that does not depend on the ranks. Labels are drawn in turn: the frequencies of the sensitive labels are private.
     """
     settings = config.synthesize
-    run.require("finetune")
-    weights = checkpoint.load(run.stage("finetune") / "weights.pt", world.device)
+    run.require(config.spec.training)
+    weights = checkpoint.load(run.stage(config.spec.training) / "weights.pt", world.device)
     assert weights is not None  # the stage is finished
     generator = _generator(config, world, weights)
     count = settings.samples
@@ -51,14 +51,12 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def _generator(config: Config, world: World, weights: dict) -> nn.Module:
-    generator = family(config).generator(config, weights["n_classes"]).to(world.device)
-    generator.load_state_dict(weights["ema"])
-    return generator.eval()
+    return family(config).restored(config, weights).to(world.device).eval()
 
 
 def _pretrained(config: Config, run: RunDir, world: World, n_classes: int) -> nn.Module | None:
-    """The generator before private fine-tuning, if it has the same labels."""
-    if not config.evaluate.before or config.spec.pretraining == "none":
+    """The generator before private fine-tuning, if there is one and it has the same labels."""
+    if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).trains:
         return None
     state = checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
     if state is None or state["n_classes"] != n_classes:
@@ -123,10 +121,8 @@ def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
     _write_npz(release / "synthetic.npz", images, labels)
     if config.synthesize.images:
         _write_images(release / "images", images, labels)
-    weights_on_cpu = {name: value.cpu() for name, value in weights["ema"].items()}
-    shape = {"resolution": config.data.resolution, "channels": config.data.channels, "n_classes": weights["n_classes"]}
-    network = {"generator": config.spec.generator, "model": config.model.model_dump(mode="json")} | shape
-    torch.save({"weights": weights_on_cpu, "classes": weights["classes"]} | network, release / "model.pt")
+    if family(config).trains:
+        _write_model(release / "model.pt", config, weights)
     write_json(release / "PRIVACY.json", said)
     write_whole(release / "PRIVACY.md", statement_for_people(said).encode())
     strangers = sorted(entry.name for entry in release.iterdir() if entry.name not in RELEASED)
@@ -134,6 +130,13 @@ def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
     keys.destroy(key_path(run))
     for name in ("after", "before"):
         shutil.rmtree(run.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
+
+
+def _write_model(path: Path, config: Config, weights: dict) -> None:
+    on_cpu = {name: value.cpu() for name, value in weights["ema"].items()}
+    shape = {"resolution": config.data.resolution, "channels": config.data.channels, "n_classes": weights["n_classes"]}
+    network = {"generator": config.spec.generator, "model": config.model.model_dump(mode="json")} | shape
+    torch.save({"weights": on_cpu, "classes": weights["classes"]} | network, path)
 
 
 def _write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:

@@ -1,0 +1,58 @@
+"""DP-MERF: BigGAN's generator, without a discriminator, against the noisy mean embedding of the sensitive set (Harder et al. 2021)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from privimage.config import Config
+from privimage.distributed.world import World
+from privimage.families.gan import Gan
+from privimage.families.generator import TrainedGenerator
+from privimage.families.work import Work, measured
+from privimage.models import build_generator, parameters
+from privimage.models.random_features import RandomFeatures
+from privimage.privacy.plan import PrivacyPlan
+
+
+class Matching(Gan):
+    """See `Family`."""
+
+    def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
+        """The generator alone."""
+        return {"generator": build_generator(config, n_classes)}
+
+    def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
+        """Passes through the generator, 3 for a step (forward and backward)."""
+        images = 256 if device.type == "cuda" else 8
+        generator, settings, samples = build_generator(config, n_classes).to(device), config.match, config.synthesize.samples
+        latents, labels = torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
+        seconds, memory = measured(lambda: generator(latents, labels), images)
+        weights = 20 * parameters(generator)
+        return [
+            Work("match", settings.steps, settings.batch_size, settings.steps * settings.batch_size * 3 * seconds, weights + settings.batch_size * memory),
+            Work("synthesize", 1, samples, samples * seconds, weights + config.synthesize.batch_size * memory / 8),
+        ]
+
+
+class MatchedGenerator(TrainedGenerator):
+    """A generator whose mean embedding comes ever closer to a given one.
+
+    Its steps depend on that embedding, the seed of the configuration and their own number, on nothing else.
+    """
+
+    def __init__(self, config: Config, n_classes: int, world: World, features: RandomFeatures, target: Tensor):
+        """`target` (rows, F): for each class the mean embedding of its images times their share of the set."""
+        settings = config.match
+        torch.manual_seed(config.runtime.seed)
+        network, bf16 = build_generator(config, n_classes).to(world.device), config.runtime.precision == "bf16"
+        super().__init__(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, bf16)
+        self.features, self.target = features, target
+
+    def step(self, number: int) -> Tensor:
+        """One update; returns the squared distance of the embeddings before it, the same on all ranks, which call it together."""
+        images, labels = self.batch(number)
+        own = F.one_hot(labels, len(self.target)).float().T @ self.features(images.float()) / (self.own * self.world.size)
+        residual = self.world.all_reduce_(own.detach().clone()) - self.target
+        # The gradient of |residual|^2, of which `own` is this rank's part; the engine takes the mean over the ranks, not the sum.
+        self.update(2 * self.world.size * (residual * own).sum())
+        return residual.square().sum()
