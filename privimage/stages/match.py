@@ -13,9 +13,9 @@ from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
+from privimage.families import family
 from privimage.families.base import image_shape, public_seed
 from privimage.families.matching import MatchedGenerator
-from privimage.models import parameters
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.account import Account, open_account
@@ -36,8 +36,9 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     """
     settings = config.match
     sensitive = read_sensitive(config, "train")
-    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
+    size = family(config).sizes(config, n_classes)["generator"]  # refuses what the generator cannot make, before anything is charged
+    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
     target = torch.from_numpy(_embedding(config, run, world, account, sensitive, max(n_classes, 1)))
     generator = MatchedGenerator(config, n_classes, world, _features(config, world, torch.float32), target.float().to(world.device))
 
@@ -69,7 +70,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         weights = {"ema": generator.settled(averaged=True).state_dict(), "n_classes": n_classes, "classes": list(sensitive.classes)}
         checkpoint.save(run.stage("match") / "weights.pt", weights)
     curves.close()
-    return {"images": settings.steps * settings.batch_size, "steps": step, "features": settings.features, "parameters": parameters(generator.network)}
+    return {"images": settings.steps * settings.batch_size, "steps": step, "features": settings.features, "parameters": size}
 
 
 def _embedding(config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int) -> np.ndarray:

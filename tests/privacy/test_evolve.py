@@ -1,0 +1,192 @@
+"""Private Evolution's stage: each histogram charged once, none drawn again with other noise, the same on any number of ranks."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import TINY, clean_environment, run_ranks
+
+from privimage import pipeline
+from privimage.config import Config, load
+from privimage.distributed import checkpoint
+from privimage.distributed.preemption import SIGNALS
+from privimage.families.evolution import Population
+from privimage.privacy.accounting import Mechanism
+from privimage.privacy.ledger import read
+from privimage.rundir import read_json
+from privimage.stages import evolve
+
+FIXED = ("method=private-evolution", "privacy.insecure_fixed_key=7", "pretrain.steps=8", "query.steps=6")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Signal handlers as they were before the test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with all public stages finished."""
+    folder = tmp_path_factory.mktemp("public") / "run"
+    for stage in ("prepare", "query", "pretrain"):
+        command = ["privimage", stage, str(TINY), f"run.dir={folder}", *FIXED]
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(public: Path, tmp_path: Path) -> Path:
+    """A copy of it, with a ledger of its own."""
+    return shutil.copytree(public, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the stage from the beginning to the end."""
+    folder = shutil.copytree(public, tmp_path_factory.mktemp("undisturbed") / "run")
+    assert pipeline.run(settings(folder), ["evolve"]) == 0
+    return folder
+
+
+def settings(folder: Path, *overrides: str) -> Config:
+    return load(TINY, [*FIXED, f"run.dir={folder}", *overrides])
+
+
+def population(folder: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(folder / "evolve" / "weights.pt")
+    assert state is not None
+    return {name: state["ema"][name] for name in ("images", "public", "chances")}
+
+
+def same(one: Path, other: Path) -> bool:
+    return all(torch.equal(value, population(other)[name]) for name, value in population(one).items())
+
+
+def charges(folder: Path) -> tuple[Mechanism, ...]:
+    account = read_json(folder / "private" / "account.json")
+    return read(Path(account["ledger"])).mechanisms(account["run"])
+
+
+def crash_at(number: int) -> Callable:
+    """In place of the function that keeps a checkpoint: the `number`-th call fails."""
+    calls = []
+
+    def save(path: Path, state: dict) -> None:
+        calls.append(path)
+        if len(calls) == number:
+            raise RuntimeError("crash")
+        checkpoint.save(path, state)
+
+    return save
+
+
+class Checkpoints:
+    """The module `checkpoint` with another `save`."""
+
+    def __init__(self, save: Callable):
+        self.save, self.load = save, checkpoint.load
+
+
+def test_the_ledger_holds_the_planned_uses_and_nothing_else(undisturbed: Path) -> None:
+    plan = read_json(undisturbed / "private" / "account.json")["plan"]
+    assert sorted(plan["evolve"]) == ["iterations", "noise_multiplier"]
+    assert charges(undisturbed) == (Mechanism(plan["evolve"]["noise_multiplier"], 1.0, 3),)
+
+
+def test_the_population_has_the_planned_form(undisturbed: Path) -> None:
+    found = population(undisturbed)
+    assert found["images"].shape == (10, 7, 1, 8, 8) and found["images"].dtype == torch.uint8
+    assert found["public"].min() >= 0 and found["public"].max() < len(read_json(undisturbed / "prepare" / "done.json")["classes"])
+    torch.testing.assert_close(found["chances"].sum(1), torch.ones(10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_crash_after_a_charge_is_repeated_to_the_bit_and_charged_once(folder: Path, undisturbed: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve, "checkpoint", Checkpoints(crash_at(number)))
+        assert pipeline.run(settings(folder), ["evolve"]) == 1
+    assert charges(folder)[0].count == number
+    assert pipeline.run(settings(folder), ["evolve"]) == 0
+    assert same(folder, undisturbed) and charges(folder) == charges(undisturbed)
+
+
+def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_drawn(folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding could differ there: fresh noise, and the charges stay those of the plan."""
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve, "checkpoint", Checkpoints(crash_at(2)))
+        assert pipeline.run(settings(folder), ["evolve"]) == 1
+    assert pipeline.run(settings(folder, "runtime.threads=2"), ["evolve"]) == 0
+    torch.set_num_threads(1)
+    record = read_json(folder / "evolve" / "done.json")
+    assert (record["iterations"], record["attempts"]) == (2, 2)
+    assert charges(folder) == charges(undisturbed)
+
+
+def test_where_all_histograms_were_lost_the_run_ends_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evolve, "checkpoint", Checkpoints(crash_at(1)))
+        assert pipeline.run(settings(folder, "evolve.iterations=1"), ["evolve"]) == 1
+    capfd.readouterr()
+    assert pipeline.run(settings(folder, "evolve.iterations=1", "runtime.threads=2"), ["evolve"]) == 2
+    torch.set_num_threads(1)
+    assert "all histograms of this run were charged, and lost before they were kept; choose another run.dir" in capfd.readouterr().err
+    assert charges(folder)[0].count == 1
+
+
+def test_a_stopped_evolution_goes_on_to_the_same_population(folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request comes while the second generation is made: it is made again, and no vote is lost or repeated."""
+    offspring = Population.offspring
+
+    def signalled(self: Population, *arguments) -> tuple:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return offspring(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Population, "offspring", signalled)
+        assert pipeline.run(settings(folder), ["evolve"]) == 75
+    assert charges(folder)[0].count == 1
+    assert pipeline.run(settings(folder), ["evolve"]) == 0
+    assert same(folder, undisturbed) and charges(folder) == charges(undisturbed)
+
+
+RANK = """
+import sys
+from privimage import pipeline
+from privimage.config import load
+sys.exit(pipeline.run(load(sys.argv[1], sys.argv[2:]), ["evolve", "synthesize"]))
+"""
+
+
+def test_two_ranks_come_to_the_population_of_one_to_the_bit(folder: Path, undisturbed: Path) -> None:
+    for ended in run_ranks(RANK, 2, str(TINY), *FIXED, f"run.dir={folder}"):
+        assert ended.status == 0, ended.err
+    assert read_json(folder / "evolve" / "done.json")["ranks"] == 2
+    assert same(folder, undisturbed) and charges(folder) == charges(undisturbed)
+
+
+def test_an_unlabelled_set_is_one_class(folder: Path) -> None:
+    shutil.rmtree(folder / "private", ignore_errors=True)
+    (folder / "config.yaml").unlink()
+    assert pipeline.run(settings(folder, "data.sensitive.labelled=false", "evolve.iterations=1"), ["evolve", "synthesize"]) == 0
+    assert population(folder)["images"].shape == (1, 7, 1, 8, 8)
+    assert (folder / "release" / "synthetic.npz").exists()
+
+
+def test_what_is_computed_on_sensitive_images_without_noise_is_in_private_only(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    public, private = (
+        EventAccumulator(str(path / "evolve")).Reload().Tags()["scalars"] for path in (undisturbed / "tensorboard", undisturbed / "private" / "tensorboard")
+    )
+    assert set(public) == {"memory", "images with votes"}  # and epsilon, where the key is not a fixed one
+    assert set(private) == {"mean distance of a vote"}

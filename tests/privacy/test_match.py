@@ -1,0 +1,203 @@
+"""DP-MERF's stage: one embedding, charged once, never drawn again; what follows sees nothing else of the sensitive images."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import TINY, run_ranks
+from scipy import stats
+
+from privimage import pipeline
+from privimage.config import Config, load
+from privimage.data.sources import read_sensitive
+from privimage.distributed import checkpoint
+from privimage.distributed.preemption import SIGNALS
+from privimage.distributed.world import World
+from privimage.families.base import public_seed
+from privimage.families.matching import MatchedGenerator
+from privimage.models.edm import to_unit
+from privimage.models.random_features import RandomFeatures
+from privimage.privacy.accounting import Mechanism
+from privimage.privacy.ledger import read
+from privimage.rundir import read_json
+from privimage.stages import match
+
+FIXED = ("method=dp-merf", "privacy.insecure_fixed_key=7")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Signal handlers as they were before the test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def settings(folder: Path, *overrides: str) -> Config:
+    return load(TINY, [*FIXED, f"run.dir={folder}", *overrides])
+
+
+def embedding(folder: Path) -> np.ndarray:
+    return np.load(folder / "match" / "embedding.npy")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(folder / "match" / "weights.pt")
+    assert state is not None
+    return state["ema"]
+
+
+def charges(folder: Path) -> tuple[Mechanism, ...]:
+    account = read_json(folder / "private" / "account.json")
+    return read(Path(account["ledger"])).mechanisms(account["run"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the stage from the beginning to the end."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert pipeline.run(settings(folder), ["match"]) == 0
+    return folder
+
+
+def test_the_ledger_holds_one_use_of_the_plan_and_nothing_else(undisturbed: Path) -> None:
+    plan = read_json(undisturbed / "private" / "account.json")["plan"]
+    assert sorted(plan["match"]) == ["count", "features", "noise_multiplier"] and plan["match"]["count"] == 1437
+    assert charges(undisturbed) == (Mechanism(plan["match"]["noise_multiplier"]),)
+
+
+def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: Path) -> None:
+    """What is left without the features of the images is Gaussian: Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key."""
+    config, plan = settings(undisturbed), read_json(undisturbed / "private" / "account.json")["plan"]["match"]
+    images = read_sensitive(config, "train")
+    features = RandomFeatures(64, 60, config.match.bandwidth, public_seed(config, "random features", 0), torch.device("cpu"), torch.float64)
+    clean = np.zeros((10, 60))
+    np.add.at(clean, images.labels, features(to_unit(torch.from_numpy(images.images))).numpy())
+    noise = (1437 * embedding(undisturbed) - clean).ravel() / plan["noise_multiplier"]
+    assert stats.kstest(noise, "norm").pvalue > 1e-3
+    assert 5e-4 < stats.chi2.cdf((noise**2).sum(), noise.size) < 1 - 5e-4
+
+
+def test_a_crash_after_the_charge_is_repeated_to_the_bit_and_charged_once(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(match, "write_whole", crash)
+        assert pipeline.run(settings(folder), ["match"]) == 1
+    assert charges(folder) == charges(undisturbed) and not (folder / "match" / "embedding.npy").exists()
+    assert pipeline.run(settings(folder), ["match"]) == 0
+    assert np.array_equal(embedding(folder), embedding(undisturbed))
+    assert charges(folder) == charges(undisturbed)
+
+
+def crash(*_) -> None:
+    raise RuntimeError("crash")
+
+
+def test_in_another_arrangement_it_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """Rounding could differ there, and the same noise on two outputs would show by how much; other noise would be a second use."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(match, "write_whole", crash)
+        assert pipeline.run(settings(folder), ["match"]) == 1
+    before = charges(folder)
+    capfd.readouterr()
+    assert pipeline.run(settings(folder, "runtime.threads=2"), ["match"]) == 2
+    torch.set_num_threads(1)
+    assert f"{folder}: the embedding of this run was charged, and lost before it was kept" in capfd.readouterr().err
+    assert charges(folder) == before
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights_and_draws_nothing(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    step: Callable = MatchedGenerator.step
+
+    def signalled(self: MatchedGenerator, number: int) -> torch.Tensor:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MatchedGenerator, "step", signalled)
+        assert pipeline.run(settings(folder), ["match"]) == 75
+    state = checkpoint.load(folder / "match" / "checkpoint.pt")
+    assert state is not None and state["step"] == 6
+    written = (folder / "match" / "embedding.npy").stat().st_mtime_ns
+    assert pipeline.run(settings(folder, "runtime.threads=1"), ["match"]) == 0
+    assert all(torch.equal(value, weights(undisturbed)[name]) for name, value in weights(folder).items())
+    assert (folder / "match" / "embedding.npy").stat().st_mtime_ns == written and charges(folder) == charges(undisturbed)
+
+
+RANK = """
+import sys
+from privimage import pipeline
+from privimage.config import load
+sys.exit(pipeline.run(load(sys.argv[1], sys.argv[2:]), ["match"]))
+"""
+
+
+def test_two_ranks_draw_the_embedding_of_one_to_the_bit(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "run"
+    for ended in run_ranks(RANK, 2, str(TINY), *FIXED, f"run.dir={folder}", "match.steps=1"):
+        assert ended.status == 0, ended.err
+    assert read_json(folder / "match" / "done.json")["ranks"] == 2
+    assert np.array_equal(embedding(folder), embedding(undisturbed)) and charges(folder) == charges(undisturbed)
+
+
+GRADIENT = """
+import sys, torch
+from pathlib import Path
+from privimage.config import load
+from privimage.distributed.world import connect
+from privimage.families.matching import MatchedGenerator
+from privimage.models.random_features import RandomFeatures
+config = load(sys.argv[1], ["method=dp-merf", "run.dir=unused"])
+world = connect(config.runtime)
+target = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)) / 30
+trained = MatchedGenerator(config, 10, world, RandomFeatures(64, 60, 0.5, 0, world.device), target)
+distance = trained.step(0)
+gradient = torch.cat([p.grad.flatten() for p in trained.network.parameters()])
+torch.save({"distance": distance, "gradient": gradient}, Path(sys.argv[2]) / f"{world.size}-{world.rank}.pt")
+world.close()
+"""
+
+
+def test_a_step_follows_the_gradient_of_the_squared_distance_on_any_number_of_ranks(tmp_path: Path) -> None:
+    config, cpu = settings(tmp_path), torch.device("cpu")
+    trained = MatchedGenerator(config, 10, World(0, 0, 1, 1, cpu), RandomFeatures(64, 60, 0.5, 0, cpu), torch.zeros(10, 60))
+    target = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)) / 30
+    images, labels = trained.batch(0)
+    embedded = trained.features(images)
+    found = torch.stack([embedded[labels == c].sum(0) for c in range(10)]) / 40
+    expected = (found - target).square().sum()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(trained.network.parameters()))])
+    for size in (1, 2):
+        for ended in run_ranks(GRADIENT, size, str(TINY), str(tmp_path)):
+            assert ended.status == 0, ended.err
+        for rank in range(size):
+            own = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
+            torch.testing.assert_close(own["distance"], expected.detach(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(own["gradient"], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_an_unlabelled_set_is_one_row(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert pipeline.run(settings(folder, "data.sensitive.labelled=false", "match.steps=2"), ["match", "synthesize"]) == 0
+    assert embedding(folder).shape == (1, 60)
+    with np.load(folder / "release" / "synthetic.npz") as released:
+        assert released["labels"].tolist() == [0] * 40
+
+
+def test_a_damaged_embedding_is_named_and_not_drawn_again(tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    assert pipeline.run(settings(folder, "match.steps=1"), ["match"]) == 0
+    (folder / "match" / "done.json").unlink()
+    (folder / "match" / "embedding.npy").write_bytes(b"\x93NUMPY, half of it")
+    capfd.readouterr()
+    assert pipeline.run(settings(folder, "match.steps=1"), ["match"]) == 2
+    assert f"privimage: error: {folder / 'match' / 'embedding.npy'}: damaged, and charged already; choose another run.dir\n" in capfd.readouterr().err
+    assert charges(folder) == charges(undisturbed)
