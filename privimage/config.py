@@ -103,7 +103,7 @@ class Query(Section):
 
 
 class Select(Section):
-    """The semantic distribution query: the first of the two places that spend privacy."""
+    """The semantic distribution query, which spends privacy."""
 
     per_image: int = Field(1, ge=1, description="k1: public classes that each sensitive image votes for")
     per_class: int = Field(1, ge=1, description="k2: public classes kept for each sensitive class")
@@ -128,7 +128,7 @@ class Pretrain(Section):
 
 
 class Finetune(Section):
-    """DP-SGD on the sensitive set: the second place that spends privacy."""
+    """DP-SGD on the sensitive set, which spends privacy."""
 
     logical_batch_size: int = Field(16384, ge=1, description="B, the expected number of images a step; the sample rate is B / N")
     physical_batch_size: int | Literal["auto"] = Field("auto", description="images that go through the network at once, a rank")

@@ -1,4 +1,4 @@
-"""Which randomness fine-tuning may use after a restart, so that its promise holds whatever happened before.
+"""Which randomness a training may use after a restart, so that its promise holds whatever happened before.
 
 An *attempt* is a stretch of private steps that is computed by one and the same arrangement (ranks, batch, software, device).
 Started again with the same arrangement, an attempt repeats its steps to the bit, with the same samples and the same noise:

@@ -1,10 +1,7 @@
-"""Fine-tune the generator on the sensitive set with DP-SGD: the second place that spends privacy."""
+"""Fine-tune the generator on the sensitive set with DP-SGD."""
 
-import platform
-import secrets
 from dataclasses import replace
 
-import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader
 
@@ -21,7 +18,7 @@ from privimage.families.base import PrivateTraining
 from privimage.models import parameters
 from privimage.privacy.account import Account, open_account
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.attempts import Attempt, kept_arrangement
+from privimage.privacy.attempts import Attempt, arranged, kept_arrangement
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.noise import NoiseStream
@@ -143,18 +140,8 @@ def _arranged(
 ) -> tuple[PerImageGradients, Attempt]:
     """The gradients' way through each layer and the attempt to go on with: the same on all ranks."""
     path, way = run.private / "attempts.json", config.finetune.gradients
-    cuda = world.device.type == "cuda"
-    arrangement = {
-        "ranks": world.size,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(world.device) if cuda else platform.machine(),
-        "restart": secrets.token_hex(8) if cuda else "",  # sums on a GPU need not repeat to the bit: each start is an attempt of its own
-        "torch": torch.__version__,
-        "physical_batch_size": physical,
-        "precision": config.finetune.precision,
-        "gradients": way,
-        "key": account.root.name,
-    }
+    own = {"physical_batch_size": physical, "precision": config.finetune.precision, "gradients": way}
+    arrangement = arranged(world.size, world.device, account.root) | own
     kept = kept_arrangement(path) if world.is_main else {}
     same = {name: value for name, value in kept.items() if name != "backends"} == arrangement
     gradients = GRADIENTS[way](training.module, world.broadcast_object(kept["backends"] if same else {}))
