@@ -72,14 +72,15 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         run.require("synthesize")
         after = _read(run.release / "synthetic.npz", train, n_classes)
         path = run.stage("synthesize") / "before.npz"
-        before = _read(path, train, n_classes) if settings.before and path.exists() else None
+        before = _read(path, train, n_classes, lowest=-1) if settings.before and path.exists() else None
     figures = run.stage("evaluate") / "figures"
     finished = Finished(run.private / "evaluate_partial.json", figures, _key(config, train, after, before), world)
     if world.is_main:
         figures.mkdir(exist_ok=True)
 
     source = after or Labelled(train.images, train.labels)
-    results = _utility(config, source, before, test, train.classes, n_classes, finished, figures, world)
+    taught = before if before and before.labels.min() >= 0 else None  # labels of public classes teach nothing about the sensitive ones
+    results = _utility(config, source, taught, test, train.classes, n_classes, finished, figures, world)
     results |= _fidelity(config, run, extractor, train, after, before, finished, world)
     results["memorization"] = None
     if after and test:
@@ -94,8 +95,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     return {"images": len(source)}
 
 
-def _read(path: Path, train: ImageSet, n_classes: int) -> Labelled:
-    """A synthetic set as uint8 N,C,H,W. Raises UserError that names a missing, damaged or misfitting file."""
+def _read(path: Path, train: ImageSet, n_classes: int, lowest: int = 0) -> Labelled:
+    """A synthetic set as uint8 N,C,H,W, its labels from `lowest` to n_classes - 1. Raises UserError that names a missing, damaged or misfitting file."""
     try:
         with np.load(path, allow_pickle=False) as data:
             images, labels = data["images"], data["labels"]
@@ -106,8 +107,8 @@ def _read(path: Path, train: ImageSet, n_classes: int) -> Labelled:
     shape = (*train.images.shape[2:], train.images.shape[1])
     if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != images.shape[:1]:
         raise UserError(f"{path}: expected uint8 images of {shape} with one label each, got {images.dtype} {images.shape} and labels {labels.shape}")
-    if not len(images) or labels.min() < 0 or labels.max() >= n_classes:
-        raise UserError(f"{path}: expected images with labels from 0 to {n_classes - 1}")
+    if not len(images) or labels.min() < lowest or labels.max() >= n_classes:
+        raise UserError(f"{path}: expected images with labels from {lowest} to {n_classes - 1}")
     return Labelled(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
 
 

@@ -39,13 +39,9 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     generator = _generator(config, world, weights)
     count = settings.samples
     _sample_blocks(config, run, world, generator, weights["n_classes"], count, "after")
-    before = _pretrained(config, run, world, weights["n_classes"])
-    if before is not None:
-        _sample_blocks(config, run, world, before, weights["n_classes"], min(count, config.evaluate.fidelity_samples), "before")
+    if (pretrained := _pretrained(config, run, world)) is not None:
+        _sample_before(config, run, world, pretrained)
     world.barrier()
-    if before is not None and world.is_main:
-        images, labels = _gathered(config, run, min(count, config.evaluate.fidelity_samples), weights["n_classes"], "before")
-        _write_npz(run.stage("synthesize") / "before.npz", images, labels)
     _release(config, run, world, weights)
     return {"images": count}
 
@@ -54,14 +50,21 @@ def _generator(config: Config, world: World, weights: dict) -> nn.Module:
     return family(config).restored(config, weights).to(world.device).eval()
 
 
-def _pretrained(config: Config, run: RunDir, world: World, n_classes: int) -> nn.Module | None:
-    """The generator before private fine-tuning, if there is one and it has the same labels."""
+def _pretrained(config: Config, run: RunDir, world: World) -> dict | None:
+    """The weights before private fine-tuning, if there are any and they are to be looked at."""
     if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).trains:
         return None
-    state = checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
-    if state is None or state["n_classes"] != n_classes:
-        return None
-    return _generator(config, world, state)
+    return checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
+
+
+def _sample_before(config: Config, run: RunDir, world: World, pretrained: dict) -> None:
+    """Write synthesize/before.npz, images from the pretrained generator; their labels are -1 where it knows public classes only."""
+    count, n_classes = min(config.synthesize.samples, config.evaluate.fidelity_samples), pretrained["n_classes"]
+    _sample_blocks(config, run, world, _generator(config, world, pretrained), n_classes, count, "before")
+    world.barrier()
+    if world.is_main:
+        images, labels = _gathered(config, run, count, n_classes, "before")
+        _write_npz(run.stage("synthesize") / "before.npz", images, np.full(count, -1) if config.spec.pretraining == "all" else labels)
 
 
 def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str) -> None:

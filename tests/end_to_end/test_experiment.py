@@ -30,7 +30,7 @@ measures:
 
 def privimage(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "privimage", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean_environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=clean_environment())
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,13 @@ def test_a_real_report_has_every_number_that_can_be_tabulated(made: tuple) -> No
             tree = tree[part]
         else:
             assert tree is None or isinstance(tree, int | float), key
+
+
+def test_a_generator_that_knows_public_classes_only_is_compared_by_its_images_alone(made: tuple) -> None:
+    """Before fine-tuning its images have no sensitive labels to train a classifier with."""
+    report = read_json(made[1] / "epsilon10-seed0" / "evaluate" / "report.json")
+    assert report["fidelity_before"]["distance"] > 0
+    assert report["accuracy_before"] is None
 
 
 def test_a_mistake_in_the_file_is_one_line_with_status_2(made: tuple, tmp_path: Path) -> None:
