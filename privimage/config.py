@@ -29,10 +29,11 @@ class RunSection(Section):
 
 
 class PublicData(Section):
-    """The public set: anyone may see it, with labels that the query function learns."""
+    """The public set: anyone may see it. Its labels are what the query function learns; a set without them is told apart by clusters."""
 
     kind: PublicKind = Field(description="how to read it")
     path: Path | None = Field(None, description="file or folder; not needed for embedded sets")
+    labelled: bool = Field(True, description="whether its labels are used; without them a folder needs no class sub-folders, an npz no labels")
     images_per_class: int = Field(400, ge=1, description="for kind glyphs: images rendered of each character")
 
 
@@ -91,8 +92,10 @@ class Model(Section):
 
 
 class Query(Section):
-    """The semantic query function, trained on public images and labels."""
+    """The semantic query function, trained on public images: on their labels, or without labels to tell how an image is rotated."""
 
+    semantics: Literal["labels", "clusters"] = Field("labels", description="what images vote for: public classes, or clusters of the network's features")
+    clusters: int = Field(100, ge=2, le=10_000, description="number of clusters of the public set, by k-means; for semantics clusters")
     network: Literal["resnet50", "resnet-small"] = Field("resnet50", description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28")
     batch_size: int = Field(8192, ge=1, description="images a step over all ranks")
     steps: int = Field(9400, ge=1, description="training steps")
@@ -238,6 +241,15 @@ class Config(Section):
     def _method_is_known(self) -> "Config":
         if self.method not in METHODS:
             raise ValueError(f"method: unknown {self.method!r}{nearest(self.method, METHODS)}; known: {', '.join(METHODS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _semantics_are_known(self) -> "Config":
+        needed = self.spec.pretraining in ("selected", "random")
+        if needed and self.query.semantics == "labels" and not self.data.public.labelled:
+            raise ValueError(f"query.semantics: {self.method} chooses by labels, and data.public.labelled is false; use query.semantics=clusters")
+        if self.spec.pretraining == "random" and self.query.semantics == "clusters":
+            raise ValueError(f"query.semantics: {self.method} has no query, and clusters are made by one; use query.semantics=labels")
         return self
 
     @property

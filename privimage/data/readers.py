@@ -35,8 +35,11 @@ def open_source(kind: str, path: Path | None, split: Split, labelled: bool = Tru
             source = _at(path, kind, split, labelled)
         except OSError as error:
             raise UserError(f"{error.filename or path}: not readable ({error.strerror})") from None
-    if labelled:
-        return source
+    return source if labelled else without_labels(source)
+
+
+def without_labels(source: Source) -> Source:
+    """The same images in one class."""
     return Source(source.whole, source.names, np.zeros(len(source), np.int64), ONE_CLASS, source.side)
 
 
@@ -99,7 +102,8 @@ def _npz(path: Path, labelled: bool) -> Source:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ("images", "labels")[: 1 + labelled] if name not in file.files]
             if missing:
-                raise UserError(f"{path}: no array {missing[0]!r} (found: {', '.join(file.files)})")
+                hint = "; a set without labels is read with labelled: false" if missing == ["labels"] else ""
+                raise UserError(f"{path}: no array {missing[0]!r} (found: {', '.join(file.files)}){hint}")
             images = array("images")
             labels = array("labels") if labelled else np.zeros(len(images), np.int64)
             classes = tuple(str(name) for name in array("classes")) if labelled and "classes" in file.files else None
@@ -121,7 +125,7 @@ def _folder(root: Path, labelled: bool) -> Source:
     if not labelled:
         folders = [root]
     if not folders:
-        raise UserError(f"{root}: expected a sub-folder of images for each class")
+        raise UserError(f"{root}: expected a sub-folder of images for each class; a set without classes is read with labelled: false")
     files, labels = [], []
     for label, folder in enumerate(folders):
         inside = _images_below(folder)

@@ -8,7 +8,7 @@ import numpy as np
 from privimage.config import Config
 from privimage.data.decode import Source, decoded
 from privimage.data.glyphs import glyph_source
-from privimage.data.readers import EMBEDDED, OWN_TEST_SPLIT, Split, holds_test_split, open_source
+from privimage.data.readers import EMBEDDED, OWN_TEST_SPLIT, Split, holds_test_split, open_source, without_labels
 from privimage.errors import UserError
 from privimage.progress import Progress
 
@@ -44,10 +44,11 @@ def public_source(config: Config) -> Source:
     """The public set of a configuration. Raises UserError for anything that is wrong with it."""
     public = config.data.public
     if public.kind == "glyphs":
-        return glyph_source(config.data.resolution, public.images_per_class)
+        glyphs = glyph_source(config.data.resolution, public.images_per_class)
+        return glyphs if public.labelled else without_labels(glyphs)
     if public.path is None and public.kind not in EMBEDDED:
         raise UserError(f"data.public.path: kind {public.kind} needs one")
-    return open_source(public.kind, public.path, "train")
+    return open_source(public.kind, public.path, "train", public.labelled)
 
 
 def has_test_split(config: Config) -> bool:

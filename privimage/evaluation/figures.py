@@ -197,10 +197,10 @@ def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> Non
     save(path, (9.4, 2.4), draw)
 
 
-def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequence[str], columns: Sequence[str], shown: int = 40) -> None:
-    """The noisy votes (rows, public classes); a ring marks the public classes that were kept for a row.
+def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequence[str], columns: Sequence[str], kind: str, shown: int = 40) -> None:
+    """The noisy votes (rows, columns) for public classes or clusters, as `kind` says; a ring marks those that were kept for a row.
 
-    At most `shown` public classes are drawn: those with the most votes.
+    At most `shown` columns are drawn: those with the most votes.
     """
     top = np.sort(np.argsort(-counts.max(0), kind="stable")[:shown])
     votes = np.maximum(counts[:, top], 0)
@@ -213,7 +213,7 @@ def selection(path: Path, counts: np.ndarray, assignment: np.ndarray, rows: Sequ
             if assignment[column] >= 0:
                 axes.scatter(x, assignment[column], s=42, facecolors="none", edgecolors=OKABE_ITO[4], linewidths=1.6)
         _name_ticks(axes, rows, [columns[i] for i in top], theme)
-        axes.set(xlabel="public class", ylabel="sensitive class")
+        axes.set(xlabel=kind, ylabel="sensitive class")
         axes.grid(visible=False)
         bar = figure.colorbar(picture, ax=axes, pad=0.01)
         bar.outline.set_visible(False)

@@ -12,7 +12,6 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.curves import memory, points
-from privimage.data import store
 from privimage.data.sources import ImageSet, has_test_split, read_sensitive
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -22,6 +21,7 @@ from privimage.evaluation.utility import Labelled
 from privimage.families import family
 from privimage.privacy.accounting import Mechanism, best_guess
 from privimage.progress import say
+from privimage.public_set import public_labels, public_semantics
 from privimage.rundir import RunDir, read_json, write_json
 
 EMBEDDED = 1000  # images of each kind in the t-SNE figure
@@ -262,22 +262,21 @@ def _selection(config: Config, run: RunDir, train: ImageSet, vectors: dict[str, 
         return {"selection": None, "semantics": nothing}
     from privimage.evaluation import figures as draw
 
-    prepared = run.require("prepare")
-    public, labels = prepared["classes"], store.labels(run.public_store)
-    available = np.bincount(labels, minlength=len(public))
-    used, chosen = available, None
+    public = public_labels(run)
+    used, chosen = np.ones(len(public.of_images), bool), None
     if config.spec.pretraining in ("selected", "random"):
-        selection = np.load(run.stage("select") / "selection.npz")
+        selection, columns = np.load(run.stage("select") / "selection.npz"), public_semantics(config, run)
         counts, assignment = selection["counts"], selection["assignment"]
         rows = list(train.classes) if config.data.sensitive.labelled else ["all images"]
         by_vote = config.spec.pretraining == "selected"
         if by_vote:
-            draw.selection(figures / "selection.png", counts, assignment, rows, public)
-        used = np.where(assignment >= 0, available, 0)
-        kept = [{"name": name, "public": [public[i] for i in np.flatnonzero(assignment == row)]} for row, name in enumerate(rows)]
-        chosen = {"images": int(used.sum()), "public_images": len(labels), "by_vote": by_vote, "kept": kept}
-    if vectors is None or not config.data.sensitive.labelled:
+            draw.selection(figures / "selection.png", counts, assignment, rows, columns.names, columns.kind)
+        used = assignment[columns.of_images] >= 0
+        kept = [{"name": name, "public": [columns.names[i] for i in np.flatnonzero(assignment == row)]} for row, name in enumerate(rows)]
+        chosen = {"images": int(used.sum()), "public_images": len(used), "by_vote": by_vote, "semantics": columns.kind, "kept": kept}
+    if vectors is None or not config.data.sensitive.labelled or len(public.names) < 2:
         return {"selection": chosen, "semantics": nothing}
     own = (train.classes, np.bincount(train.labels, minlength=len(train.classes)))
-    similar, whole = (semantics.similarity(*own, public, weights, vectors) for weights in (used, available))
+    weights = (np.bincount(labels, minlength=len(public.names)) for labels in (public.of_images[used], public.of_images))
+    similar, whole = (semantics.similarity(*own, public.names, weight, vectors) for weight in weights)
     return {"selection": chosen, "semantics": similar | {"sds_all_public": whole["sds"]}}

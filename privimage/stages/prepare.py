@@ -2,6 +2,7 @@
 
 from privimage.config import Config
 from privimage.data import store
+from privimage.data.readers import ONE_CLASS
 from privimage.data.sources import public_source
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -12,8 +13,8 @@ from privimage.rundir import RunDir
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Write prepare/public.beton (or .npy), or check the .beton that the configuration names.
 
-    Returns where it is (seen from prepare/), its count and its classes. Raises UserError for whatever is wrong with the public set, and for a .beton of another
-    shape than `data.channels` and `data.resolution`.
+    Returns where it is (seen from prepare/), its count and its classes, one if it is unlabelled. Raises UserError for whatever is wrong with the
+    public set, and for a .beton of another shape than `data.channels` and `data.resolution`.
     """
     data = config.data
     if data.public.kind == "beton":
@@ -31,7 +32,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             store.write(public_source(config), path, data.resolution, data.channels, data.workers)
         world.barrier()
         sidecar = store.verify(path)
-    return {"images": sidecar.count, "count": sidecar.count, "store": place, "classes": list(sidecar.classes)}
+    classes = sidecar.classes if data.public.labelled else ONE_CLASS
+    return {"images": sidecar.count, "count": sidecar.count, "store": place, "classes": list(classes)}
 
 
 def _format(config: Config, world: World) -> str:

@@ -6,7 +6,6 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.curves import Curves, memory
-from privimage.data import store
 from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
@@ -14,6 +13,7 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.families import family
 from privimage.progress import Progress
+from privimage.public_set import public_labels, public_semantics
 from privimage.rundir import RunDir
 
 
@@ -62,18 +62,17 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def pretraining_set(config: Config, run: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:
-    """The store, the indices of its images to train on, their labels, and the number of classes of those labels.
+    """The store, the indices of its images to train on, their labels, and the number of classes of those labels (0 without labels).
 
     Raises UserError if the selection kept no image.
     """
-    prepared = run.require("prepare")
     path = run.public_store
-    public = store.labels(path)
     if config.spec.pretraining == "all":
-        return path, np.arange(len(public)), public, len(prepared["classes"])
+        public = public_labels(run)
+        return path, np.arange(len(public.of_images)), public.of_images, len(public.names) if len(public.names) > 1 else 0
     run.require("select")
     selection = np.load(run.stage("select") / "selection.npz")
-    labels = selection["assignment"][public]
+    labels = selection["assignment"][public_semantics(config, run).of_images]
     indices = np.flatnonzero(labels >= 0)
     if not len(indices):
         raise UserError(f"{run.stage('select') / 'selection.npz'}: the selection kept no public image; raise select.per_class")

@@ -1,4 +1,7 @@
-"""Train the semantic query function: a ResNet on the public labels (METHOD: SGD, cosine schedule, best validation accuracy)."""
+"""Train the semantic query function: a ResNet on the public labels, or without labels on rotations, whose features are then clustered.
+
+SGD, cosine schedule, the weights of the best validation accuracy (paper, Table 7).
+"""
 
 import numpy as np
 import torch
@@ -11,27 +14,42 @@ from privimage.curves import Curves
 from privimage.data import store
 from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
+from privimage.distributed.blocks import in_blocks
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
-from privimage.errors import Stopped
+from privimage.errors import Stopped, UserError
 from privimage.models.edm import to_unit
-from privimage.models.resnet import classifier
+from privimage.models.semantic import FITTED, ROTATIONS, centroids_of, rotated
 from privimage.progress import Progress
-from privimage.rundir import RunDir
+from privimage.public_set import Semantics, clusters_path, load_query, public_labels, query_network
+from privimage.rundir import RunDir, write_whole
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """Train on the public set, keep the weights with the best accuracy on its held-out part.
+    """Train on the public set, keep the weights with the best accuracy on its held-out part, and make clusters if they are wanted.
 
-    Writes query/network.pt and returns the best validation accuracy in percent.
+    Writes query/network.pt, and query/clusters.npz (see `clusters_path`). Returns the best validation accuracy in percent and the names
+    of the clusters. Raises UserError if images without labels are to be told apart by them.
     """
-    settings, prepared = config.query, run.require("prepare")
-    path, classes = run.public_store, prepared["classes"]
-    labels = store.labels(path)
+    settings, public = config.query, public_labels(run)
+    if config.spec.pretraining == "selected" and settings.semantics == "labels" and len(public.names) < 2:
+        raise UserError("query.semantics: the public set has one class, which tells nothing apart; use query.semantics=clusters")
+    if settings.semantics == "clusters" and settings.clusters > len(public.of_images):
+        raise UserError(f"query.clusters: {settings.clusters} are more than the {len(public.of_images)} public images")
+    record = _trained(config, run, world, public)
+    if settings.semantics == "clusters":
+        record["clusters"] = _clustered(config, run, world, public)
+    return record
+
+
+def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> dict:
+    """Train the network, on the labels where there are several."""
+    settings, path, labels = config.query, run.public_store, public.of_images
+    labelled = len(public.names) > 1
     train, held_out = split(len(labels), settings.validation_fraction, config.runtime.seed)
     batch_size = -(-min(settings.batch_size, len(train)) // world.size)
     torch.manual_seed(config.runtime.seed)
-    network = classifier(settings.network, config.data.channels, len(classes)).to(world.device)
+    network = query_network(config, public).to(world.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     devices = [world.device.index] if world.device.type == "cuda" else None
@@ -44,7 +62,9 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, best = state["step"], state["best"]
-    validation = store.read(path, held_out[world.rank :: world.size])
+    own = held_out[world.rank :: world.size]
+    held = store.read(path, own)
+    images_held, labels_held = (held, labels[own]) if labelled else _all_rotations(held)
     stream = PublicStream(path, train, labels[train], batch_size, world.rank, world.size, world.device, config.runtime.seed, config.data.workers)
     curves = Curves(run.tensorboard, "query", step, world.is_main)
     bf16 = config.runtime.precision == "bf16"
@@ -54,7 +74,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
                 break
             network.train()
             with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                logits = wrapped(_augmented(to_unit(images), settings.flip, config.runtime.seed, step, world))
+                inputs, targets = _augmented(to_unit(images), targets, labelled, settings.flip, config.runtime.seed, step, world)
+                logits = wrapped(inputs)
             loss = F.cross_entropy(logits.float(), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -64,7 +85,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             bar.advance()
             wanted = stop.agreed(world)
             if step % settings.checkpoint_every == 0 or step == settings.steps or wanted:
-                accuracy = _accuracy(network, validation, labels[held_out[world.rank :: world.size]], world)
+                accuracy = _accuracy(network, images_held, labels_held, world)
                 curves.scalars(step, {"loss": loss.item(), "validation accuracy": accuracy, "learning rate": float(schedule.get_last_lr()[0])})
                 if world.is_main:
                     if accuracy > best:
@@ -87,12 +108,22 @@ def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _augmented(images: Tensor, flip: bool, seed: int, step: int, world: World) -> Tensor:
-    if not flip:
-        return images
+def _augmented(images: Tensor, labels: Tensor, labelled: bool, flip: bool, seed: int, step: int, world: World) -> tuple[Tensor, Tensor]:
+    """The batch of a step, some images flipped; without labels each turned at random, and what is to be told is the turn."""
     generator = torch.Generator().manual_seed(hash((seed, step, world.rank)) & 0xFFFFFFFF)
-    flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    if flip:
+        flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+    if labelled:
+        return images, labels
+    turns = torch.randint(ROTATIONS, (len(images),), generator=generator).to(images.device)
+    return rotated(images, turns), turns
+
+
+def _all_rotations(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each image (N, C, S, S) in all its rotations (4 N, C, S, S), and which one it is."""
+    turned = np.concatenate([np.rot90(images, turn, (2, 3)) for turn in range(ROTATIONS)])
+    return np.ascontiguousarray(turned), np.repeat(np.arange(ROTATIONS), len(images))
 
 
 @torch.no_grad()
@@ -106,3 +137,37 @@ def _accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray, world:
         right += (network(to_unit(batch)).argmax(1) == targets).sum().item()
     totals = world.all_reduce_(torch.tensor([right, float(len(images))], device=world.device))
     return round((100 * totals[0] / totals[1]).item(), 3)
+
+
+@torch.no_grad()
+def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> list[str]:
+    """Write the clusters of the public set by k-means on the trained network's features; returns their names."""
+    path, seed, count = run.public_store, config.runtime.seed, len(public.of_images)
+    query = load_query(config, run, world)
+    seen = np.sort(np.random.default_rng([seed, 4]).permutation(count)[:FITTED])
+    stopped = "query: the network is kept, clusters are made again"
+
+    def unit(indices: np.ndarray) -> Tensor:
+        return to_unit(torch.from_numpy(store.read(path, indices)).to(world.device))
+
+    width = query.features(unit(seen[:1])).shape[1]
+    features = in_blocks(len(seen), width, torch.float32, lambda start, end: query.features(unit(seen[start:end])), world, stopped)
+    centroids = world.broadcast_object(centroids_of(features.cpu().numpy(), config.query.clusters, seed) if world.is_main else None)
+    query.centroids = torch.from_numpy(centroids).to(world.device)
+    nearest = in_blocks(count, 1, torch.int64, lambda start, end: query(unit(np.arange(start, end))).argmax(1, keepdim=True), world, stopped)
+    clusters = nearest.flatten().cpu().numpy()
+    if world.is_main:
+        np.savez(temporary := run.stage("query") / ".clusters.npz", centroids=centroids, clusters=clusters)
+        write_whole(clusters_path(run), temporary.read_bytes())
+        temporary.unlink()
+    return _names(clusters, config.query.clusters, public)
+
+
+def _names(clusters: np.ndarray, count: int, public: Semantics, shown: int = 2) -> list[str]:
+    """ "cluster 7", and where there are labels the most frequent of its images: "cluster 7 (tabby/lynx)"."""
+    names = []
+    for number in range(count):
+        held = np.bincount(public.of_images[clusters == number], minlength=len(public.names))
+        most = [public.names[i].split(",")[0] for i in np.argsort(-held, kind="stable")[:shown] if held[i]]
+        names.append(f"cluster {number}" + (f" ({'/'.join(most)})" if len(public.names) > 1 and most else ""))
+    return names

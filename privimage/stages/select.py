@@ -1,22 +1,23 @@
 """Ask the sensitive set, under differential privacy, which public classes resemble it; keep those for pretraining."""
 
-import math
+import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from privimage.config import Config
-from privimage.data import store
 from privimage.data.sources import ImageSet, read_sensitive
-from privimage.distributed import checkpoint
+from privimage.distributed.blocks import in_blocks
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.models.edm import to_unit
-from privimage.models.resnet import classifier
+from privimage.models.semantic import SemanticQuery
 from privimage.privacy.account import open_account
 from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.plan import QueryPlan
 from privimage.progress import say
+from privimage.public_set import Semantics, load_scores, public_semantics
 from privimage.rundir import RunDir, write_whole
 
 
@@ -27,17 +28,18 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     int64 (public classes,), the sensitive class that each public class serves, or -1. Raises UserError if k1 or k2 exceed the
     public classes.
     """
-    settings, classes = config.select, run.require("prepare")["classes"]
+    settings, public = config.select, public_semantics(config, run)
     sensitive = read_sensitive(config, "train")
     rows = len(sensitive.classes) if config.data.sensitive.labelled else 1
-    if rows * settings.per_class > len(classes):
-        raise UserError(f"select.per_class: {rows} sensitive classes times {settings.per_class} are more than the {len(classes)} public classes")
+    columns = len(public.names)
+    if rows * settings.per_class > columns:
+        raise UserError(f"select.per_class: {rows} sensitive classes times {settings.per_class} are more than the {columns} {public.kind}")
     if config.spec.pretraining == "random":
-        counts = np.zeros((rows, len(classes)))
+        counts = np.zeros((rows, columns))
         scores, told = np.random.default_rng([config.runtime.seed, 3]).random(counts.shape), "drawn by lot, without asking the sensitive images"
         record = {}
     else:
-        counts, plan = _asked(config, run, world, sensitive, rows, len(classes))
+        counts, plan = _asked(config, run, world, sensitive, rows, public)
         scores, told = counts, f"noise of {plan.standard_deviation:.3g} votes a bin"
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
@@ -45,49 +47,46 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         np.savez(path := run.stage("select") / ".selection.npz", counts=counts, assignment=assignment)
         write_whole(run.stage("select") / "selection.npz", path.read_bytes())
         path.unlink()
-        labels = store.labels(run.public_store)
-        chosen = int((assignment[labels] >= 0).sum())
-        say(f"select: {chosen} of {len(labels)} public images ({100 * chosen / len(labels):.1f} %), {told}")
+        chosen = (assignment[public.of_images] >= 0).mean()
+        say(f"select: {chosen * len(public.of_images):.0f} of {len(public.of_images)} public images ({100 * chosen:.1f} %), {told}")
         for row in range(min(rows, 20)):
-            kept = [classes[i] for i in np.flatnonzero(assignment == row)]
+            kept = [public.names[i] for i in np.flatnonzero(assignment == row)]
             say(f"  {sensitive.classes[row] if config.data.sensitive.labelled else 'all'}: {', '.join(kept[:12])}{' ...' if len(kept) > 12 else ''}")
     return {"images": len(sensitive.images), **record}
 
 
-def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, columns: int) -> tuple[np.ndarray, QueryPlan]:
+def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics) -> tuple[np.ndarray, QueryPlan]:
     """The noisy histogram (rows, columns), on the main rank; zeros elsewhere."""
     run.require("query")
-    if config.select.per_image > columns:
-        raise UserError(f"select.per_image: {config.select.per_image} is more than the {columns} public classes")
+    columns, per_image = len(public.names), config.select.per_image
+    if per_image > columns:
+        raise UserError(f"select.per_image: {per_image} is more than the {columns} {public.kind}")
     account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
     plan = account.plan.query
     assert plan is not None  # this stage belongs to methods with a query
-    votes = _votes(config, run, world, sensitive.images, columns)
+    votes = top_votes(load_scores(config, run, world), sensitive.images, per_image, world)
     if not world.is_main:
         return np.zeros((rows, columns)), plan
     rows_of = sensitive.labels if config.data.sensitive.labelled else np.zeros_like(sensitive.labels)
-    identity = f"query|{account.root.name}|{config.select.per_image}|{world.size}|{torch.__version__}|{world.device.type}"
+    # A replay has the noise of before if its votes are those of before: two histograms with one noise would show their difference.
+    content = hashlib.sha256(np.ascontiguousarray(votes).tobytes() + rows_of.tobytes()).hexdigest()
+    identity = f"query|{account.root.name}|{account.root.derive('query votes', per_image, content).hex()}"
     account.charge(plan.mechanism, identity)
     key = account.root.derive("query noise", identity)
     return noisy_histogram(votes, rows_of, rows, columns, plan, config.privacy.noise_source, key), plan
 
 
-def _votes(config: Config, run: RunDir, world: World, images: np.ndarray, columns: int) -> np.ndarray:
-    """The top k1 public classes of every sensitive image, int64 (N, k1); the ranks share the work."""
-    network = classifier(config.query.network, config.data.channels, columns).to(world.device)
-    state = checkpoint.load(run.stage("query") / "network.pt", world.device)
-    if state is None:
-        raise UserError(f"{run.stage('query') / 'network.pt'}: no such file; run `privimage query` first")
-    network.load_state_dict(state["network"])
-    network.eval()
-    votes = torch.zeros(len(images), config.select.per_image, dtype=torch.int64, device=world.device)
-    share = math.ceil(len(images) / world.size)
-    with torch.no_grad():
-        for start in range(world.rank * share, min((world.rank + 1) * share, len(images)), 512):
-            stop = min(start + 512, (world.rank + 1) * share, len(images))
-            batch = to_unit(torch.from_numpy(images[start:stop]).to(world.device))
-            votes[start:stop] = network(batch).topk(config.select.per_image, dim=1).indices
-    return world.all_reduce_(votes).cpu().numpy()
+@torch.no_grad()
+def top_votes(query: SemanticQuery, images: np.ndarray, per_image: int, world: World) -> np.ndarray:
+    """The `per_image` classes or clusters with the largest scores of each image uint8 (N, C, H, W), all different: int64 (N, per_image).
+
+    The votes of an image depend on no other image and on no number of ranks.
+    """
+
+    def best(start: int, end: int) -> Tensor:
+        return query(to_unit(torch.from_numpy(images[start:end]).to(world.device))).topk(per_image, dim=1).indices
+
+    return in_blocks(len(images), per_image, torch.int64, best, world, "select: nothing was drawn yet").cpu().numpy()
 
 
 def exclusive_top(counts: np.ndarray, per_class: int) -> np.ndarray:

@@ -59,6 +59,7 @@ def results(**changes: object) -> dict:
             "images": 30,
             "public_images": 100,
             "by_vote": True,
+            "semantics": "public classes",
             "kept": [{"name": "<cat>", "public": ["tabby"]}, {"name": "dog", "public": ["collie", "pug"]}],
         },
         "synthetic": {"images": 40, "resolution": 8, "channels": 1, "classes": ["<cat>", "dog"]},

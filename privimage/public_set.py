@@ -1,0 +1,80 @@
+"""The prepared public set as stages see it: its labels, what each image counts as for the query, and the trained query function."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from privimage.config import Config
+from privimage.data import store
+from privimage.distributed import checkpoint
+from privimage.distributed.world import World
+from privimage.errors import UserError
+from privimage.models.resnet import Classifier, classifier
+from privimage.models.semantic import ROTATIONS, SemanticQuery
+from privimage.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What public images can be told apart by: names, and for each image int64 (N,) which one it is."""
+
+    names: tuple[str, ...]
+    of_images: np.ndarray
+    kind: str  # what the names are, for messages
+
+
+def public_labels(run: RunDir) -> Semantics:
+    """The labels of the public set; a single one for all images of an unlabelled set. Raises UserError if `prepare` is not finished."""
+    classes, labels = run.require("prepare")["classes"], store.labels(run.public_store)
+    return Semantics(tuple(classes), labels if len(classes) > 1 else np.zeros_like(labels), "public classes")
+
+
+def public_semantics(config: Config, run: RunDir) -> Semantics:
+    """What sensitive images vote for: the public labels, or the clusters that `query` has made.
+
+    Raises UserError if a stage that it needs is not finished.
+    """
+    if config.query.semantics == "labels":
+        return public_labels(run)
+    return Semantics(tuple(run.require("query")["clusters"]), _clusters(run)["clusters"], "clusters")
+
+
+def clusters_path(run: RunDir) -> Path:
+    """Where `query` keeps `centroids` float32 (clusters, features) and `clusters` int64 (N,), that of each public image."""
+    return run.path / "query" / "clusters.npz"
+
+
+def query_network(config: Config, labels: Semantics) -> Classifier:
+    """A fresh network for the task that it is trained by: to tell the public classes, or where there is only one, rotations."""
+    classes = len(labels.names)
+    return classifier(config.query.network, config.data.channels, classes if classes > 1 else ROTATIONS)
+
+
+def load_query(config: Config, run: RunDir, world: World) -> SemanticQuery:
+    """The trained query function, without centroids. Raises UserError if it is not there."""
+    path = run.stage("query") / "network.pt"
+    network, state = query_network(config, public_labels(run)), checkpoint.load(path, world.device)
+    if state is None:
+        raise UserError(f"{path}: no such file; run `privimage query` first")
+    network.load_state_dict(state["network"])
+    return SemanticQuery(network).to(world.device).eval()
+
+
+def load_scores(config: Config, run: RunDir, world: World) -> SemanticQuery:
+    """The trained query function with a score for each of `public_semantics`. Raises UserError if a part of it is not there."""
+    query = load_query(config, run, world)
+    if config.query.semantics == "clusters":
+        query.centroids = torch.from_numpy(_clusters(run)["centroids"]).to(world.device)
+    return query
+
+
+def _clusters(run: RunDir) -> dict[str, np.ndarray]:
+    path = clusters_path(run)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in ("centroids", "clusters")}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"{path}: missing or damaged; delete the folder {path.parent} to have it made again") from None
