@@ -92,7 +92,7 @@ class Model(Section):
 
 
 class Query(Section):
-    """The semantic query function, trained on public images: on their labels, or without labels to tell how an image is rotated."""
+    """The semantic query function, trained on public images: on their labels, or without labels to tell views of one image from others."""
 
     semantics: Literal["labels", "clusters"] = Field("labels", description="what images vote for: public classes, or clusters of the network's features")
     clusters: int = Field(100, ge=2, le=10_000, description="number of clusters of the public set, by k-means; for semantics clusters")
@@ -284,7 +284,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = read_yaml(Path(path), overrides)
     config = parse(for_method(tree, OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))), str(path))
     if "gan" in tree and config.spec.generator != "gan":
-        parse(for_method(tree | {"method": "privimage+g"}, {}), f"{path}: gan")  # a mistake there is told before the section is used
+        parse(for_method(tree | {"method": "dpgan"}, {}), f"{path}: gan")  # a mistake there is told before the section is used
     return config
 
 

@@ -13,7 +13,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.models.resnet import Classifier, classifier
-from privimage.models.semantic import ROTATIONS, SemanticQuery
+from privimage.models.semantic import Labels, SemanticQuery, Task, Views
 from privimage.rundir import RunDir
 
 
@@ -47,10 +47,14 @@ def clusters_path(run: RunDir) -> Path:
     return run.path / "query" / "clusters.npz"
 
 
-def query_network(config: Config, labels: Semantics) -> Classifier:
-    """A fresh network for the task that it is trained by: to tell the public classes, or where there is only one, rotations."""
-    classes = len(labels.names)
-    return classifier(config.query.network, config.data.channels, classes if classes > 1 else ROTATIONS)
+def query_task(config: Config, public: Semantics) -> Task:
+    """What the query function learns by: the public labels, or nothing but the images where there is one class."""
+    return Labels(config.query.flip, len(public.names)) if len(public.names) > 1 else Views(config.query.flip)
+
+
+def query_network(config: Config, public: Semantics) -> Classifier:
+    """A fresh network for that task."""
+    return classifier(config.query.network, config.data.channels, query_task(config, public).outputs)
 
 
 def load_query(config: Config, run: RunDir, world: World) -> SemanticQuery:
@@ -76,5 +80,5 @@ def _clusters(run: RunDir) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in ("centroids", "clusters")}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         raise UserError(f"{path}: missing or damaged; delete the folder {path.parent} to have it made again") from None

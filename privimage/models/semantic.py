@@ -1,22 +1,17 @@
-"""The semantic query function: what an image shows, as a score for each public class or for each cluster of the public set."""
+"""The semantic query function: what an image shows, as a score for each public class or cluster; and the tasks that it learns by."""
+
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from privimage.models.resnet import Classifier
 
-ROTATIONS = 4
 FITTED = 100_000  # images that k-means sees at most; all are then given to the nearest centroid
-
-
-def rotated(images: Tensor, turns: Tensor) -> Tensor:
-    """Square images (B, C, S, S), each turned by its number of quarter turns, int64 (B,).
-
-    To tell the turns is the task by which a network learns from images without labels (Gidaris, Singh and Komodakis 2018).
-    """
-    every = torch.stack([torch.rot90(images, turn, (2, 3)) for turn in range(ROTATIONS)])
-    return every[turns, torch.arange(len(images), device=images.device)]
+PROJECTION = 64  # outputs of the head where there are no classes
+TEMPERATURE = 0.2
 
 
 class SemanticQuery(nn.Module):
@@ -28,7 +23,7 @@ class SemanticQuery(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate features (B, F) of length 1, which is what clusters are made of."""
-        return nn.functional.normalize(self.network.features(images))
+        return F.normalize(self.network.features(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) float -> (B, columns); the largest score is the class or cluster that fits best."""
@@ -42,3 +37,86 @@ def centroids_of(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
 
     return KMeans(clusters, n_init=3, random_state=seed).fit(features).cluster_centers_.astype(np.float32)
+
+
+class Task(ABC):
+    """What the network of the query learns from public images in [-1, 1] (B, C, H, W)."""
+
+    outputs: int  # of the network's head
+
+    def __init__(self, flip: bool) -> None:
+        self.flip = flip
+
+    @abstractmethod
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch; `generator` draws how images are varied."""
+
+    @abstractmethod
+    def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
+        """How many held-out images the network gets right."""
+
+
+class Labels(Task):
+    """To tell the labels, by cross-entropy (paper, Eq. 4)."""
+
+    def __init__(self, flip: bool, classes: int) -> None:
+        super().__init__(flip)
+        self.outputs = classes
+
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Some images are flipped."""
+        if self.flip:
+            flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return F.cross_entropy(network(images).float(), labels)
+
+    def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
+        """Those whose label has the largest logit."""
+        return int((network(images).argmax(1) == labels).sum())
+
+
+class Views(Task):
+    """To tell which two varied views are of one image, for images without labels (SimCLR: Chen et al. 2020)."""
+
+    outputs = PROJECTION
+
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """NT-Xent over two views of each image of the batch."""
+        views = torch.cat([varied(images, self.flip, generator), varied(images, self.flip, generator)])
+        return contrastive_loss(network(views).float())
+
+    def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
+        """Those whose second view is the most similar of all second views; the views are the same each time."""
+        generator = torch.Generator().manual_seed(0)
+        first, second = (F.normalize(network(varied(images, self.flip, generator)).float()) for _ in range(2))
+        return int(((first @ second.T).argmax(1) == torch.arange(len(images), device=images.device)).sum())
+
+
+def varied(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    """Images (B, C, H, W), each cropped to a random 30 to 100 % of its area and resized, in other brightness, contrast and colours."""
+    count, channels = images.shape[:2]
+
+    def uniform(low: float, high: float, *more: int) -> Tensor:
+        return torch.empty(count, *more).uniform_(low, high, generator=generator).to(images.device)
+
+    side = uniform(0.3, 1).sqrt()
+    across, down, mirrored = uniform(-1, 1) * (1 - side), uniform(-1, 1) * (1 - side), uniform(0, 1) < 0.5
+    nothing = torch.zeros_like(side)
+    rows = (torch.where(mirrored & flip, -side, side), nothing, across), (nothing, side, down)
+    grid = F.affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), list(images.shape), align_corners=False)
+    cropped = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if channels > 1:
+        grey = uniform(0, 1, 1, 1, 1) < 0.2
+        coloured = cropped * uniform(0.6, 1.4, channels, 1, 1)
+        cropped = torch.where(grey, cropped.mean(1, keepdim=True).expand_as(cropped), coloured)
+    mean = cropped.mean((1, 2, 3), keepdim=True)
+    return (cropped - mean) * uniform(0.6, 1.4, 1, 1, 1) + mean + uniform(-0.4, 0.4, 1, 1, 1)
+
+
+def contrastive_loss(projections: Tensor) -> Tensor:
+    """NT-Xent of (2 B, P): rows i and i + B are two views of one image, all others views of others (Chen et al. 2020, Eq. 1)."""
+    directions = F.normalize(projections)
+    similar = directions @ directions.T / TEMPERATURE
+    similar.fill_diagonal_(-torch.inf)
+    partner = torch.arange(len(projections), device=projections.device).roll(len(projections) // 2)
+    return F.cross_entropy(similar, partner)

@@ -1,11 +1,10 @@
-"""Train the semantic query function: a ResNet on the public labels, or without labels on rotations, whose features are then clustered.
+"""Train the semantic query function: a ResNet on the public labels, or without labels by contrast; and cluster what its features tell apart.
 
 SGD, cosine schedule, the weights of the best validation accuracy (paper, Table 7).
 """
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,9 +18,9 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.models.edm import to_unit
-from privimage.models.semantic import FITTED, ROTATIONS, centroids_of, rotated
+from privimage.models.semantic import FITTED, Task, centroids_of
 from privimage.progress import Progress
-from privimage.public_set import Semantics, clusters_path, load_query, public_labels, query_network
+from privimage.public_set import Semantics, clusters_path, load_query, public_labels, query_network, query_task
 from privimage.rundir import RunDir, write_whole
 
 
@@ -43,9 +42,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> dict:
-    """Train the network, on the labels where there are several."""
-    settings, path, labels = config.query, run.public_store, public.of_images
-    labelled = len(public.names) > 1
+    """Train the network by the task that the public set allows."""
+    settings, path, labels, task = config.query, run.public_store, public.of_images, query_task(config, public)
     train, held_out = split(len(labels), settings.validation_fraction, config.runtime.seed)
     batch_size = -(-min(settings.batch_size, len(train)) // world.size)
     torch.manual_seed(config.runtime.seed)
@@ -63,8 +61,7 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
         schedule.load_state_dict(state["schedule"])
         step, best = state["step"], state["best"]
     own = held_out[world.rank :: world.size]
-    held = store.read(path, own)
-    images_held, labels_held = (held, labels[own]) if labelled else _all_rotations(held)
+    validation = store.read(path, own)
     stream = PublicStream(path, train, labels[train], batch_size, world.rank, world.size, world.device, config.runtime.seed, config.data.workers)
     curves = Curves(run.tensorboard, "query", step, world.is_main)
     bf16 = config.runtime.precision == "bf16"
@@ -73,10 +70,9 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
             if step == settings.steps:
                 break
             network.train()
+            generator = torch.Generator().manual_seed(hash((config.runtime.seed, step, world.rank)) & 0xFFFFFFFF)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                inputs, targets = _augmented(to_unit(images), targets, labelled, settings.flip, config.runtime.seed, step, world)
-                logits = wrapped(inputs)
-            loss = F.cross_entropy(logits.float(), targets)
+                loss = task.loss(wrapped, to_unit(images), targets, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -84,16 +80,16 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
             step += 1
             bar.advance()
             wanted = stop.agreed(world)
-            if step % settings.checkpoint_every == 0 or step == settings.steps or wanted:
-                accuracy = _accuracy(network, images_held, labels_held, world)
+            looked = step % settings.checkpoint_every == 0 or step == settings.steps
+            if looked:
+                accuracy = _accuracy(task, network, validation, labels[own], world)
                 curves.scalars(step, {"loss": loss.item(), "validation accuracy": accuracy, "learning rate": float(schedule.get_last_lr()[0])})
-                if world.is_main:
-                    if accuracy > best:
-                        checkpoint.save(best_file, {"network": network.state_dict(), "accuracy": accuracy})
-                    best = max(best, accuracy)
-                    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                    checkpoint.save(file, state | {"step": step, "best": best})
-                best = world.broadcast_object(best)
+                if accuracy > best and world.is_main:
+                    checkpoint.save(best_file, {"network": network.state_dict(), "accuracy": accuracy})
+                best = max(best, accuracy)
+            if (looked or wanted) and world.is_main:
+                state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                checkpoint.save(file, state | {"step": step, "best": best})
             if wanted and step < settings.steps:
                 curves.close()
                 raise Stopped(f"query: saved at step {step} of {settings.steps}")
@@ -108,33 +104,14 @@ def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _augmented(images: Tensor, labels: Tensor, labelled: bool, flip: bool, seed: int, step: int, world: World) -> tuple[Tensor, Tensor]:
-    """The batch of a step, some images flipped; without labels each turned at random, and what is to be told is the turn."""
-    generator = torch.Generator().manual_seed(hash((seed, step, world.rank)) & 0xFFFFFFFF)
-    if flip:
-        flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-    if labelled:
-        return images, labels
-    turns = torch.randint(ROTATIONS, (len(images),), generator=generator).to(images.device)
-    return rotated(images, turns), turns
-
-
-def _all_rotations(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each image (N, C, S, S) in all its rotations (4 N, C, S, S), and which one it is."""
-    turned = np.concatenate([np.rot90(images, turn, (2, 3)) for turn in range(ROTATIONS)])
-    return np.ascontiguousarray(turned), np.repeat(np.arange(ROTATIONS), len(images))
-
-
 @torch.no_grad()
-def _accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray, world: World) -> float:
-    """Percent of all ranks' validation images that are classified right."""
+def _accuracy(task: Task, network: nn.Module, images: np.ndarray, labels: np.ndarray, world: World) -> float:
+    """Percent of all ranks' validation images that the network gets right."""
     network.eval()
     right = 0.0
     for start in range(0, len(images), 512):
-        batch = torch.from_numpy(images[start : start + 512]).to(world.device)
-        targets = torch.from_numpy(labels[start : start + 512]).to(world.device)
-        right += (network(to_unit(batch)).argmax(1) == targets).sum().item()
+        batch = to_unit(torch.from_numpy(images[start : start + 512]).to(world.device))
+        right += task.right(network, batch, torch.from_numpy(labels[start : start + 512]).to(world.device))
     totals = world.all_reduce_(torch.tensor([right, float(len(images))], device=world.device))
     return round((100 * totals[0] / totals[1]).item(), 3)
 

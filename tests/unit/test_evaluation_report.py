@@ -246,9 +246,8 @@ def test_each_figure_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
     figures.confusion_matrix(tmp_path / "confusion.png", random.integers(0, 50, (3, 3)), names)
     figures.embedding(tmp_path / "tsne.png", random.normal(size=(20, 4)), np.arange(20) % 3, random.normal(size=(10, 4)), np.arange(10) % 3, names, 0)
     figures.loss_curve(tmp_path / "loss.png", [10, 20, 30], [3.0, 0.5, 0.2])
-    figures.selection(
-        tmp_path / "selection.png", random.normal(10, 5, (3, 60)), np.where(np.arange(60) < 3, np.arange(60), -1), names, [f"class {i}" for i in range(60)]
-    )
+    kept, columns = np.where(np.arange(60) < 3, np.arange(60), -1), [f"cluster {i} (cat/dog)" for i in range(60)]
+    figures.selection(tmp_path / "selection.png", random.normal(10, 5, (3, 60)), kept, names, columns, "clusters")
     figures.budget(tmp_path / "budget.png", [0, 50, 100], [0.1, 5.0, 9.9], 10.0)
     for name in ("accuracy", "confusion", "tsne", "loss", "selection", "budget"):
         light, dark = (np.asarray(Image.open(tmp_path / f"{name}{suffix}.png").convert("L")) for suffix in ("", "-dark"))

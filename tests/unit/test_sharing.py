@@ -50,9 +50,10 @@ def leaves(tree: dict, prefix: str = "") -> set[str]:
     return {key for name, value in tree.items() for key in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})}
 
 
-def test_every_setting_that_a_public_stage_reads_is_in_its_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20")])
+def test_every_setting_that_a_public_stage_reads_is_in_its_key(tmp_path: Path, more: tuple[str, ...]) -> None:
     """But for those that change no result, and the configuration as a text for TensorBoard."""
-    settings = config(tmp_path, "run", "method=pdp-diffusion")
+    settings = config(tmp_path, "run", "method=pdp-diffusion", *more)
     run, reads = RunDir(settings.run.dir), {}
     for name, stage in PUBLIC.items():
         read: set[str] = set()
@@ -107,7 +108,7 @@ def test_a_stage_that_is_not_public_is_neither_kept_nor_taken(tmp_path: Path) ->
     assert not (tmp_path / "shared").exists()
 
 
-@pytest.mark.parametrize("change", ["query.steps=4", "runtime.seed=5", "data.public.images_per_class=5", "data.resolution=16"])
+@pytest.mark.parametrize("change", ["query.steps=4", "query.semantics=clusters", "runtime.seed=5", "data.public.images_per_class=5", "data.resolution=16"])
 def test_other_settings_are_another_stage(change: str, tmp_path: Path) -> None:
     settings, other = config(tmp_path, "run"), config(tmp_path, "other", change)
     stage = "prepare" if change.startswith("data") else "query"

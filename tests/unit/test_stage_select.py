@@ -1,5 +1,6 @@
 """The selection stage: what it writes, and the lot that a selection is compared with."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from privimage import pipeline
 from privimage.config import Config, load
 from privimage.distributed.world import World
 from privimage.errors import UserError
+from privimage.privacy.ledger import Ledger
 from privimage.rundir import RunDir, read_json
-from privimage.stages import prepare, select
+from privimage.stages import prepare, query, select
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 QUICK = ("pretrain.steps=3", "finetune.steps=2", "evaluate.fidelity_samples=10", "synthesize.samples=20")
@@ -65,6 +67,31 @@ def test_a_run_by_lot_pays_for_no_query(tmp_path: Path) -> None:
     assert report["selection"]["images"] == 10 * 20
     page = (settings.run.dir / "evaluate" / "report.html").read_text()
     assert "drawn by lot" in page and "noisy vote" not in page
+
+
+@pytest.mark.parametrize("semantics", ["labels", "clusters"])
+def test_asking_again_costs_and_tells_nothing_unless_the_votes_are_others(tmp_path: Path, semantics: str) -> None:
+    """Whoever trains another query network and asks again gets noise of its own: equal noise would show the difference of the votes."""
+
+    def asked(seed: int) -> tuple[np.ndarray, int]:
+        settings = config(tmp_path, "privacy.insecure_fixed_key=3", f"query.semantics={semantics}", "query.clusters=20", f"runtime.seed={seed}")
+        run = RunDir(settings.run.dir)
+        if run.record("prepare") is None:
+            run.finish("prepare", prepare.run(settings, run, ALONE))
+        if not (run.path / "query").exists():
+            run.finish("query", query.run(settings, run, ALONE))
+        select.run(settings, run, ALONE)
+        fingerprint = read_json(run.private / "account.json")["fingerprint"]
+        with np.load(run.path / "select" / "selection.npz") as file:
+            return file["counts"], len(Ledger(tmp_path / "ledgers", fingerprint).read().charges)
+
+    first, again = asked(0), asked(0)
+    assert np.array_equal(first[0], again[0]) and first[1] == again[1] == 1
+    shutil.rmtree(tmp_path / "run" / "query")
+    other, charges = asked(1)
+    assert charges == 2
+    difference = other - first[0]
+    assert np.abs(difference - np.rint(difference)).max() > 0.1  # of equal noise whole numbers would be left
 
 
 @pytest.mark.parametrize("method", ["random+d", "privimage+d"])
