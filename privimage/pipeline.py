@@ -1,6 +1,7 @@
 """The order of the stages: skips what is finished, measures the rest, and lets all ranks end together."""
 
 import contextlib
+import ctypes
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,8 @@ def _reset_peak(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     else:
+        with contextlib.suppress(AttributeError, OSError):  # what earlier stages freed and the C library keeps is not this stage's
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
 
