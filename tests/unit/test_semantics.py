@@ -283,6 +283,8 @@ def test_a_query_that_was_stopped_ends_like_an_undisturbed_one(
         query.run(settings, run, ALONE)
     monkeypatch.undo()
     assert not (run.path / "query" / "clusters.npz").exists()
+    # an undisturbed run does not look at the network after four steps, and so cannot keep it
+    assert (run.path / "query" / "network.pt").exists() == (moment != "in training")
     run.finish("query", query.run(settings, run, ALONE))
     undisturbed = clustered[1]
     weights = [_weights(folder) for folder in (run, undisturbed)]
