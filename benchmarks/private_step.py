@@ -13,14 +13,13 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from privimage.distributed.world import keep_freed_memory
+from privimage import memory
 from privimage.models import edm, parameters
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    memory.keep_freed()
     device = arguments.device
     torch.manual_seed(0)
     fresh = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
@@ -144,19 +143,14 @@ def _peaks(device: str, threads: int) -> None:
 
 def _peak(kind: str, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    keep_freed_memory()
-    before = _resident("VmRSS")
+    memory.keep_freed()
+    before = 0 if device == "cuda" else memory.resident()
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
     tensors = batch(8, 8, device)
     step = private(network, tensors, FoldedGradients) if kind == "private" else plain(network, tensors)
     for _ in range(3):
         step()
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM") - before
-
-
-def _resident(key: str) -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[key].split()[0]) * 1024
+    return memory.peak(torch.device(device)) - before
 
 
 def _share(network: nn.Module, per_image: float, device: str) -> None:

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
-from yaml import YAMLError
 
-from privimage.errors import UserError
 from privimage.jobs import Slurm
 from privimage.methods import METHODS, Method, for_method, with_defaults
-from privimage.section import Section, nearest, validated
+from privimage.section import Section, nearest, read_yaml, validated
 
 SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
 PublicKind = SensitiveKind | Literal["glyphs"]
@@ -286,21 +283,3 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "gan" in tree and config.spec.generator != "gan":
         parse(for_method(tree | {"method": "dpgan"}, {}), f"{path}: gan")  # a mistake there is told before the section is used
     return config
-
-
-def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
-    """The sections of a YAML file as plain values, after ``section.key=value`` overrides. Raises UserError that names the file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file")
-    for item in overrides:
-        if "=" not in item:
-            raise UserError(f"{item}: overrides are written section.key=value")
-    try:
-        tree = OmegaConf.load(path)
-        if not OmegaConf.is_dict(tree):
-            raise ValueError("expected sections with settings at the top level")
-        plain = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
-    assert isinstance(plain, dict)
-    return plain

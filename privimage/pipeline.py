@@ -1,7 +1,6 @@
 """The order of the stages: skips what is finished, measures the rest, and lets all ranks end together."""
 
 import contextlib
-import ctypes
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from privimage import sharing
+from privimage import memory, sharing
 from privimage.config import Config
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
@@ -81,7 +80,7 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
         return
     if world.is_main:
         say(f"{name}: {world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}")
-    _reset_peak(world)
+    memory.reset_peak(world.device)
     with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
         record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)
         taken = seconds()
@@ -111,23 +110,8 @@ def _timed(path: Path, world: World) -> Iterator[Callable[[], float]]:
                 write_json(path, {"seconds": seconds()})
 
 
-def _reset_peak(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)
-    else:
-        with contextlib.suppress(AttributeError, OSError):  # what earlier stages freed and the C library keeps is not this stage's
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 def _peak(world: World) -> int:
-    """The largest peak of memory of all ranks since `_reset_peak`, in bytes: of the GPU, or resident."""
-    if world.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(world.device)
-    else:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        own = int(status["VmHWM"].split()[0]) * 1024
+    """The largest peak of memory of all ranks since `memory.reset_peak`, in bytes."""
     peaks = torch.zeros(world.size, dtype=torch.float64, device=world.device)
-    peaks[world.rank] = own
+    peaks[world.rank] = memory.peak(world.device)
     return int(world.all_reduce_(peaks).max())

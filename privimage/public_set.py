@@ -60,10 +60,8 @@ def query_network(config: Config, public: Semantics) -> Classifier:
 def load_query(config: Config, run: RunDir, world: World) -> SemanticQuery:
     """The trained query function, without centroids. Raises UserError if it is not there."""
     path = run.stage("query") / "network.pt"
-    network, state = query_network(config, public_labels(run)), checkpoint.load(path, world.device)
-    if state is None:
-        raise UserError(f"{path}: no such file; run `privimage query` first")
-    network.load_state_dict(state["network"])
+    network = query_network(config, public_labels(run))
+    network.load_state_dict(checkpoint.required(path, "query", world.device)["network"])
     return SemanticQuery(network).to(world.device).eval()
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
@@ -40,6 +42,18 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy whole or not at all."""
+    np.save(buffer := io.BytesIO(), array)
+    write_whole(path, buffer.getvalue())
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays by name as an .npz, compressed, whole or not at all."""
+    np.savez_compressed(buffer := io.BytesIO(), allow_pickle=False, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def read_json(path: Path) -> dict:

@@ -1,10 +1,14 @@
-"""What all sections of settings have in common, and how a mistake in them is told."""
+"""What all sections of settings have in common: how they are read, and how a mistake in them is told."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import YAMLError
 
 from privimage.errors import UserError
 
@@ -24,6 +28,24 @@ def validated(model: type[S], tree: dict, origin: str) -> S:
         return model.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {_one_line(model, error)}") from None
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
+    """The sections of a YAML file as plain values, after ``section.key=value`` overrides. Raises UserError that names the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"{item}: overrides are written section.key=value")
+    try:
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ValueError("expected sections with settings at the top level")
+        plain = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    assert isinstance(plain, dict)
+    return plain
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

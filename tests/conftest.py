@@ -2,15 +2,16 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import REPOSITORY, SMALL, TINY, clean_environment
+from ranks import REPOSITORY, SMALL, TINY, run_stages
 
 from privimage.config import Config, load
+from privimage.distributed.preemption import SIGNALS, stop
 from privimage.rundir import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +35,16 @@ def root() -> None:
 
 
 @pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Signal handlers as they were before the test, and no request to stop left behind."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stop.requested = False
+
+
+@pytest.fixture
 def tiny_config(tmp_path: Path) -> Config:
     """The whole pipeline on embedded 8x8 images with the smallest networks: seconds on one thread. The run is in `tmp_path/run`."""
     return load(TINY, [f"run.dir={tmp_path / 'run'}"])
@@ -43,10 +54,7 @@ def tiny_config(tmp_path: Path) -> Config:
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with prepare, query and select finished, with a fixed key, and no evaluation to come."""
     folder = tmp_path_factory.mktemp("selected") / "run"
-    for stage in ("prepare", "query", "select"):
-        command = ["privimage", stage, str(TINY), f"run.dir={folder}", *SMALL]
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    run_stages(folder, ("prepare", "query", "select"), *SMALL)
     (folder / "evaluate").mkdir()
     write_json(folder / "evaluate" / "done.json", {"images": 0})
     return folder

@@ -6,14 +6,19 @@ The processes are forked from a server that has torch and privimage loaded, whic
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from privimage.distributed.launch import free_port
+from privimage.privacy.accounting import Mechanism
+from privimage.privacy.ledger import read
+from privimage.rundir import read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "tests" / "tiny.yaml"
@@ -66,6 +71,20 @@ def clean_environment(**more: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     path = f"{Path(sys.executable).parent}:{env.get('PATH', '')}"
     return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "PATH": path} | more
+
+
+def run_stages(folder: Path, stages: Iterable[str], *overrides: str) -> None:
+    """Run stages of the tiny configuration in `folder` through the command; all must succeed."""
+    for stage in stages:
+        command = ["privimage", stage, str(TINY), f"run.dir={folder}", *overrides]
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def charges(folder: Path) -> tuple[Mechanism, ...]:
+    """What the run in `folder` was charged for, from its ledger."""
+    account = read_json(folder / "private" / "account.json")
+    return read(Path(account["ledger"])).mechanisms(account["run"])
 
 
 def _be_a_rank(script: str, arguments: tuple[str, ...], env: dict[str, str], folder: Path) -> None:

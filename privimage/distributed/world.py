@@ -1,7 +1,6 @@
 """The ranks of a run: their device, their collectives, and how they end together."""
 
 import contextlib
-import ctypes
 import gc
 import itertools
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from privimage import memory
 from privimage.config import Runtime
 from privimage.distributed.failure import Watch
 from privimage.distributed.launch import Place, find_place, free_port
@@ -121,7 +121,7 @@ def connect(runtime: Runtime) -> World:
     device = _device(runtime, place)
     torch.set_num_threads(runtime.threads or _threads(place))
     if device.type == "cpu":
-        keep_freed_memory()
+        memory.keep_freed()
     if place.size == 1:
         return World(0, 0, 1, 1, device)
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
@@ -164,14 +164,6 @@ def _threads(place: Place) -> int:
     # SLURM says how many CPUs a task has; elsewhere the ranks of a node share those that this process may use.
     given = os.environ.get("SLURM_CPUS_PER_TASK", "") if place.launcher == "SLURM" else ""
     return int(given) if given.isdigit() else max(1, len(os.sched_getaffinity(0)) // place.local_size)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what a step frees for the next one: per-image gradients are large, and fresh pages cost time."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def _is_lost_contact(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.progress import Progress
-from privimage.rundir import write_whole
+from privimage.rundir import write_array
 
 PUBLISHED = "6726825d"  # first digits of the sha256 of torch-fidelity's weights-inception-2015-12-05
 NAMES = {"2048": "FID", "768": "FD-768", "stand-in": "stand-in FD"}
@@ -172,9 +172,7 @@ def cached(path: Path, compute, world: World) -> Tensor:
         return torch.from_numpy(known)
     features = compute()
     if world.is_main:
-        buffer = io.BytesIO()
-        np.save(buffer, features.numpy())
-        write_whole(path, buffer.getvalue())
+        write_array(path, features.numpy())
     return features
 
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from privimage.config import Config, read_yaml
+from privimage.config import Config
 from privimage.config import load as load_config
 from privimage.errors import UserError
 from privimage.evaluation.report import NUMBERS
-from privimage.section import Section, nearest, validated
+from privimage.section import Section, nearest, read_yaml, validated
 
 Choice = dict[str, str]  # axis -> the name of one of its options
 When = dict[str, tuple[str, ...]]  # axis -> names of options; axes that are not named may have any

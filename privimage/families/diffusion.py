@@ -12,7 +12,7 @@ from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
 from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
-from privimage.families.work import Work, measured
+from privimage.families.work import Work, measured, probed
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
 from privimage.privacy.plan import PrivacyPlan
@@ -52,7 +52,7 @@ class Diffusion(Family):
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Passes through the denoiser: 3 for a public step (forward and backward), 3.3 for a private one."""
-        images = 256 if device.type == "cuda" else 8
+        images = probed(device)
         denoiser = build_diffusion(config, n_classes).to(device)
         x, sigma = torch.zeros((images, *image_shape(config)), device=device), torch.ones(images, device=device)
         labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None

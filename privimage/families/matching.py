@@ -8,8 +8,8 @@ from privimage.config import Config
 from privimage.distributed.world import World
 from privimage.families.gan import Gan
 from privimage.families.generator import TrainedGenerator
-from privimage.families.work import Work, measured
-from privimage.models import build_generator, parameters
+from privimage.families.work import Work
+from privimage.models import build_generator
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.plan import PrivacyPlan
 
@@ -23,14 +23,12 @@ class Matching(Gan):
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Passes through the generator, 3 for a step (forward and backward)."""
-        images = 256 if device.type == "cuda" else 8
-        generator, settings, samples = build_generator(config, n_classes).to(device), config.match, config.synthesize.samples
-        latents, labels = torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
-        seconds, memory = measured(lambda: generator(latents, labels), images)
-        weights = 20 * parameters(generator)
+        settings = config.match
+        seconds, memory, size = self._generator_work(config, n_classes, device)
+        work = settings.steps * settings.batch_size * 3 * seconds
         return [
-            Work("match", settings.steps, settings.batch_size, settings.steps * settings.batch_size * 3 * seconds, weights + settings.batch_size * memory),
-            Work("synthesize", 1, samples, samples * seconds, weights + config.synthesize.batch_size * memory / 8),
+            Work("match", settings.steps, settings.batch_size, work, 20 * size + settings.batch_size * memory),
+            self._sampling(config, seconds, memory, 20 * size),
         ]
 
 
@@ -47,12 +45,17 @@ class MatchedGenerator(TrainedGenerator):
         network, bf16 = build_generator(config, n_classes).to(world.device), config.runtime.precision == "bf16"
         super().__init__(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, bf16)
         self.features, self.target = features, target
+        self.distance = torch.zeros((), device=world.device)
 
-    def step(self, number: int) -> Tensor:
-        """One update; returns the squared distance of the embeddings before it, the same on all ranks, which call it together."""
+    def step(self, number: int) -> None:
+        """One update; all ranks call it together."""
         images, labels = self.batch(number)
         own = F.one_hot(labels, len(self.target)).float().T @ self.features(images.float()) / (self.own * self.world.size)
         residual = self.world.all_reduce_(own.detach().clone()) - self.target
         # The gradient of |residual|^2, of which `own` is this rank's part; the engine takes the mean over the ranks, not the sum.
         self.update(2 * self.world.size * (residual * own).sum())
-        return residual.square().sum()
+        self.distance = residual.square().sum()
+
+    def losses(self) -> dict[str, float]:
+        """The squared distance of the embeddings before the last update, the same on all ranks."""
+        return {"squared distance": self.distance.item()}

@@ -19,6 +19,11 @@ class Work:
     memory: float  # bytes
 
 
+def probed(device: torch.device) -> int:
+    """How many images to measure with."""
+    return 256 if device.type == "cuda" else 8
+
+
 def measured(forward: Callable[[], Tensor], images: int) -> tuple[float, float]:
     """Seconds of a forward pass an image, and bytes of activations an image in training; `forward()` is one pass of `images` images."""
     held: list[int] = []

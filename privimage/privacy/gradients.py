@@ -4,6 +4,7 @@ Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGra
 `VmapGradients`, torch.func's vmap(grad), the plain oracle that the rules are tested against.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -30,13 +31,13 @@ class PerImageGradients(AbstractGradSampleModule):
         """The way that each convolution takes, by name of the layer."""
         return dict(self.convolutions.choices)
 
+    @abstractmethod
     def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
         """Fill `p.grad_sample` for a batch.
 
         Each tensor has shape (B, K, ...): K noise copies of B images. `losses(module, *flat)` gets them with one leading
         size and returns one loss for each. Returns the losses averaged over the copies, (B,), detached.
         """
-        raise NotImplementedError
 
     def remove_hooks(self) -> None:
         """Nothing is left on the wrapped module."""

@@ -16,13 +16,13 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.families.evolution import Population
 from privimage.models.edm import to_unit
-from privimage.models.resnet import Classifier, classifier
 from privimage.privacy.account import Account, open_account
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.attempts import arranged
 from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.plan import EvolvePlan
 from privimage.progress import Progress
+from privimage.public_set import load_query
 from privimage.rundir import RunDir
 
 
@@ -81,10 +81,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 def _population(config: Config, run: RunDir, world: World, rows: int) -> Population:
     run.require("pretrain")
-    path = run.stage("pretrain") / "weights.pt"
-    state = checkpoint.load(path, world.device)
-    if state is None:
-        raise UserError(f"{path}: no such file; run `privimage pretrain` first")
+    state = checkpoint.required(run.stage("pretrain") / "weights.pt", "pretrain", world.device)
     population = Population(config, state["n_classes"], rows).to(world.device)
     population.denoiser.load_state_dict(state["ema"])
     return population.eval()
@@ -116,8 +113,9 @@ class Voters:
 
     def __init__(self, config: Config, run: RunDir, world: World, sensitive: ImageSet):
         self.world, self.size, self.count = world, config.evolve.batch_size, len(sensitive.images)
-        self.rows = sensitive.labels if config.data.sensitive.labelled else np.zeros_like(sensitive.labels)
-        self.network = _query_network(config, run, world)
+        self.rows = sensitive.labels
+        run.require("query")
+        self.network = load_query(config, run, world).network
         self.own = [(block, self._embed(torch.from_numpy(sensitive.images[block]))) for block in self._blocks(self.count)]
 
     def _blocks(self, count: int) -> list[slice]:
@@ -142,17 +140,6 @@ class Voters:
             votes[block], distances = nearest(features, torch.from_numpy(self.rows[block]).to(self.world.device), candidates)
             total += distances.sum()
         return self.world.all_reduce_(votes)[:, None].cpu().numpy(), self.world.all_reduce_(total).item() / self.count
-
-
-def _query_network(config: Config, run: RunDir, world: World) -> Classifier:
-    run.require("query")
-    path = run.stage("query") / "network.pt"
-    state = checkpoint.load(path, world.device)
-    if state is None:
-        raise UserError(f"{path}: no such file; run `privimage query` first")
-    network = classifier(config.query.network, config.data.channels, len(run.require("prepare")["classes"])).to(world.device)
-    network.load_state_dict(state["network"])
-    return network.eval()
 
 
 def _figures(account: Account, population: Population, charged: Mechanism, world: World) -> dict[str, float]:

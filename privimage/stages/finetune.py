@@ -126,9 +126,7 @@ def _training(config: Config, run: RunDir, world: World, n_classes: int) -> Priv
         return kind.private_training(config, n_classes, world, None)
     run.require("pretrain")
     path = run.stage("pretrain") / "weights.pt"
-    pretrained = checkpoint.load(path, world.device)
-    if pretrained is None:
-        raise UserError(f"{path}: no such file; run `privimage pretrain` first")
+    pretrained = checkpoint.required(path, "pretrain", world.device)
     try:
         return kind.private_training(config, n_classes, world, pretrained)
     except ValueError as error:

@@ -1,18 +1,17 @@
 """DP-MERF (Harder et al. 2021): one noisy mean embedding of the sensitive set, and a generator that is trained to have the same."""
 
-import io
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from privimage.config import Config
-from privimage.curves import Curves, memory
 from privimage.data.sources import ImageSet, read_sensitive
 from privimage.distributed import checkpoint
-from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
-from privimage.errors import Stopped, UserError
+from privimage.errors import UserError
 from privimage.families import family
 from privimage.families.base import image_shape, public_seed
 from privimage.families.matching import MatchedGenerator
@@ -22,8 +21,8 @@ from privimage.privacy.account import Account, open_account
 from privimage.privacy.attempts import arranged
 from privimage.privacy.embedding import embedding_sum, noisy_mean_embedding
 from privimage.privacy.plan import MatchPlan
-from privimage.progress import Progress
-from privimage.rundir import RunDir, write_whole
+from privimage.rundir import RunDir, write_array
+from privimage.training import train
 
 BLOCK = 256  # images whose features are computed at once: the same on any number of ranks
 
@@ -42,35 +41,16 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     target = torch.from_numpy(_embedding(config, run, world, account, sensitive, max(n_classes, 1)))
     generator = MatchedGenerator(config, n_classes, world, _features(config, world, torch.float32), target.float().to(world.device))
 
-    file, step = run.stage("match") / "checkpoint.pt", 0
-    if (state := checkpoint.load(file, world.device)) is not None:
-        generator.load(state)
-        step = state["step"]
-    curves = Curves(run.tensorboard, "match", step, world.is_main)
-    with Progress("match", settings.steps, step, world.is_main) as bar:
-        while step < settings.steps:
-            distance = generator.step(step)
-            step += 1
-            bar.advance()
-            wanted = stop.agreed(world)
-            if step % settings.log_every == 0:
-                shown = {"images per second": bar.rate * settings.batch_size, "memory": memory(world.device), "learning rate": settings.learning_rate}
-                curves.scalars(step, {"squared distance": distance.item()} | shown)
-            if step % settings.checkpoint_every == 0 or wanted:
-                curves.flush()
-                state = generator.state() | {"step": step}
-                if world.is_main:
-                    checkpoint.save(file, state)
-                    curves.images(step, "samples", generator.samples())
-            if wanted and step < settings.steps:
-                curves.close()
-                raise Stopped(f"match: saved at step {step} of {settings.steps}")
+    def steps(first: int) -> Iterator[None]:
+        for step in itertools.count(first):
+            generator.step(step)
+            yield
+
+    train("match", settings, settings.batch_size, generator, steps, run, world)
     if world.is_main:
-        curves.images(step, "samples", generator.samples())
         weights = {"ema": generator.settled(averaged=True).state_dict(), "n_classes": n_classes, "classes": list(sensitive.classes)}
         checkpoint.save(run.stage("match") / "weights.pt", weights)
-    curves.close()
-    return {"images": settings.steps * settings.batch_size, "steps": step, "features": settings.features, "parameters": size}
+    return {"images": settings.steps * settings.batch_size, "steps": settings.steps, "features": settings.features, "parameters": size}
 
 
 def _embedding(config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int) -> np.ndarray:
@@ -86,8 +66,7 @@ def _embedding(config: Config, run: RunDir, world: World, account: Account, sens
         if world.is_main:
             account.charge_step(attempt.number, 0)
             key = account.root.derive("match noise", attempt.number)
-            np.save(buffer := io.BytesIO(), noisy_mean_embedding(total, plan, config.privacy.noise_source, key))
-            write_whole(path, buffer.getvalue())
+            write_array(path, noisy_mean_embedding(total, plan, config.privacy.noise_source, key))
         world.barrier()
     try:
         return np.load(path, allow_pickle=False)
@@ -97,10 +76,9 @@ def _embedding(config: Config, run: RunDir, world: World, account: Account, sens
 
 def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int) -> np.ndarray:
     features = _features(config, world, torch.float64)
-    labels = sensitive.labels if config.data.sensitive.labelled else np.zeros_like(sensitive.labels)
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
     for start in range(world.rank * BLOCK, len(sensitive.images), world.size * BLOCK):
-        images, own = (torch.from_numpy(array[start : start + BLOCK]).to(world.device) for array in (sensitive.images, labels))
+        images, own = (torch.from_numpy(array[start : start + BLOCK]).to(world.device) for array in (sensitive.images, sensitive.labels))
         total += embedding_sum(features(to_unit(images)), own, rows)
     return world.all_reduce_(total).cpu().numpy()
 

@@ -21,7 +21,7 @@ from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
 from privimage.progress import Progress
 from privimage.public_set import Semantics, clusters_path, load_query, public_labels, query_network, query_task
-from privimage.rundir import RunDir, write_whole
+from privimage.rundir import RunDir, write_arrays
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
@@ -134,9 +134,7 @@ def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> 
     nearest = in_blocks(count, 1, torch.int64, lambda start, end: query(unit(np.arange(start, end))).argmax(1, keepdim=True), world, stopped)
     clusters = nearest.flatten().cpu().numpy()
     if world.is_main:
-        np.savez(temporary := run.stage("query") / ".clusters.npz", centroids=centroids, clusters=clusters)
-        write_whole(clusters_path(run), temporary.read_bytes())
-        temporary.unlink()
+        write_arrays(clusters_path(run), {"centroids": centroids, "clusters": clusters})
     return _names(clusters, config.query.clusters, public)
 
 

@@ -18,7 +18,7 @@ from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.plan import QueryPlan
 from privimage.progress import say
 from privimage.public_set import Semantics, load_scores, public_semantics
-from privimage.rundir import RunDir, write_whole
+from privimage.rundir import RunDir, write_arrays
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
@@ -44,9 +44,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
         assignment = exclusive_top(scores, settings.per_class)
-        np.savez(path := run.stage("select") / ".selection.npz", counts=counts, assignment=assignment)
-        write_whole(run.stage("select") / "selection.npz", path.read_bytes())
-        path.unlink()
+        write_arrays(run.stage("select") / "selection.npz", {"counts": counts, "assignment": assignment})
         chosen = (assignment[public.of_images] >= 0).mean()
         say(f"select: {chosen * len(public.of_images):.0f} of {len(public.of_images)} public images ({100 * chosen:.1f} %), {told}")
         for row in range(min(rows, 20)):
@@ -67,13 +65,12 @@ def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows:
     votes = top_votes(load_scores(config, run, world), sensitive.images, per_image, world)
     if not world.is_main:
         return np.zeros((rows, columns)), plan
-    rows_of = sensitive.labels if config.data.sensitive.labelled else np.zeros_like(sensitive.labels)
     # A replay has the noise of before if its votes are those of before: two histograms with one noise would show their difference.
-    content = hashlib.sha256(np.ascontiguousarray(votes).tobytes() + rows_of.tobytes()).hexdigest()
+    content = hashlib.sha256(np.ascontiguousarray(votes).tobytes() + sensitive.labels.tobytes()).hexdigest()
     identity = f"query|{account.root.name}|{account.root.derive('query votes', per_image, content).hex()}"
     account.charge(plan.mechanism, identity)
     key = account.root.derive("query noise", identity)
-    return noisy_histogram(votes, rows_of, rows, columns, plan, config.privacy.noise_source, key), plan
+    return noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key), plan
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from privimage.families import family
 from privimage.privacy import keys
 from privimage.privacy.account import key_path, open_account, statement, statement_for_people
 from privimage.progress import Progress
-from privimage.rundir import RunDir, write_json, write_whole
+from privimage.rundir import RunDir, write_array, write_arrays, write_json, write_whole
 
 RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
 
@@ -64,7 +64,8 @@ def _sample_before(config: Config, run: RunDir, world: World, pretrained: dict) 
     world.barrier()
     if world.is_main:
         images, labels = _gathered(config, run, count, n_classes, "before")
-        _write_npz(run.stage("synthesize") / "before.npz", images, np.full(count, -1) if config.spec.pretraining == "all" else labels)
+        labels = np.full(count, -1) if config.spec.pretraining == "all" else labels
+        write_arrays(run.stage("synthesize") / "before.npz", {"images": images, "labels": labels})
 
 
 def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str) -> None:
@@ -84,9 +85,7 @@ def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Modu
             labels = indices % n_classes if n_classes else None
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
                 images = family(config).sample(config, generator, labels, indices, draws)
-            np.save(temporary := folder / f".{start}.npy", images.permute(0, 2, 3, 1).cpu().numpy())
-            write_whole(path, temporary.read_bytes())
-            temporary.unlink()
+            write_array(path, images.permute(0, 2, 3, 1).cpu().numpy())
             if start == 0:
                 curves.images(0, "samples", images[:100])
             if stop.requested:
@@ -99,15 +98,7 @@ def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Modu
 def _gathered(config: Config, run: RunDir, count: int, n_classes: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     folder = run.stage("synthesize") / f"blocks-{name}"
     images = np.concatenate([np.load(folder / f"{start:09d}.npy") for start in range(0, count, config.synthesize.batch_size)])
-    return images, np.arange(count) % max(n_classes, 1)
-
-
-def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}")
-    np.savez_compressed(temporary, images=images, labels=labels.astype(np.int64))
-    made = temporary if temporary.exists() else temporary.with_name(f"{temporary.name}.npz")
-    write_whole(path, made.read_bytes())
-    made.unlink()
+    return images, np.arange(count, dtype=np.int64) % max(n_classes, 1)
 
 
 def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
@@ -121,7 +112,7 @@ def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
     release = run.release
     for entry in release.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    _write_npz(release / "synthetic.npz", images, labels)
+    write_arrays(release / "synthetic.npz", {"images": images, "labels": labels})
     if config.synthesize.images:
         _write_images(release / "images", images, labels)
     if family(config).trains:

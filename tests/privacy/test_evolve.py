@@ -3,44 +3,30 @@
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import TINY, clean_environment, run_ranks
+from ranks import TINY, charges, run_ranks, run_stages
 
 from privimage import pipeline
 from privimage.config import Config, load
 from privimage.distributed import checkpoint
-from privimage.distributed.preemption import SIGNALS
 from privimage.families.evolution import Population
 from privimage.privacy.accounting import Mechanism
-from privimage.privacy.ledger import read
 from privimage.rundir import read_json
 from privimage.stages import evolve
 
+pytestmark = pytest.mark.usefixtures("own_signals")
 FIXED = ("method=private-evolution", "privacy.insecure_fixed_key=7", "pretrain.steps=8", "query.steps=6")
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Signal handlers as they were before the test."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with all public stages finished."""
     folder = tmp_path_factory.mktemp("public") / "run"
-    for stage in ("prepare", "query", "pretrain"):
-        command = ["privimage", stage, str(TINY), f"run.dir={folder}", *FIXED]
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    run_stages(folder, ("prepare", "query", "pretrain"), *FIXED)
     return folder
 
 
@@ -72,11 +58,6 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(value, population(other)[name]) for name, value in population(one).items())
 
 
-def charges(folder: Path) -> tuple[Mechanism, ...]:
-    account = read_json(folder / "private" / "account.json")
-    return read(Path(account["ledger"])).mechanisms(account["run"])
-
-
 def crash_at(number: int) -> Callable:
     """In place of the function that keeps a checkpoint: the `number`-th call fails."""
     calls = []
@@ -94,7 +75,7 @@ class Checkpoints:
     """The module `checkpoint` with another `save`."""
 
     def __init__(self, save: Callable):
-        self.save, self.load = save, checkpoint.load
+        self.save, self.load, self.required = save, checkpoint.load, checkpoint.required
 
 
 def test_the_ledger_holds_the_planned_uses_and_nothing_else(undisturbed: Path) -> None:
@@ -190,3 +171,10 @@ def test_what_is_computed_on_sensitive_images_without_noise_is_in_private_only(u
     )
     assert set(public) == {"memory", "images with votes"}  # and epsilon, where the key is not a fixed one
     assert set(private) == {"mean distance of a vote"}
+
+
+def test_a_public_set_without_labels_serves_too(tmp_path: Path) -> None:
+    """The query network has then learnt from views of images, not from labels."""
+    config = settings(tmp_path / "run", "data.public.labelled=false", "evolve.iterations=1")
+    assert pipeline.run(config, ["prepare", "query", "pretrain", "evolve"]) == 0
+    assert population(tmp_path / "run")["public"].max() == 0

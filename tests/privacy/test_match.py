@@ -8,34 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import TINY, run_ranks
+from ranks import TINY, charges, run_ranks
 from scipy import stats
 
 from privimage import pipeline
 from privimage.config import Config, load
 from privimage.data.sources import read_sensitive
 from privimage.distributed import checkpoint
-from privimage.distributed.preemption import SIGNALS
 from privimage.distributed.world import World
 from privimage.families.base import public_seed
 from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.accounting import Mechanism
-from privimage.privacy.ledger import read
 from privimage.rundir import read_json
 from privimage.stages import match
 
+pytestmark = pytest.mark.usefixtures("own_signals")
 FIXED = ("method=dp-merf", "privacy.insecure_fixed_key=7")
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Signal handlers as they were before the test."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def settings(folder: Path, *overrides: str) -> Config:
@@ -50,11 +40,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     state = checkpoint.load(folder / "match" / "weights.pt")
     assert state is not None
     return state["ema"]
-
-
-def charges(folder: Path) -> tuple[Mechanism, ...]:
-    account = read_json(folder / "private" / "account.json")
-    return read(Path(account["ledger"])).mechanisms(account["run"])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +71,7 @@ def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: 
 def test_a_crash_after_the_charge_is_repeated_to_the_bit_and_charged_once(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(match, "write_whole", crash)
+        patch.setattr(match, "write_array", crash)
         assert pipeline.run(settings(folder), ["match"]) == 1
     assert charges(folder) == charges(undisturbed) and not (folder / "match" / "embedding.npy").exists()
     assert pipeline.run(settings(folder), ["match"]) == 0
@@ -102,7 +87,7 @@ def test_in_another_arrangement_it_is_not_drawn_again(tmp_path: Path, monkeypatc
     """Rounding could differ there, and the same noise on two outputs would show by how much; other noise would be a second use."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(match, "write_whole", crash)
+        patch.setattr(match, "write_array", crash)
         assert pipeline.run(settings(folder), ["match"]) == 1
     before = charges(folder)
     capfd.readouterr()
@@ -159,9 +144,9 @@ config = load(sys.argv[1], ["method=dp-merf", "run.dir=unused"])
 world = connect(config.runtime)
 target = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)) / 30
 trained = MatchedGenerator(config, 10, world, RandomFeatures(64, 60, 0.5, 0, world.device), target)
-distance = trained.step(0)
+trained.step(0)
 gradient = torch.cat([p.grad.flatten() for p in trained.network.parameters()])
-torch.save({"distance": distance, "gradient": gradient}, Path(sys.argv[2]) / f"{world.size}-{world.rank}.pt")
+torch.save({"distance": trained.distance, "gradient": gradient}, Path(sys.argv[2]) / f"{world.size}-{world.rank}.pt")
 world.close()
 """
 

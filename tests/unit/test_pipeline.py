@@ -12,19 +12,12 @@ from ranks import TINY
 
 from privimage import cli, pipeline
 from privimage.config import Config, load
-from privimage.distributed.preemption import SIGNALS, stop
+from privimage.distributed.preemption import stop
 from privimage.errors import Stopped, UserError
 from privimage.methods import METHODS
 from privimage.rundir import RunDir, read_json, write_json
 
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Signal handlers as they were before the test."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 @pytest.fixture
