@@ -211,7 +211,6 @@ class Runtime(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads a rank; unset: cores / local ranks")
     seed: int = Field(0, ge=0, description="seed of public randomness only: query training, pretraining, synthesis")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of public training and of synthesis")
-    compile: bool = Field(False, description="torch.compile the generator in pretraining and synthesis")
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others before it gives up")
 
 

@@ -27,7 +27,7 @@ def settings_of(stage: str, config: Config) -> dict:
     data = {name: tree["data"][name] for name in ("resolution", "channels", "public", "store")}
     if stage == "prepare":
         return {"data": data}
-    runtime = {name: tree["runtime"][name] for name in ("seed", "precision", "compile")}
+    runtime = {name: tree["runtime"][name] for name in ("seed", "precision")}
     own = {"query": ("query",), "pretrain": ("pretrain", "model")}[stage]
     generator = {"generator": config.spec.generator} if stage == "pretrain" else {}
     return {"data": data, "runtime": runtime, **{section: tree[section] for section in own}, **generator}
