@@ -123,7 +123,8 @@ def test_votes_are_for_the_nearest_centroids() -> None:
     scores = small_query(30, 5)
     images = np.random.default_rng(5).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     with torch.no_grad():
-        features = scores.features(torch.from_numpy(images).float() / 127.5 - 1).numpy()
+        features = scores.network.features(torch.from_numpy(images).float() / 127.5 - 1).numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)  # clusters are of directions
     distances = np.linalg.norm(features[:, None] - scores.centroids.numpy()[None], axis=2)
     votes = select.top_votes(scores, images, 3, ALONE)
     assert np.allclose(np.take_along_axis(distances, votes, 1), np.sort(distances, 1)[:, :3], atol=1e-5)
