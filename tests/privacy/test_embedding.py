@@ -60,6 +60,12 @@ def test_features_of_norm_1_are_summed_as_they_are_and_longer_ones_shortened():
     assert torch.allclose(total, torch.tensor([[0.6, 0.8], [0.0, 1.6], [0.0, 0.0]], dtype=torch.float64), atol=1e-8)
 
 
+def test_features_whose_norm_is_rounded_down_to_1_do_not_pass_the_bound():
+    """(1, quantum) is longer than 1 by 2^-61, which float64 does not show; its sum in whole numbers does."""
+    total = embedding_sum(torch.tensor([[1.0, QUANTUM]], dtype=torch.float64), torch.tensor([0]), 1)
+    assert sum(value**2 for value in total.flatten().tolist()) <= QUANTUM**-2
+
+
 def test_an_image_with_a_feature_that_is_not_finite_adds_exactly_nothing():
     features = torch.full((3, 4), 0.5, dtype=torch.float64)
     alone = embedding_sum(features[:1], torch.zeros(1, dtype=torch.int64), 1)
