@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import TINY, charges, run_ranks, run_stages
@@ -15,6 +17,7 @@ from privimage.config import Config, load
 from privimage.distributed import checkpoint
 from privimage.families.evolution import Population
 from privimage.privacy.accounting import Mechanism
+from privimage.privacy.histogram import noisy_histogram, vote_counts
 from privimage.rundir import read_json
 from privimage.stages import evolve
 
@@ -103,6 +106,14 @@ def test_a_crash_after_a_charge_is_repeated_to_the_bit_and_charged_once(folder: 
 
 def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_drawn(folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding could differ there: fresh noise, and the charges stay those of the plan."""
+    noises = []
+
+    def histogram(votes: np.ndarray, labels: np.ndarray, rows: int, columns: int, *rest) -> np.ndarray:
+        found = noisy_histogram(votes, labels, rows, columns, *rest)
+        noises.append(found - vote_counts(votes, labels, rows, columns))
+        return found
+
+    monkeypatch.setattr(evolve, "noisy_histogram", histogram)
     with monkeypatch.context() as patch:
         patch.setattr(evolve, "checkpoint", Checkpoints(crash_at(2)))
         assert pipeline.run(settings(folder), ["evolve"]) == 1
@@ -111,6 +122,8 @@ def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_dra
     record = read_json(folder / "evolve" / "done.json")
     assert (record["iterations"], record["attempts"]) == (2, 2)
     assert charges(folder) == charges(undisturbed)
+    assert len(noises) == 3
+    assert all(not np.isclose(one, other).any() for one, other in combinations(noises, 2))
 
 
 def test_where_all_histograms_were_lost_the_run_ends_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
