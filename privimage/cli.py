@@ -109,7 +109,7 @@ def experiment(file: ExperimentFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def table(file: ExperimentFile, overrides: Overrides = None) -> None:
-    """Gather the runs of an experiment into table.md, table.csv and table.png, beside them."""
+    """Gather the runs of an experiment into Markdown, CSV and a figure, beside them."""
     from privimage.experiments.table import write
 
     sys.stdout.write(write(file, overrides or ()))

@@ -15,7 +15,7 @@ ARROWS = {"highest": " ↑", "lowest": " ↓", None: ""}
 
 
 def write(path: Path, overrides: Sequence[str] = ()) -> str:
-    """Write table.md, table.csv and table.png below the runs of the experiment in the file at `path`; returns the Markdown.
+    """Write NAME.md, NAME.csv and NAME.png below the runs of the experiment in the file NAME.yaml at `path`; returns the Markdown.
 
     `overrides` are those that the runs were made with. Raises UserError for whatever is wrong with the file or with a report.
     """
@@ -26,9 +26,9 @@ def write(path: Path, overrides: Sequence[str] = ()) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: could not be made ({error.strerror})") from None
-    write_whole(folder / "table.md", text.encode())
-    write_whole(folder / "table.csv", comma_separated(gathered).encode())
-    figure.draw(folder / "table.png", gathered)
+    write_whole(folder / f"{path.stem}.md", text.encode())
+    write_whole(folder / f"{path.stem}.csv", comma_separated(gathered).encode())
+    figure.draw(folder / f"{path.stem}.png", gathered)
     return text
 
 

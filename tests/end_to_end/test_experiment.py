@@ -53,11 +53,11 @@ def test_the_table_has_the_numbers_of_the_reports_and_the_reason_of_the_gap(made
     path, runs, _ = made
     shown = privimage("table", path)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout == (runs / "table.md").read_text()
+    assert shown.stdout == (runs / f"{path.stem}.md").read_text()
     assert "2 of 3 runs, one seed" in shown.stdout
     assert f"- lost-seed0: failed: {runs}/nowhere.npz: " in shown.stdout
     assert "| lost | failed | failed | failed |" in shown.stdout
-    with open(runs / "table.csv") as file:
+    with open(runs / f"{path.stem}.csv") as file:
         lines = {(line["epsilon"], line["measure"]): line for line in csv.DictReader(file)}
     for epsilon in ("10", "1"):
         report = read_json(runs / f"epsilon{epsilon}-seed0" / "evaluate" / "report.json")

@@ -144,9 +144,9 @@ def test_the_table_tells_what_the_reports_tell(path: Path, tmp_path: Path) -> No
         given[run.name] = 50 + number**2 / 7
         finish(run, given[run.name], distance=100 - number, query={"seconds": 90.0}) if run.choice["method"] != "dpdm" else finish(run, given[run.name])
     text = table.write(path)
-    assert text == (tmp_path / "runs" / "table.md").read_text()
+    assert text == (tmp_path / "runs" / f"{path.stem}.md").read_text()
     assert "8 of 8 runs, mean ± standard deviation over 2 seeds. In brackets: a paper." in text
-    with open(tmp_path / "runs" / "table.csv") as file:
+    with open(tmp_path / "runs" / f"{path.stem}.csv") as file:
         lines = {(line["method"], line["epsilon"], line["measure"]): line for line in csv.DictReader(file)}
     assert len(lines) == 2 * 2 * 3
     for (method, epsilon, measure), line in lines.items():
@@ -166,7 +166,7 @@ def test_the_table_tells_what_the_reports_tell(path: Path, tmp_path: Path) -> No
         "| privimage+d | 50.9 ± 0.5 | 97.50 ± 0.71 | 1.5 ± 0.0 |",
         "| dpdm | **56.1 ± 1.3** | **1.00 ± 0.00** | - |",
     ]
-    assert (tmp_path / "runs" / "table.png").stat().st_size > 5000
+    assert (tmp_path / "runs" / f"{path.stem}.png").stat().st_size > 5000
 
 
 def test_a_gap_is_shown_with_its_reason(path: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_gap_is_shown_with_its_reason(path: Path, tmp_path: Path) -> None:
         "- dpdm-epsilon1-seed0: stopped: before synthesize was finished; run the experiment again to go on",
         "- dpdm-epsilon1-seed3: missing: not started",
     ]
-    assert "seed 3 failed: data.sensitive.path: not there" in (tmp_path / "runs" / "table.csv").read_text()
+    assert "seed 3 failed: data.sensitive.path: not there" in (tmp_path / "runs" / f"{path.stem}.csv").read_text()
 
 
 def test_results_of_other_settings_are_a_gap(path: Path) -> None:
