@@ -18,7 +18,12 @@ quickstart: $(STAMP)
 	$(BIN)/privimage run configs/quickstart.yaml
 
 test: $(STAMP)
+ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
+else
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/privacy
+	$(BIN)/python -m pytest tests/distributed tests/end_to_end tests/slurm
+endif
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
