@@ -143,7 +143,7 @@ class Finetune(Section):
     label_dropout: float = Field(0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label, all its copies alike")
     start_from: Literal["ema", "raw"] = Field("ema", description="which pretrained weights to start from")
     gradients: Literal["folded", "vmap"] = Field("folded", description="per-image gradients: folded is fast, vmap(grad) is the plain oracle")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of forward and backward; norms, sums and noise are always fp32 or better")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of forward and backward; norms, sums and noise are always fp32 or better")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
 
@@ -210,7 +210,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads a rank; unset: cores / local ranks")
     seed: int = Field(0, ge=0, description="seed of public randomness only: query training, pretraining, synthesis")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of public training and of synthesis")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of public training and of synthesis; auto: bf16 where the device is faster in it")
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others before it gives up")
 
 

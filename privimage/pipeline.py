@@ -10,6 +10,7 @@ import torch
 
 from privimage import memory, sharing
 from privimage.config import Config
+from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
 from privimage.errors import Stopped, UserError, leave_status, tell
@@ -27,8 +28,9 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
     status = 0
     try:
         with _claimed(config, world) as run_dir:
+            settled = precision.settled(config, world)
             for name in stages or config.spec.stages:
-                _run_stage(name, config, run_dir, world)
+                _run_stage(name, settled, run_dir, world)
         if world.is_main:
             leave_status(status)
     except Stopped as error:

@@ -142,10 +142,15 @@ class _Linear(torch.autograd.Function):
         return g @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
+def _normalised_in(x: Tensor) -> Tensor:
+    # As autocast has it: CPU kernels read and write bf16 with statistics and parameters in fp32, those of GPUs do not.
+    return x if x.device.type == "cpu" else x.float()
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer, folding):
-        x = x.float().contiguous()
+        x = _normalised_in(x).contiguous()
         pixels = x[0, 0].numel()
         out, mean, rstd = torch.native_group_norm(x, weight, bias, len(x), x.shape[1], pixels, layer.num_groups, layer.eps)
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -155,7 +160,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, mean, rstd = ctx.saved_tensors
-        layer, g, channels, groups = ctx.layer, g.float().contiguous(), x.shape[1], ctx.layer.num_groups
+        layer, g, channels, groups = ctx.layer, g.to(x.dtype).contiguous(), x.shape[1], ctx.layer.num_groups
         # As one image of N C channels the kernel keeps the gradients of weight and bias apart for each of the N.
         count, folded = len(x), (1, len(x) * channels, *x.shape[2:])
         x_gradient, scale, shift = torch.ops.aten.native_group_norm_backward(

@@ -5,7 +5,7 @@ Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGra
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
@@ -93,24 +93,39 @@ class VmapGradients(PerImageGradients):
 GRADIENTS: dict[str, type[PerImageGradients]] = {"folded": FoldedGradients, "vmap": VmapGradients}
 
 
+def _norms_of_pieces(sample: Tensor, size: int = 2048) -> Iterator[Tensor]:
+    """L2 norms (B, n) of pieces of the rows of a float32 sample: over millions of entries a CPU's float32 sum is wrong by 1e-4 and more."""
+    whole = sample.shape[1] // size * size
+    if whole:
+        yield torch.linalg.vector_norm(sample[:, :whole].unflatten(1, (-1, size)), dim=2)
+    if whole < sample.shape[1]:
+        yield torch.linalg.vector_norm(sample[:, whole:], dim=1, keepdim=True)
+
+
 @torch.no_grad()
 def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> tuple[Tensor, Tensor]:
     """Add the clipped per-image gradients of a batch to the flat `gradient_sum` (P,), in place.
 
     Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image with a gradient
-    that is not finite, or whose norm overflows, contributes exactly zero. Norms and sums are float32 or better.
+    that is not finite, or whose norm overflows, contributes exactly zero. Norms are summed up in float64, gradients in float32.
     Returns the norms (B,) before clipping and which images were finite (B,): both private.
     """
-    samples = [p.grad_sample.float().flatten(1) for p in parameters]  # type: ignore[attr-defined]
-    norms = torch.stack([torch.linalg.vector_norm(s, dim=1) for s in samples]).norm(dim=0)
+    samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
+    # One buffer for all that is not float32 yet: a copy of each sample would be as large as the samples themselves.
+    buffer = gradient_sum.new_empty(max((s.numel() for s in samples if s.dtype != torch.float32), default=0))
+
+    def exact(sample: Tensor) -> Tensor:
+        return sample if sample.dtype == torch.float32 else buffer[: sample.numel()].view_as(sample).copy_(sample)
+
+    norms = torch.cat([part for s in samples for part in _norms_of_pieces(exact(s))], dim=1).double().norm(dim=1).float()
     finite = norms.isfinite()
-    # The rounding of float32 norms and sums must not carry an image past the bound.
+    # The rounding of these norms and of the sums must not carry an image past the bound.
     factors = torch.where(finite, (max_grad_norm * (1 - 1e-5) / norms).clamp(max=1.0), 0.0)
     if not bool(finite.all()):
         samples = [torch.where(finite[:, None], s, 0.0) for s in samples]
     start = 0
     for sample in samples:
         part = gradient_sum[start : start + sample.shape[1]]
-        part += factors @ sample
+        part += factors @ exact(sample)
         start += sample.shape[1]
     return norms, finite

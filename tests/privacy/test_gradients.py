@@ -12,7 +12,7 @@ from privimage.models import edm
 from privimage.models.biggan import Discriminator
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.folded import WAYS
-from privimage.privacy.gradients import FoldedGradients, VmapGradients
+from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
 
 
 def squares(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -139,3 +139,36 @@ def test_bf16_gradients_are_close_and_sums_are_fp32() -> None:
     FoldedGradients(half).backward(in_bf16, inputs)
     for p, q in zip(plain.parameters(), half.parameters(), strict=True):
         assert (p.grad_sample - q.grad_sample.float()).norm() < 0.05 * p.grad_sample.norm()
+
+
+def test_the_whole_diffusion_network_in_bf16_is_near_fp32_with_activations_in_bf16_between_the_layers() -> None:
+    denoiser = perturbed(edm.Denoiser(DDPMpp(8, 1, 3, width=16, multipliers=(1, 2), attention=(4,))))
+    inputs = (torch.randn(3, 2, 1, 8, 8), torch.tensor([[0, 0], [3, 3], [1, 1]]), torch.rand(3, 2) + 0.1, torch.randn(3, 2, 1, 8, 8))
+    half, seen = copy.deepcopy(denoiser), set()
+
+    def in_bf16(m: nn.Module, *tensors: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return edm.loss(m, *tensors)
+
+    gradients = FoldedGradients(half)
+    for layer in half.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    gradients.backward(in_bf16, *inputs)
+    VmapGradients(denoiser).backward(edm.loss, *inputs)
+    assert seen == {torch.bfloat16}  # as autocast has it on a CPU: no conversions to fp32 and back
+    mine = torch.cat([p.grad_sample.float().flatten(1) for p in half.parameters()], dim=1)
+    right = torch.cat([p.grad_sample.flatten(1) for p in denoiser.parameters()], dim=1)
+    assert ((mine - right).norm(dim=1) < 0.03 * right.norm(dim=1)).all()
+
+
+def test_norms_and_sums_of_bf16_gradients_are_those_of_their_values_in_float64() -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(300, 40)), nn.Parameter(torch.zeros(7))]
+    for p in parameters:
+        p.grad_sample = torch.randn(64, *p.shape).to(torch.bfloat16 if p.dim() > 1 else torch.float32)
+    total = torch.zeros(12_007)
+    norms, finite = clip_and_sum_(total, parameters, 1.0)
+    flat = torch.cat([p.grad_sample.double().flatten(1) for p in parameters], dim=1)
+    assert finite.all() and torch.allclose(norms.double(), flat.norm(dim=1), rtol=1e-6)
+    assert (total - (flat / flat.norm(dim=1, keepdim=True)).sum(0)).norm() < 3e-5 * total.norm()

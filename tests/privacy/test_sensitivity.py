@@ -1,7 +1,9 @@
 """Adding or removing one image moves the clipped sum by at most C, whatever the image, the network and the batches."""
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,3 +97,14 @@ def test_small_gradients_are_left_alone_and_large_ones_have_norm_c() -> None:
         clip_and_sum_(total, list(module.parameters()), 1.0)
         assert torch.isclose(total.norm(), torch.tensor(expected or 4e-3), rtol=2e-5)
         module = copy.deepcopy(nn.Sequential(nn.Flatten(), nn.Linear(16, 1, bias=False)))
+
+
+@pytest.mark.parametrize("fill", [torch.randn, lambda *shape: torch.full(shape, 0.1)], ids=["normal", "constant"])
+def test_a_layer_of_millions_of_weights_does_not_carry_an_image_past_the_bound(fill: Callable) -> None:
+    """The largest convolution of the 88.6M network. Summed up in one float32 its squares lose more than the margin of the bound allows."""
+    torch.manual_seed(0)
+    layer = nn.Parameter(torch.zeros(384, 768, 3, 3))
+    layer.grad_sample = fill(1, *layer.shape)
+    total = torch.zeros(layer.numel())
+    clip_and_sum_(total, [layer], 1.0)
+    assert 1 - 3e-5 <= total.double().norm() <= 1.0

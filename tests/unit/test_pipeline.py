@@ -12,6 +12,7 @@ from ranks import TINY
 
 from privimage import cli, pipeline
 from privimage.config import Config, load
+from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.errors import Stopped, UserError
 from privimage.methods import METHODS
@@ -199,3 +200,22 @@ def test_ranks_that_torchrun_starts_again_after_a_mistake_end_at_once_with_its_s
     assert (tmp_path / "status").read_text() == "2\n"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert command("run", "nothing.yaml") == (2, "", "")
+
+
+@pytest.mark.parametrize(("flags", "found"), [("avx2 amx_bf16 amx_tile", "bf16"), ("avx512f avx512_bf16", "bf16"), ("avx2 fma", "fp32")])
+def test_auto_is_the_precision_that_the_processor_is_fast_in(
+    flags: str, found: str, tmp_path: Path, tiny_config: Config, stages: dict, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(precision, "PROCESSOR", tmp_path / "cpuinfo")
+    seen = []
+    stages["prepare"] = lambda config, run, world: seen.append((config.runtime.precision, config.finetune.precision)) or {"images": 1}
+    folder = tiny_config.run.dir
+    assert pipeline.run(load(TINY, [f"run.dir={folder}", "runtime.precision=auto", "finetune.precision=auto", "runtime.device=cpu"]), ["prepare"]) == 0
+    assert seen == [(found, found)]
+    assert load(folder / "config.yaml").runtime.precision == "auto"  # the run may go on with another kind of machine
+
+
+def test_a_precision_that_was_chosen_stays(tiny_config: Config, stages: dict):
+    stages["prepare"] = lambda config, run, world: {"images": 1} if (config.runtime.precision, config.finetune.precision) == ("fp32", "fp32") else {}
+    assert pipeline.run(tiny_config, ["prepare"]) == 0
