@@ -10,8 +10,9 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.privacy import keys
 from privimage.privacy.accounting import Mechanism, epsilon
-from privimage.privacy.attempts import Attempt, resume_attempt
+from privimage.privacy.attempts import Attempt, arranged, resume_attempt
 from privimage.privacy.ledger import Ledger, charge_name
+from privimage.privacy.optimizer import Ranks
 from privimage.privacy.plan import FinetunePlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
 from privimage.rundir import RunDir, read_json, write_json
 
@@ -40,6 +41,13 @@ class Account:
     def charge_step(self, attempt: int, step: int) -> None:
         """Charge one step of the training, before its output is used; a replay of it in the same attempt costs nothing."""
         self.charge(self.plan.training.mechanism.single, self._step_identity(attempt, step))
+
+    def arrangement(self, config: Config, world: Ranks, inputs: Iterable[Path] = ()) -> dict:
+        """What the training's outputs depend on beside the sensitive set; see `attempts.arranged`. All ranks call it together."""
+        tree = config.model_dump(mode="json", exclude={"run", "slurm", "synthesize", "evaluate"})
+        tree["runtime"] = {name: tree["runtime"][name] for name in ("seed", "precision")}
+        tree["data"].pop("workers")
+        return arranged(world, self.root, tree, inputs)
 
     def resume_training(self, path: Path, arrangement: dict, step: int) -> Attempt:
         """The attempt in which the training goes on from a checkpoint at `step`; `path` keeps the attempts of the run."""

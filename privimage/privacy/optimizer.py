@@ -21,6 +21,9 @@ class Ranks(Protocol):
     """What the optimizer needs of the ranks."""
 
     @property
+    def rank(self) -> int: ...
+
+    @property
     def size(self) -> int: ...
 
     @property

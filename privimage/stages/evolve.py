@@ -18,7 +18,6 @@ from privimage.families.evolution import Population
 from privimage.models.edm import to_unit
 from privimage.privacy.account import Account, open_account
 from privimage.privacy.accounting import Mechanism, epsilon
-from privimage.privacy.attempts import arranged
 from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.plan import EvolvePlan
 from privimage.progress import Progress
@@ -45,7 +44,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     if (state := checkpoint.load(file, world.device)) is not None:
         population.load_state_dict(population.state_dict() | state["population"])
         step = state["step"]
-    arrangement = arranged(world.size, world.device, account.root)
+    inputs = [run.stage("pretrain") / "weights.pt", run.stage("query") / "network.pt"]
+    arrangement = account.arrangement(config, world, inputs)
     attempt = world.broadcast_object(account.resume_training(run.private / "attempts.json", arrangement, step) if world.is_main else None)
     if not step and not attempt.last:
         raise UserError(f"{run.path}: all histograms of this run were charged, and lost before they were kept; choose another run.dir")

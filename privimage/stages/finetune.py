@@ -18,7 +18,7 @@ from privimage.families.base import PrivateTraining
 from privimage.models import parameters
 from privimage.privacy.account import Account, open_account
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.attempts import Attempt, arranged, kept_arrangement
+from privimage.privacy.attempts import Attempt, kept_arrangement
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.noise import NoiseStream
@@ -138,8 +138,9 @@ def _arranged(
 ) -> tuple[PerImageGradients, Attempt]:
     """The gradients' way through each layer and the attempt to go on with: the same on all ranks."""
     path, way = run.private / "attempts.json", config.finetune.gradients
-    own = {"physical_batch_size": physical, "precision": config.finetune.precision, "gradients": way}
-    arrangement = arranged(world.size, world.device, account.root) | own
+    own = {"physical_batch_size": physical}
+    inputs = [] if config.spec.pretraining == "none" else [run.stage("pretrain") / "weights.pt"]
+    arrangement = account.arrangement(config, world, inputs) | own
     kept = kept_arrangement(path) if world.is_main else {}
     same = {name: value for name, value in kept.items() if name != "backends"} == arrangement
     gradients = GRADIENTS[way](training.module, world.broadcast_object(kept["backends"] if same else {}))

@@ -18,7 +18,6 @@ from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.account import Account, open_account
-from privimage.privacy.attempts import arranged
 from privimage.privacy.embedding import embedding_sum, noisy_mean_embedding
 from privimage.privacy.plan import MatchPlan
 from privimage.rundir import RunDir, write_array
@@ -59,7 +58,7 @@ def _embedding(config: Config, run: RunDir, world: World, account: Account, sens
     assert isinstance(plan, MatchPlan)  # this stage belongs to methods with one
     if not world.broadcast_object(path.exists()):
         total = _sum_over_ranks(config, world, sensitive, rows)
-        arrangement = arranged(world.size, world.device, account.root)
+        arrangement = account.arrangement(config, world)
         attempt = world.broadcast_object(account.resume_training(run.private / "attempts.json", arrangement, 0) if world.is_main else None)
         if not attempt.last:
             raise UserError(f"{run.path}: the embedding of this run was charged, and lost before it was kept; choose another run.dir")
