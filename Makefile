@@ -21,8 +21,8 @@ test: $(STAMP)
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/privacy
-	$(BIN)/python -m pytest tests/distributed tests/end_to_end tests/slurm
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/end_to_end tests/distributed tests/privacy tests/unit
+	$(BIN)/python -m pytest tests/slurm
 endif
 
 lint: $(STAMP)

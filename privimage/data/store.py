@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from privimage.data.decode import Source, decoded
 from privimage.errors import UserError
@@ -36,10 +37,19 @@ class Sidecar:
     sha256: str
 
 
+def import_ffcv() -> None:
+    """Import FFCV, by which this process keeps its threads: when it is first imported it leaves torch a single one. Raises ImportError or OSError."""
+    threads = torch.get_num_threads()
+    try:
+        import ffcv  # noqa: F401
+    finally:
+        torch.set_num_threads(threads)
+
+
 def ffcv_missing() -> str:
     """Why FFCV cannot be used here; empty if it can."""
     try:
-        import ffcv  # noqa: F401
+        import_ffcv()
     except (ImportError, OSError) as error:
         return f"FFCV's compiled part is not installed or does not load ({error})"
     return ""
@@ -97,6 +107,7 @@ def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int])
 @contextmanager
 def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
     """FFCV's writer without its worker processes, which wait for each other for ever when one of them raises or is killed."""
+    import_ffcv()
     from ffcv.fields import IntField, NDArrayField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
@@ -178,6 +189,7 @@ def read(path: Path, indices: np.ndarray) -> np.ndarray:
 
 def _metadata(path: Path) -> np.ndarray:
     """FFCV's table of a .beton: f0, where in the file each image begins; f1, its label."""
+    import_ffcv()
     from ffcv.reader import Reader
 
     return Reader(str(path)).metadata

@@ -82,6 +82,7 @@ def _loader(path: Path, batch_size: int, workers: int):
     import numba
 
     numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]  # the work queue aborts when two loaders run
+    store.import_ffcv()
     from ffcv.fields.decoders import NDArrayDecoder
     from ffcv.loader import Loader
     from ffcv.pipeline.compiler import Compiler

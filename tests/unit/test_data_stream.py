@@ -1,5 +1,7 @@
 """The public stream: the right images with the right labels, the same on any number of ranks, from any step on."""
 
+import subprocess
+import sys
 import threading
 from itertools import islice
 from pathlib import Path
@@ -124,6 +126,28 @@ def test_torch_keeps_its_threads(path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+FRESH = """
+import sys, numpy as np, torch
+from pathlib import Path
+torch.set_num_threads(2)
+from privimage.data import store
+from privimage.data.stream import PublicStream
+path = Path(sys.argv[1])
+if sys.argv[2] == "stream":
+    next(PublicStream(path, np.arange(9), np.zeros(9), 3, 0, 1, torch.device("cpu"), 0, 0).batches())
+else:
+    store.labels(path)
+print(torch.get_num_threads(), "ffcv" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("by", ["stream", "store"])
+def test_a_process_that_meets_ffcv_for_the_first_time_keeps_its_threads(path: Path, by: str) -> None:
+    """FFCV sets torch's threads to one when it is imported, for whatever comes later in the process."""
+    done = subprocess.run([sys.executable, "-c", FRESH, str(path), by], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["2", str(path.suffix == ".beton")], done.stderr
 
 
 def test_a_stream_that_is_left_leaves_no_thread_behind(path: Path) -> None:
