@@ -1,6 +1,6 @@
 """What privacy costs: one private step against the same step without it, in turn, in one run.
 
-    python benchmarks/private_step.py [--device cuda] [--rounds 8]
+    python benchmarks/private_step.py [--device cuda] [--precision bf16] [--rounds 8]
 
 Prints, for the 1.75M DDPM++ of CIFAR-10, medians over interleaved rounds of: the non-private step (same images and copies),
 the private one (folded gradients, clip and sum), Opacus' hooks where they apply, and vmap(grad); the peak memory of the first two,
@@ -22,11 +22,21 @@ from torch import Tensor, nn
 from privimage import memory
 from privimage.models import edm, parameters
 from privimage.models.ddpmpp import DDPMpp
-from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
+from privimage.privacy.gradients import FoldedGradients, Losses, VmapGradients, clip_and_sum_
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.noise import gaussian
 
 Step = Callable[[], None]
+
+
+def in_precision(device: str, precision: str) -> Losses:
+    """EDM's loss under autocast, as fine-tuning has it; the backward pass follows, norms and sums do not."""
+
+    def losses(network: Callable, *tensors: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            return edm.loss(network, *tensors)
+
+    return losses
 
 
 def batch(images: int, copies: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,24 +46,24 @@ def batch(images: int, copies: int, device: str) -> tuple[Tensor, Tensor, Tensor
     return x, labels, torch.rand(images, copies, device=device) + 0.1, torch.randn(images, copies, 3, 32, 32, device=device)
 
 
-def plain(network: nn.Module, tensors: tuple[Tensor, ...]) -> Step:
+def plain(network: nn.Module, losses: Losses, tensors: tuple[Tensor, ...]) -> Step:
     """The non-private step: one backward pass of the mean loss over all images and copies."""
     flat = [t.flatten(0, 1) for t in tensors]
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
-        edm.loss(network, *flat).mean().backward()
+        losses(network, *flat).mean().backward()
 
     return step
 
 
-def private(network: nn.Module, tensors: tuple[Tensor, ...], kind: type) -> Step:
+def private(network: nn.Module, losses: Losses, tensors: tuple[Tensor, ...], kind: type) -> Step:
     """Per-image gradients averaged over the copies, clipped and summed."""
     gradients, total = kind(network), torch.zeros(parameters(network), device=tensors[0].device)
     trained = list(network.parameters())
 
     def step() -> None:
-        gradients.backward(edm.loss, *tensors)
+        gradients.backward(losses, *tensors)
         clip_and_sum_(total, trained, 1e-3)
         for p in trained:
             p.grad_sample = None
@@ -61,7 +71,7 @@ def private(network: nn.Module, tensors: tuple[Tensor, ...], kind: type) -> Step
     return step
 
 
-def hooks(network: nn.Module, tensors: tuple[Tensor, ...]) -> Step:
+def hooks(network: nn.Module, losses: Losses, tensors: tuple[Tensor, ...]) -> Step:
     """Opacus' own step: its hooks give gradients of every image and copy, averaged over the copies; its optimizer clips and sums."""
     images, copies = tensors[0].shape[:2]
     flat = [t.flatten(0, 1) for t in tensors]
@@ -70,7 +80,7 @@ def hooks(network: nn.Module, tensors: tuple[Tensor, ...]) -> Step:
 
     def step() -> None:
         wrapped.zero_grad(set_to_none=True)
-        edm.loss(wrapped, *flat).sum().backward()
+        losses(wrapped, *flat).sum().backward()
         for p in trained:
             p.grad_sample = p.grad_sample.view(images, copies, *p.shape).mean(1)
         optimizer.clip_and_accumulate()
@@ -103,51 +113,53 @@ def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of forward and backward, of all steps alike")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     memory.keep_freed()
-    device = arguments.device
+    device, precision = arguments.device, arguments.precision
+    losses = in_precision(device, precision)
     torch.manual_seed(0)
     fresh = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
-    print(f"{parameters(fresh):,} parameters, {device}, {torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds, medians")
+    print(f"{parameters(fresh):,} parameters, {device}, {precision}, {arguments.threads} threads, medians of {arguments.rounds} interleaved rounds")
     per_image = 0.0
     for images, copies, with_hooks in ((8, 8, False), (8, 4, True), (32, 1, True)):
         tensors = batch(images, copies, device)
         steps = {
-            "non-private": plain(copy.deepcopy(fresh), tensors),
-            "private": private(copy.deepcopy(fresh), tensors, FoldedGradients),
-            "vmap": private(copy.deepcopy(fresh), tensors, VmapGradients),
+            "non-private": plain(copy.deepcopy(fresh), losses, tensors),
+            "private": private(copy.deepcopy(fresh), losses, tensors, FoldedGradients),
+            "vmap": private(copy.deepcopy(fresh), losses, tensors, VmapGradients),
         }
         if with_hooks:
-            steps["Opacus hooks"] = hooks(copy.deepcopy(fresh), tensors)
+            steps["Opacus hooks"] = hooks(copy.deepcopy(fresh), losses, tensors)
         found = interleaved(steps, arguments.rounds, device)
         ratios = ", ".join(f"{name} {value / found['non-private']:.2f}" for name, value in found.items() if name != "non-private")
         faster = f"; hooks take {found['Opacus hooks'] / found['private']:.2f} times as long as private" if with_hooks else ""
         print(f"{images} images x {copies} copies: non-private {found['non-private']:.3f} s = 1, {ratios}{faster}", flush=True)
         if copies == 8:
             per_image = found["private"] / images
-    _peaks(device, arguments.threads)
+    _peaks(device, precision, arguments.threads)
     _share(fresh, per_image, device)
 
 
-def _peaks(device: str, threads: int) -> None:
+def _peaks(device: str, precision: str, threads: int) -> None:
     """The peak memory of a private and a non-private step of 8 images and 8 copies, above that of a process that did nothing yet."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1, maxtasksperchild=1) as pool:
-        peaks = {kind: pool.apply(_peak, (kind, device, threads)) for kind in ("non-private", "private")}
+        peaks = {kind: pool.apply(_peak, (kind, device, precision, threads)) for kind in ("non-private", "private")}
     told = ", ".join(f"{kind} {peak / 2**20:.0f} MiB" for kind, peak in peaks.items())
     print(f"peak memory of 8 images x 8 copies: {told}, ratio {peaks['private'] / peaks['non-private']:.2f}", flush=True)
 
 
-def _peak(kind: str, device: str, threads: int) -> int:
+def _peak(kind: str, device: str, precision: str, threads: int) -> int:
     torch.set_num_threads(threads)
     memory.keep_freed()
     before = 0 if device == "cuda" else memory.resident()
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
-    tensors = batch(8, 8, device)
-    step = private(network, tensors, FoldedGradients) if kind == "private" else plain(network, tensors)
+    losses, tensors = in_precision(device, precision), batch(8, 8, device)
+    step = private(network, losses, tensors, FoldedGradients) if kind == "private" else plain(network, losses, tensors)
     for _ in range(3):
         step()
     return memory.peak(torch.device(device)) - before
