@@ -107,7 +107,6 @@ def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int])
 @contextmanager
 def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
     """FFCV's writer without its worker processes, which wait for each other for ever when one of them raises or is killed."""
-    import_ffcv()
     from ffcv.fields import IntField, NDArrayField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
