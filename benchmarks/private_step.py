@@ -3,16 +3,19 @@
     python benchmarks/private_step.py [--device cuda] [--precision bf16] [--rounds 8]
 
 Prints, for the 1.75M DDPM++ of CIFAR-10, medians over interleaved rounds of: the non-private step (same images and copies),
-the private one (folded gradients, clip and sum), Opacus' hooks where they apply, and vmap(grad); the peak memory of the first two,
+the private one (folded gradients, clip and sum), vmap(grad), and Opacus' hooks where they apply: once in this process, which keeps freed memory as
+PrivImage's processes do, and once in a process that leaves the C library as it is, as Opacus does; the peak memory of the first two,
 each in a process of its own; and the share of clipping, summing, noise and update in a logical batch of 16,384.
 """
 
 import argparse
+import contextlib
 import copy
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import torch
 from opacus import GradSampleModule
@@ -89,6 +92,33 @@ def hooks(network: nn.Module, losses: Losses, tensors: tuple[Tensor, ...]) -> St
     return step
 
 
+@contextlib.contextmanager
+def hooks_alone(*how: int | str) -> Iterator[Step]:
+    """The same step of a process of its own, whose freed memory goes back to the system; `how` is as in `_hooks_on_demand`."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_hooks_on_demand, args=(there, *how), daemon=True)
+    process.start()
+    there.close()
+
+    def step() -> None:
+        here.send(True)
+        here.recv()
+
+    yield step
+    here.send(False)
+    process.join()
+
+
+def _hooks_on_demand(asked: Connection, images: int, copies: int, device: str, precision: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step = hooks(edm.Denoiser(DDPMpp(32, 3, 10)).to(device), in_precision(device, precision), batch(images, copies, device))
+    while asked.recv():
+        step()
+        _wait(device)
+        asked.send(None)
+
+
 def interleaved(steps: dict[str, Step], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each step, the steps taken in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -132,12 +162,14 @@ def main() -> None:
             "private": private(copy.deepcopy(fresh), losses, tensors, FoldedGradients),
             "vmap": private(copy.deepcopy(fresh), losses, tensors, VmapGradients),
         }
-        if with_hooks:
-            steps["Opacus hooks"] = hooks(copy.deepcopy(fresh), losses, tensors)
-        found = interleaved(steps, arguments.rounds, device)
-        ratios = ", ".join(f"{name} {value / found['non-private']:.2f}" for name, value in found.items() if name != "non-private")
-        faster = f"; hooks take {found['Opacus hooks'] / found['private']:.2f} times as long as private" if with_hooks else ""
-        print(f"{images} images x {copies} copies: non-private {found['non-private']:.3f} s = 1, {ratios}{faster}", flush=True)
+        with contextlib.ExitStack() as stack:
+            if with_hooks:
+                steps["Opacus hooks"] = hooks(copy.deepcopy(fresh), losses, tensors)
+                steps["Opacus hooks, memory not kept"] = stack.enter_context(hooks_alone(images, copies, device, precision, arguments.threads))
+            found = interleaved(steps, arguments.rounds, device)
+        print(f"{images} images x {copies} copies: non-private {found['non-private']:.3f} s = 1")
+        for name, value in found.items():
+            print(f"    {name}: {value / found['non-private']:.2f}, {value / found['private']:.2f} of private", flush=True)
         if copies == 8:
             per_image = found["private"] / images
     _peaks(device, precision, arguments.threads)
