@@ -189,11 +189,13 @@ class ExperimentFile:
         return runs
 
     def all_runs(self, more: Sequence[str] = ()) -> list[PlannedRun]:
-        """All runs, in the order in which they are made.
+        """All runs, in the order in which they are made: every combination once, then again with the next seed, so that an
+        unfinished experiment has a table of all rows.
 
         Raises UserError if two of them would have one directory, or one's settings are wrong.
         """
-        runs = [run for choice in self.experiment.choices for run in self.runs_of(choice, more)]
+        planned = [runs for choice in self.experiment.choices if (runs := self.runs_of(choice, more))]
+        runs = [run for one_seed in zip(*planned, strict=True) for run in one_seed]
         directories: dict[Path, PlannedRun] = {}
         for run in runs:
             try:

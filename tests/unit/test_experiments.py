@@ -72,7 +72,8 @@ def finish(run: PlannedRun, accuracy: float | None, distance: float = 1.0, **res
 
 def test_all_combinations_are_runs_with_places_of_their_own(path: Path, tmp_path: Path) -> None:
     runs = load(path).all_runs()
-    assert [run.name for run in runs] == [f"{m}-epsilon{e}-seed{s}" for m in ("privimage+d", "dpdm") for e in (10, 1) for s in (0, 3)]
+    # every combination before any second seed, so that a table of what is there so far has all rows
+    assert [run.name for run in runs] == [f"{m}-epsilon{e}-seed{s}" for s in (0, 3) for m in ("privimage+d", "dpdm") for e in (10, 1)]
     for run in runs:
         config = run.config
         assert config.run.dir == tmp_path / "runs" / run.name
@@ -88,9 +89,9 @@ def test_an_option_may_have_a_configuration_of_its_own_and_combinations_may_be_l
     edited(path, "dpdm: [method=dpdm, finetune.steps=5]", "dpdm: {base: other.yaml, settings: [method=dpdm]}")
     edited(path, "seeds:", "skip: [{when: {method: dpdm, epsilon: 10}}]\nseeds:")
     runs = load(path).all_runs(["runtime.threads=3"])
-    assert [(run.config.method, run.config.data.resolution) for run in runs] == [("privimage+d", 8)] * 4 + [("dpdm", 16)] * 2
+    assert [(run.config.method, run.config.data.resolution) for run in runs] == [*[("privimage+d", 8)] * 2, ("dpdm", 16)] * 2
     assert {run.config.runtime.threads for run in runs} == {3}
-    assert {run.choice["epsilon"] for run in runs[4:]} == {"1"}
+    assert {run.choice["epsilon"] for run in runs if run.choice["method"] == "dpdm"} == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,8 @@ def test_a_configuration_is_not_an_experiment(path: Path) -> None:
 
 
 def test_the_table_tells_what_the_reports_tell(path: Path, tmp_path: Path) -> None:
-    given = {}
-    for number, run in enumerate(load(path).all_runs()):
+    given, file = {}, load(path)
+    for number, run in enumerate(run for choice in file.experiment.choices for run in file.runs_of(choice)):
         given[run.name] = 50 + number**2 / 7
         finish(run, given[run.name], distance=100 - number, query={"seconds": 90.0}) if run.choice["method"] != "dpdm" else finish(run, given[run.name])
     text = table.write(path)
@@ -240,7 +241,7 @@ def test_a_failed_run_does_not_end_the_others(path: Path, stand_in: Path, tmp_pa
     assert "[1/8] privimage+d-epsilon10-seed0: done before" in said
     assert "3 of 8 runs are finished" in said
     assert "dpdm-epsilon10-seed0: failed: killed by SIGKILL; out of memory?" in said
-    assert state_of(load(path).all_runs()[4]).told == "failed: killed by SIGKILL; out of memory?"
+    assert state_of(load(path).all_runs()[2]).told == "failed: killed by SIGKILL; out of memory?"
 
 
 def test_a_request_to_stop_reaches_the_run_and_ends_the_experiment(path: Path, stand_in: Path, tmp_path: Path) -> None:
