@@ -17,7 +17,7 @@ COLUMNS = 3  # panels side by side
 def draw(path: Path, gathered: Gathered) -> None:
     """Means with bars of one standard deviation, in a colour for each combination of the other axes; published values are hollow."""
     experiment = gathered.file.experiment
-    options = list(next(iter(experiment.axes.values())))
+    axis, options = next((name, list(options)) for name, options in experiment.axes.items())
     series = gathered.sections
     legend = len(series) > 1 or bool(experiment.published)
     across = min(COLUMNS, len(experiment.measures))
@@ -33,6 +33,8 @@ def draw(path: Path, gathered: Gathered) -> None:
                 shift = (number - (len(series) - 1) / 2) * min(0.12, 0.7 / len(series))
                 _draw_series(axes, [row.cells[name] for row in rows], shift, OKABE_ITO[number % len(OKABE_ITO)], heading or "measured", _numeric(options))
             _label(axes, name, measure, options, theme)
+            if _numeric(options):  # a bare number does not say what it counts
+                axes.set_xlabel(axis, fontsize=8, color=theme["muted"])
         if legend:
             handles, labels = panels[0].get_legend_handles_labels()
             if experiment.published:
