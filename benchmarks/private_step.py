@@ -3,9 +3,10 @@
     python benchmarks/private_step.py [--device cuda] [--precision bf16] [--rounds 8]
 
 Prints, for the 1.75M DDPM++ of CIFAR-10, medians over interleaved rounds of: the non-private step (same images and copies),
-the private one (folded gradients, clip and sum), vmap(grad), and Opacus' hooks where they apply: once in this process, which keeps freed memory as
-PrivImage's processes do, and once in a process that leaves the C library as it is, as Opacus does; the peak memory of the first two,
-each in a process of its own; and the share of clipping, summing, noise and update in a logical batch of 16,384.
+the private one (folded gradients, clip and sum), vmap(grad), and Opacus' hooks where they apply: once in this process, which
+keeps freed memory as PrivImage's processes do, and once in a process that leaves the C library as it is, as Opacus does; the
+peak memory of the first two, each in a process of its own; and the share of clipping, summing, noise and update in a logical
+batch of 16,384.
 """
 
 import argparse
