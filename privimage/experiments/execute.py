@@ -56,6 +56,7 @@ def _run(run: PlannedRun) -> int:
                 if stop.requested and not passed_on:
                     process.terminate()
                     passed_on = True
-    if status < 0:
-        RunDir(run.config.run.dir).note_failure(f"killed by {signal.Signals(-status).name}; out of memory?")
+    if status < 0 and not passed_on:
+        by = signal.Signals(-status)
+        RunDir(run.config.run.dir).note_failure(f"killed by {by.name}" + ("; out of memory?" if by == signal.SIGKILL else ""))
     return status

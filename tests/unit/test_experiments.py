@@ -251,6 +251,12 @@ def test_a_request_to_stop_reaches_the_run_and_ends_the_experiment(path: Path, s
     assert (tmp_path / "calls").read_text() == "started\nstopped\n"
 
 
+def test_a_run_that_cannot_save_yet_when_it_is_stopped_is_no_failure(path: Path, stand_in: Path) -> None:
+    stand_in.write_text("#!/bin/sh\nkill -USR2 $PPID\nexec sleep 60\n")  # as Python while it still loads its modules
+    assert execute.execute(path) == 75
+    assert state_of(load(path).all_runs()[0]).kind == "missing"
+
+
 def test_a_sweep_of_an_experiment_shares_its_public_stages(path: Path) -> None:
     variants = slurm.expand([str(path), "runtime.threads=2"])
     runs = load(path).all_runs(["runtime.threads=2"])
