@@ -55,7 +55,7 @@ def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[T
     out_channels, in_channels, height, width = layer.weight.shape
     x = x.reshape(copies, images * in_channels, *x.shape[2:])
     g = g.reshape(copies, images * out_channels, *g.shape[2:])
-    shape_only = x.new_empty(1).expand(images * out_channels, in_channels, height, width)
+    shape_only = x.new_empty(images * out_channels, in_channels, height, width)  # contiguous: an expanded one would be written out first
     _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
         g, x, shape_only, [images * out_channels], layer.stride, layer.padding, layer.dilation, False, [0, 0], images, [False, True, fp32]
     )
