@@ -5,6 +5,8 @@ from rich.console import Console
 from rich.table import Table
 
 from privimage.config import Config
+from privimage.distributed.precision import settled
+from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
 from privimage.privacy.account import plan_without_noise
@@ -75,6 +77,9 @@ def _alone(plan: PrivacyPlan) -> float:
 
 def _show_cost(console: Console, config: Config, plan: PrivacyPlan, classes: int) -> None:
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    config = settled(config, World(0, 0, 1, 1, device))
     work = Table(title=f"work, from a short measurement on this machine's {device.type}, one rank", title_justify="left")
     for column in ("stage", "steps", "images a step", "estimated hours", "memory"):
         work.add_column(column, justify="left" if column == "stage" else "right")

@@ -1,6 +1,7 @@
 """Diffusion models: DDPM++ under EDM. The denoiser is the generator, and the network that sees sensitive images."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
 from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
-from privimage.families.work import Work, measured, probed
+from privimage.families.work import Work, measured
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
 from privimage.privacy.plan import PrivacyPlan
@@ -52,23 +53,31 @@ class Diffusion(Family):
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Passes through the denoiser: 3 for a public step (forward and backward), 3.3 for a private one."""
-        images = probed(device)
         denoiser = build_diffusion(config, n_classes).to(device)
-        x, sigma = torch.zeros((images, *image_shape(config)), device=device), torch.ones(images, device=device)
-        labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
-        passes = Passes(*measured(lambda: edm.loss(denoiser, x, labels, sigma, x), images), parameters(denoiser))
-        pretrain = [passes.work("pretrain", config.pretrain.steps, config.pretrain.batch_size, 3, config.pretrain.batch_size)]
-        return [*(pretrain if config.spec.pretraining != "none" else []), *self._private_work(config, plan, n_classes, passes)]
 
-    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, passes: "Passes") -> list[Work]:
-        """What follows pretraining."""
+        def forward(images: int) -> Tensor:
+            x, sigma = torch.zeros((images, *image_shape(config)), device=device), torch.ones(images, device=device)
+            labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
+            return edm.loss(denoiser, x, labels, sigma, x)
+
+        def passes(precision: str, at_once: int) -> Passes:
+            return Passes(*measured(forward, device, precision, at_once), parameters(denoiser))
+
+        settings = config.pretrain
+        public = passes(config.runtime.precision, settings.batch_size)
+        pretrain = [public.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size)]
+        return [*(pretrain if config.spec.pretraining != "none" else []), *self._private_work(config, plan, n_classes, public, passes)]
+
+    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, public: "Passes", passes: Callable[[str, int], "Passes"]) -> list[Work]:
+        """What follows pretraining, by a `public` pass and by `passes(precision, images at once)`."""
         finetune, settings = plan.finetune, config.synthesize
         at_once = 32 if config.finetune.physical_batch_size == "auto" else config.finetune.physical_batch_size
-        held = at_once * finetune.noise_copies + at_once * passes.size * 4 / passes.memory
+        private = passes(config.finetune.precision, at_once * finetune.noise_copies)
+        held = at_once * finetune.noise_copies + at_once * private.size * 4 / private.memory
         calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
         return [
-            passes.work("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, held),
-            passes.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
+            private.work("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, held),
+            public.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
         ]
 
 

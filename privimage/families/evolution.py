@@ -4,6 +4,7 @@ Nothing here sees a sensitive image: the chances of a population come from noisy
 trained on public images.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -34,12 +35,12 @@ class Evolution(Diffusion):
         assert isinstance(generator, Population)
         return generator.offspring(indices, draws, config.evolve.iterations - 1)[0]
 
-    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, passes: Passes) -> list[Work]:
+    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, public: Passes, passes: Callable[[str, int], Passes]) -> list[Work]:
         settings, samples = config.evolve, config.synthesize
         calls = settings.sampler_steps * (2 if settings.guidance else 1)
         return [
-            passes.work("evolve", settings.iterations, settings.population * max(n_classes, 1), calls, settings.batch_size / 8),
-            passes.work("synthesize", calls, samples.samples, 1, samples.batch_size / 8),
+            public.work("evolve", settings.iterations, settings.population * max(n_classes, 1), calls, settings.batch_size / 8),
+            public.work("synthesize", calls, samples.samples, 1, samples.batch_size / 8),
         ]
 
 

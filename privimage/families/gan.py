@@ -12,7 +12,7 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
 from privimage.families.generator import BETAS, TrainedGenerator, generated
-from privimage.families.work import Work, measured, probed
+from privimage.families.work import Work, measured
 from privimage.models import build_discriminator, build_generator, edm, parameters
 from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss
 from privimage.privacy.plan import PrivacyPlan
@@ -48,10 +48,13 @@ class Gan(Family):
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Passes through both networks: 3 for a public step (forward and backward), 3.3 for a private one, on a real and a fake image each."""
-        images, discriminator = probed(device), build_discriminator(config, n_classes).to(device)
-        x, labels = torch.zeros((images, *image_shape(config)), device=device), torch.zeros(images, dtype=torch.int64, device=device)
+        discriminator = build_discriminator(config, n_classes).to(device)
+
+        def forward(images: int) -> Tensor:
+            return discriminator(torch.zeros((images, *image_shape(config)), device=device), torch.zeros(images, dtype=torch.int64, device=device))
+
         g_seconds, g_memory, g_size = self._generator_work(config, n_classes, device)
-        d_seconds, d_memory = measured(lambda: discriminator(x, labels), images)
+        d_seconds, d_memory = measured(forward, device, config.runtime.precision, config.pretrain.batch_size)
         d_size, rows = parameters(discriminator), []
         weights = 20 * (g_size + d_size)
         pretrain, finetune, private = config.pretrain, config.finetune, plan.finetune
@@ -68,9 +71,12 @@ class Gan(Family):
 
     def _generator_work(self, config: Config, n_classes: int, device: torch.device) -> tuple[float, float, int]:
         """Of the generator: seconds of a pass an image, bytes of activations an image in training, and parameters."""
-        images, generator = probed(device), build_generator(config, n_classes).to(device)
-        latents, labels = torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
-        return *measured(lambda: generator(latents, labels), images), parameters(generator)
+        generator = build_generator(config, n_classes).to(device)
+
+        def forward(images: int) -> Tensor:
+            return generator(torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device))
+
+        return *measured(forward, device, config.runtime.precision, config.pretrain.batch_size), parameters(generator)
 
     def _sampling(self, config: Config, seconds: float, memory: float, weights: float) -> Work:
         """What synthesis takes, by the figures of the generator; `weights` are the bytes of the networks."""
