@@ -104,8 +104,7 @@ class _Conv2d(torch.autograd.Function):
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.name, ctx.folding, ctx.backends = layer, name, folding, backends
-        with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding, layer.dilation)
+        return F.conv2d(x, weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding, layer.dilation)
 
     @staticmethod
     def backward(ctx, g):
@@ -128,8 +127,7 @@ class _Linear(torch.autograd.Function):
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.folding = layer, folding
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight, None if bias is None else bias.to(dtype))
+        return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx, g):
