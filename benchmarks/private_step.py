@@ -63,7 +63,7 @@ def plain(network: nn.Module, losses: Losses, tensors: tuple[Tensor, ...]) -> St
 
 def private(network: nn.Module, losses: Losses, tensors: tuple[Tensor, ...], kind: type) -> Step:
     """Per-image gradients averaged over the copies, clipped and summed."""
-    gradients, total = kind(network), torch.zeros(parameters(network), device=tensors[0].device)
+    gradients, total = kind(network), torch.zeros(parameters(network), device=tensors[0].device, dtype=torch.float64)
     trained = list(network.parameters())
 
     def step() -> None:
@@ -201,7 +201,7 @@ def _peak(kind: str, device: str, precision: str, threads: int) -> int:
 def _share(network: nn.Module, per_image: float, device: str) -> None:
     """The time of clipping, sum, noise and update beside a logical batch of 16,384 images, 8 copies each."""
     size, trained = parameters(network), list(network.parameters())
-    total, images = torch.zeros(size, device=device), 8
+    total, images = torch.zeros(size, device=device, dtype=torch.float64), 8
     samples = [torch.randn(images, *p.shape, device=device) for p in trained]
     for p in trained:
         p.grad = torch.zeros_like(p)
@@ -213,7 +213,7 @@ def _share(network: nn.Module, per_image: float, device: str) -> None:
         clip_and_sum_(total, trained, 1e-3)
 
     def release() -> None:
-        total.double().add_(torch.from_numpy(gaussian("aes-ctr", root.derive("benchmark", 0), size, 1e-3)).to(device)).float()
+        total.add_(torch.from_numpy(gaussian("aes-ctr", root.derive("benchmark", 0), size, 1e-3)).to(device)).float()
         optimizer.step()
 
     found = interleaved({"clip": clip, "release": release}, 8, device)

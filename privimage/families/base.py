@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed.world import World
-from privimage.families.work import Work
+from privimage.families.work import Work, seconds_an_image
 from privimage.models import parameters
+from privimage.privacy.batching import CPU_IMAGES
+from privimage.privacy.gradients import GRADIENTS, clip_and_sum_
 from privimage.privacy.plan import PrivacyPlan
 
 
@@ -138,10 +140,29 @@ class Family(ABC):
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """What pretraining, fine-tuning and synthesis will take, from a short measurement on `device`."""
 
+    def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
+        """Of a private step without noise and update: seconds an image on `device`, from a short measurement."""
+        training = self.private_training(config, n_classes, World(0, 0, 1, 1, device), None)
+        gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
+        trained = [p for p in training.module.parameters() if p.requires_grad]
+        gradient_sum = torch.zeros(parameters(training.module), device=device, dtype=torch.float64)
+
+        def step(images: int) -> Tensor:
+            gradients.backward(losses, *losses.probe(images))
+            return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
+
+        return seconds_an_image(step, 1, at_once(config))
+
     def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
         """The number of parameters of each network, by name."""
         with torch.device("meta"):
             return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
+
+
+def at_once(config: Config) -> int:
+    """How many images of a private step go through the network at once, as far as it can be told before memory is looked at."""
+    settings = config.finetune
+    return min(CPU_IMAGES, settings.logical_batch_size) if settings.physical_batch_size == "auto" else settings.physical_batch_size
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -12,8 +12,8 @@ from privimage.config import Config
 from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
-from privimage.families.work import Work, measured
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, at_once, image_shape, load_pretrained
+from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
 from privimage.privacy.plan import PrivacyPlan
@@ -52,7 +52,7 @@ class Diffusion(Family):
         return DiffusionPrivate(config, n_classes, world, pretrained)
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
-        """Passes through the denoiser: 3 for a public step (forward and backward), 3.3 for a private one."""
+        """By passes through the denoiser, 3 for a public step (forward and backward), and by a private step."""
         denoiser = build_diffusion(config, n_classes).to(device)
 
         def forward(images: int) -> Tensor:
@@ -60,24 +60,23 @@ class Diffusion(Family):
             labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
             return edm.loss(denoiser, x, labels, sigma, x)
 
-        def passes(precision: str, at_once: int) -> Passes:
-            return Passes(*measured(forward, device, precision, at_once), parameters(denoiser))
+        settings, precision = config.pretrain, config.runtime.precision
+        seconds = seconds_of_a_pass(forward, device, precision, settings.batch_size)
+        passes = Passes(seconds, activations(forward, device, precision), parameters(denoiser))
+        pretrain = [passes.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size)]
+        return [*(pretrain if config.spec.pretraining != "none" else []), *self._later_work(config, plan, n_classes, passes, forward, device)]
 
-        settings = config.pretrain
-        public = passes(config.runtime.precision, settings.batch_size)
-        pretrain = [public.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size)]
-        return [*(pretrain if config.spec.pretraining != "none" else []), *self._private_work(config, plan, n_classes, public, passes)]
-
-    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, public: "Passes", passes: Callable[[str, int], "Passes"]) -> list[Work]:
-        """What follows pretraining, by a `public` pass and by `passes(precision, images at once)`."""
-        finetune, settings = plan.finetune, config.synthesize
-        at_once = 32 if config.finetune.physical_batch_size == "auto" else config.finetune.physical_batch_size
-        private = passes(config.finetune.precision, at_once * finetune.noise_copies)
-        held = at_once * finetune.noise_copies + at_once * private.size * 4 / private.memory
+    def _later_work(
+        self, config: Config, plan: PrivacyPlan, n_classes: int, passes: "Passes", forward: Callable[[int], Tensor], device: torch.device
+    ) -> list[Work]:
+        """What follows pretraining; `forward(n)` is what was measured in `passes`."""
+        finetune, settings, images = plan.finetune, config.synthesize, at_once(config)
+        memory = images * (finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size)
+        seconds = finetune.steps * finetune.logical_batch_size * self._private_seconds(config, n_classes, device)
         calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
         return [
-            private.work("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, 3.3, held),
-            public.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
+            Work("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, seconds, 20 * passes.size + memory),
+            passes.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
         ]
 
 

@@ -35,12 +35,14 @@ class Evolution(Diffusion):
         assert isinstance(generator, Population)
         return generator.offspring(indices, draws, config.evolve.iterations - 1)[0]
 
-    def _private_work(self, config: Config, plan: PrivacyPlan, n_classes: int, public: Passes, passes: Callable[[str, int], Passes]) -> list[Work]:
+    def _later_work(
+        self, config: Config, plan: PrivacyPlan, n_classes: int, passes: Passes, forward: Callable[[int], Tensor], device: torch.device
+    ) -> list[Work]:
         settings, samples = config.evolve, config.synthesize
         calls = settings.sampler_steps * (2 if settings.guidance else 1)
         return [
-            public.work("evolve", settings.iterations, settings.population * max(n_classes, 1), calls, settings.batch_size / 8),
-            public.work("synthesize", calls, samples.samples, 1, samples.batch_size / 8),
+            passes.work("evolve", settings.iterations, settings.population * max(n_classes, 1), calls, settings.batch_size / 8),
+            passes.work("synthesize", calls, samples.samples, 1, samples.batch_size / 8),
         ]
 
 

@@ -10,9 +10,9 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, at_once, image_shape, load_pretrained, public_seed
 from privimage.families.generator import BETAS, TrainedGenerator, generated
-from privimage.families.work import Work, measured
+from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
 from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss
 from privimage.privacy.plan import PrivacyPlan
@@ -47,14 +47,15 @@ class Gan(Family):
         return GanPrivate(config, n_classes, world, pretrained)
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
-        """Passes through both networks: 3 for a public step (forward and backward), 3.3 for a private one, on a real and a fake image each."""
+        """By passes through both networks, 3 for a public step (forward and backward), and by a private step of the discriminator."""
         discriminator = build_discriminator(config, n_classes).to(device)
 
         def forward(images: int) -> Tensor:
             return discriminator(torch.zeros((images, *image_shape(config)), device=device), torch.zeros(images, dtype=torch.int64, device=device))
 
         g_seconds, g_memory, g_size = self._generator_work(config, n_classes, device)
-        d_seconds, d_memory = measured(forward, device, config.runtime.precision, config.pretrain.batch_size)
+        d_seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
+        d_memory = activations(forward, device, config.runtime.precision)
         d_size, rows = parameters(discriminator), []
         weights = 20 * (g_size + d_size)
         pretrain, finetune, private = config.pretrain, config.finetune, plan.finetune
@@ -62,10 +63,9 @@ class Gan(Family):
             seconds = 6 * d_seconds + g_seconds + 3 * (g_seconds + d_seconds) / pretrain.discriminator_steps
             memory = weights + pretrain.batch_size * max(2 * d_memory, g_memory + d_memory)
             rows.append(Work("pretrain", pretrain.steps, pretrain.batch_size, pretrain.steps * pretrain.batch_size * seconds, memory))
-        at_once = 32 if finetune.physical_batch_size == "auto" else finetune.physical_batch_size
-        seconds = private.logical_batch_size * (6.6 * d_seconds + g_seconds)
+        seconds = private.logical_batch_size * self._private_seconds(config, n_classes, device)
         seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
-        memory = weights + max(at_once * (2 * d_memory + 4 * d_size), finetune.generator_batch_size * (g_memory + d_memory))
+        memory = weights + max(at_once(config) * (2 * d_memory + 4 * d_size), finetune.generator_batch_size * (g_memory + d_memory))
         rows.append(Work("finetune", private.steps, private.logical_batch_size, private.steps * seconds, memory))
         return [*rows, self._sampling(config, g_seconds, g_memory, weights)]
 
@@ -76,7 +76,8 @@ class Gan(Family):
         def forward(images: int) -> Tensor:
             return generator(torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device))
 
-        return *measured(forward, device, config.runtime.precision, config.pretrain.batch_size), parameters(generator)
+        seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
+        return seconds, activations(forward, device, config.runtime.precision), parameters(generator)
 
     def _sampling(self, config: Config, seconds: float, memory: float, weights: float) -> Work:
         """What synthesis takes, by the figures of the generator; `weights` are the bytes of the networks."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FEW = 8  # images to begin with: a large network is slow enough with them
-ENOUGH = 0.1  # seconds of a pass beside which the overhead of its calls is small
+ENOUGH = 0.5  # seconds beside which the overhead of calls is small
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,33 @@ class Work:
     memory: float  # bytes
 
 
-def measured(forward: Callable[[int], Tensor], device: torch.device, precision: str, at_once: int) -> tuple[float, float]:
-    """Seconds of a forward pass an image, and bytes of activations an image in training.
+def seconds_of_a_pass(forward: Callable[[int], Tensor], device: torch.device, precision: str, at_once: int) -> float:
+    """Seconds of a forward pass an image. `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16"."""
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return seconds_an_image(forward, min(FEW, at_once), at_once)
 
-    `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16". More and more images are taken until a pass is
-    long enough to be measured, or has the `at_once` images that it will have.
-    """
+
+def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
+    """Seconds of `run(n)` divided by n, for n = `images` and then more and more, until it is long enough to be measured or n = `at_once`."""
+    while (best := min(_seconds(run, images) for _ in range(3))) < ENOUGH and images < at_once:
+        images = min(2 * images, at_once)
+    return best / images
+
+
+def activations(forward: Callable[[int], Tensor], device: torch.device, precision: str) -> float:
+    """Bytes that an image leaves for the backward pass; `forward` and `precision` are those of `seconds_of_a_pass`."""
     held: list[int] = []
 
     def hold(tensor: Tensor) -> Tensor:
         held.append(tensor.numel() * tensor.element_size())
         return tensor
 
-    images = min(FEW, at_once)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            forward(images)
-        memory = sum(held) / images
-        with torch.no_grad():
-            while (best := min(_seconds(forward, images) for _ in range(3))) < ENOUGH and images < at_once:
-                images = min(2 * images, at_once)
-    return best / images, memory
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        forward(FEW)
+    return sum(held) / FEW
 
 
-def _seconds(forward: Callable[[int], Tensor], images: int) -> float:
+def _seconds(run: Callable[[int], Tensor], images: int) -> float:
     start = time.perf_counter()
-    forward(images).sum().item()
+    run(images).sum().item()
     return time.perf_counter() - start

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from privimage.privacy.folded import RULES, ConvolutionBackends, Folding
 
 Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> (n,)
+AT_ONCE = 32  # per-image gradients whose sum is float32
 
 
 class PerImageGradients(AbstractGradSampleModule):
@@ -104,15 +105,17 @@ def _norms_of_pieces(sample: Tensor, size: int = 2048) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> tuple[Tensor, Tensor]:
-    """Add the clipped per-image gradients of a batch to the flat `gradient_sum` (P,), in place.
+    """Add the clipped per-image gradients of a batch to the flat float64 `gradient_sum` (P,), in place.
 
     Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image with a gradient
-    that is not finite, or whose norm overflows, contributes exactly zero. Norms are summed up in float64, gradients in float32.
+    that is not finite, or whose norm overflows, contributes exactly zero. Norms are summed up in float64, so are gradients but
+    for the `AT_ONCE` of a piece, which are summed in float32.
     Returns the norms (B,) before clipping and which images were finite (B,): both private.
     """
     samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
     # One buffer for all that is not float32 yet: a copy of each sample would be as large as the samples themselves.
-    buffer = gradient_sum.new_empty(max((s.numel() for s in samples if s.dtype != torch.float32), default=0))
+    largest = max((s.numel() for s in samples if s.dtype != torch.float32), default=0)
+    buffer = torch.empty(largest, device=gradient_sum.device)
 
     def exact(sample: Tensor) -> Tensor:
         return sample if sample.dtype == torch.float32 else buffer[: sample.numel()].view_as(sample).copy_(sample)
@@ -126,6 +129,8 @@ def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad
     start = 0
     for sample in samples:
         part = gradient_sum[start : start + sample.shape[1]]
-        part += factors @ exact(sample)
+        # In float32, the rounding of thousands of alike gradients would move the sum by more than the margin of the bound.
+        for some, gradients in zip(factors.split(AT_ONCE), exact(sample).split(AT_ONCE), strict=True):
+            part += some @ gradients
         start += sample.shape[1]
     return norms, finite

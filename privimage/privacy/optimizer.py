@@ -72,7 +72,8 @@ class PrivateOptimizer(DPOptimizer):
         self.world, self.noise, self.charge, self.stop_requested = world, noise, charge, stop_requested
         self.next_step = first_step
         self.size = sum(p.numel() for p in self.params)
-        # The gradient sum, and behind it the figures, which are outside the noised part.
+        self.gradient_sum = torch.zeros(self.size, device=world.device, dtype=torch.float64)
+        # What the ranks exchange: the noised sum, and behind it the figures, which are outside the noised part.
         self.flat = torch.zeros(self.size + self.FIGURES, device=world.device)
         self.figures: StepFigures | None = None
         if noise is not None:
@@ -86,7 +87,7 @@ class PrivateOptimizer(DPOptimizer):
         """Clip the per-image gradients of a physical batch and add them to the sum; a rank without images adds nothing."""
         if self.params[0].grad_sample is None:
             return
-        norms, finite = clip_and_sum_(self.flat[: self.size], self.params, self.max_grad_norm)
+        norms, finite = clip_and_sum_(self.gradient_sum, self.params, self.max_grad_norm)
         figures = self.flat[self.size :]
         figures[1] += len(norms)
         figures[2] += (~finite).sum()
@@ -99,10 +100,9 @@ class PrivateOptimizer(DPOptimizer):
         """Add this rank's noise to its sum, and all ranks' noised sums together."""
         self.charge(self.next_step)
         if self.noise is not None:
-            noise = self.noise.take(self.next_step)
+            self.gradient_sum += self.noise.take(self.next_step).to(self.gradient_sum.device)
             self.noise.prepare(self.next_step + 1)
-            gradient_sum = self.flat[: self.size]
-            gradient_sum.copy_(gradient_sum.double() + noise.to(self.flat.device) if gradient_sum.is_cuda else gradient_sum.double().add_(noise))
+        self.flat[: self.size] = self.gradient_sum
         self.flat[self.size] = float(self.stop_requested())
         self.world.all_reduce_(self.flat)
 
@@ -115,6 +115,7 @@ class PrivateOptimizer(DPOptimizer):
         stop, images, non_finite, clipped, loss_sum, norm_sum = self.flat[self.size :].tolist()
         self.figures = StepFigures(stop > 0, int(images), int(non_finite), int(clipped), loss_sum, norm_sum)
         self.flat.zero_()
+        self.gradient_sum.zero_()
 
     def pre_step(self, closure=None) -> bool:
         """Everything before the update; false while the logical batch goes on."""

@@ -43,7 +43,7 @@ def clipped_sum(training: GanPrivate, batch: tuple[Tensor, Tensor, Tensor], max_
     """What a private step adds up for a batch before the noise, (P,)."""
     module = copy.deepcopy(training.module)
     gradients = GRADIENTS[way](module)
-    total = torch.zeros(sum(p.numel() for p in module.parameters()))
+    total = torch.zeros(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
     if len(batch[0]):
         gradients.backward(training.losses, *training.losses.draw(*batch, SEED))
         clip_and_sum_(total, list(module.parameters()), max_grad_norm)

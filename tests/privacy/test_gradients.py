@@ -167,7 +167,7 @@ def test_norms_and_sums_of_bf16_gradients_are_those_of_their_values_in_float64()
     parameters = [nn.Parameter(torch.zeros(300, 40)), nn.Parameter(torch.zeros(7))]
     for p in parameters:
         p.grad_sample = torch.randn(64, *p.shape).to(torch.bfloat16 if p.dim() > 1 else torch.float32)
-    total = torch.zeros(12_007)
+    total = torch.zeros(12_007, dtype=torch.float64)
     norms, finite = clip_and_sum_(total, parameters, 1.0)
     flat = torch.cat([p.grad_sample.double().flatten(1) for p in parameters], dim=1)
     assert finite.all() and torch.allclose(norms.double(), flat.norm(dim=1), rtol=1e-6)

@@ -1,10 +1,17 @@
 """The short measurement behind `privimage plan`."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from ranks import TINY
 from torch import Tensor
 
-from privimage.families import work
+from privimage.config import load
+from privimage.distributed.precision import settled
+from privimage.distributed.world import World
+from privimage.families import base, family, work
+from privimage.privacy.plan import make_plan
 
 CPU = torch.device("cpu")
 
@@ -27,21 +34,40 @@ class Pass:
 def test_a_fast_pass_is_measured_with_the_images_that_it_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "_seconds", lambda forward, images: 1e-3 * len(forward(images)) ** 0.5)
     forward = Pass()
-    seconds, memory = work.measured(forward, CPU, "fp32", 50)
+    seconds = work.seconds_of_a_pass(forward, CPU, "fp32", 50)
     assert sorted(set(forward.sizes)) == [8, 16, 32, 50]
     assert seconds == pytest.approx(1e-3 * 50**-0.5)  # of the last size: overhead is shared by 50 images
-    assert memory == 4 * 3 + 4 * 5  # what the product and the square keep of an image
     assert forward.dtypes == {torch.float32}
 
 
 def test_a_slow_pass_is_measured_with_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "ENOUGH", 0.0)
     forward = Pass()
-    work.measured(forward, CPU, "bf16", 50)
+    work.seconds_of_a_pass(forward, CPU, "bf16", 50)
     assert set(forward.sizes) == {8} and forward.dtypes == {torch.bfloat16}
 
 
 def test_no_more_images_than_the_stage_has() -> None:
     forward = Pass()
-    work.measured(forward, CPU, "fp32", 3)
+    work.seconds_of_a_pass(forward, CPU, "fp32", 3)
     assert set(forward.sizes) == {3}
+
+
+def test_activations_are_what_the_backward_pass_keeps() -> None:
+    assert work.activations(Pass(), CPU, "fp32") == 4 * 3 + 4 * 5  # of an image: what the product and the square keep
+
+
+@pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
+def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    config = settled(load(TINY, [f"method={method}", "finetune.physical_batch_size=5"]), World(0, 0, 1, 1, CPU))
+    norms: list[Tensor] = []
+
+    def measured(run: Callable[[int], Tensor], images: int, most: int) -> float:
+        norms.append(run(3))
+        assert (images, most) == (1, 5)
+        return 1000.0
+
+    monkeypatch.setattr(base, "seconds_an_image", measured)
+    row = next(row for row in family(config).work(config, make_plan(config, 1437), 10, CPU) if row.stage == "finetune")
+    assert [len(n) for n in norms] == [3] and (norms[0] > 0).all()  # of the gradient of each image
+    assert row.seconds == pytest.approx(config.finetune.steps * config.finetune.logical_batch_size * 1000, rel=1e-3)  # a GAN's generator adds a trifle
