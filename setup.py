@@ -42,7 +42,6 @@ setup(
         "scikit-learn>=1.4,<2",
         "matplotlib>=3.8,<4",
         "jinja2>=3.1,<4",
-        "jinja2>=3.1,<4",
     ],
     extras_require={
         "cluster": ["deepspeed>=0.17,<0.20", "mpi4py>=4.0,<5", "openmpi>=5.0.8,<6; platform_system == 'Linux'"],

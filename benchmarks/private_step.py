@@ -1,10 +1,10 @@
 """What privacy costs: one private step against the same step without it, in turn, in one run.
 
-    python benchmarks/private_step.py [--device cuda] [--precision bf16] [--rounds 8]
+    python benchmarks/private_step.py [--device cuda --times 16] [--precision bf16] [--rounds 8]
 
 Prints, for the 1.75M DDPM++ of CIFAR-10, medians over interleaved rounds of: the non-private step (same images and copies),
 the private one (folded gradients, clip and sum), vmap(grad), and Opacus' hooks where they apply: once in this process, which
-keeps freed memory as PrivImage's processes do, and once in a process that leaves the C library as it is, as Opacus does; the
+keeps freed memory as PrivImage's processes do, and on a CPU once more in a process that leaves the C library as it is, as Opacus does; the
 peak memory of the first two, each in a process of its own; and the share of clipping, summing, noise and update in a logical
 batch of 16,384.
 """
@@ -145,18 +145,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of forward and backward, of all steps alike")
+    parser.add_argument("--times", type=int, default=1, help="so many times the images, for a device that these do not fill")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     memory.keep_freed()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, for all steps alike
     device, precision = arguments.device, arguments.precision
     losses = in_precision(device, precision)
     torch.manual_seed(0)
     fresh = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
     print(f"{parameters(fresh):,} parameters, {device}, {precision}, {arguments.threads} threads, medians of {arguments.rounds} interleaved rounds")
     per_image = 0.0
-    for images, copies, with_hooks in ((8, 8, False), (8, 4, True), (32, 1, True)):
+    for images, copies, with_hooks in ((8 * arguments.times, 8, False), (8 * arguments.times, 4, True), (32 * arguments.times, 1, True)):
         tensors = batch(images, copies, device)
         steps = {
             "non-private": plain(copy.deepcopy(fresh), losses, tensors),
@@ -166,42 +168,43 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             if with_hooks:
                 steps["Opacus hooks"] = hooks(copy.deepcopy(fresh), losses, tensors)
-                steps["Opacus hooks, memory not kept"] = stack.enter_context(hooks_alone(images, copies, device, precision, arguments.threads))
+                if device == "cpu":
+                    steps["Opacus hooks, memory not kept"] = stack.enter_context(hooks_alone(images, copies, device, precision, arguments.threads))
             found = interleaved(steps, arguments.rounds, device)
-        print(f"{images} images x {copies} copies: non-private {found['non-private']:.3f} s = 1")
+        print(f"{images} images x {copies} copies: non-private {found['non-private']:.4f} s = 1")
         for name, value in found.items():
             print(f"    {name}: {value / found['non-private']:.2f}, {value / found['private']:.2f} of private", flush=True)
         if copies == 8:
             per_image = found["private"] / images
-    _peaks(device, precision, arguments.threads)
-    _share(fresh, per_image, device)
+    _peaks(8 * arguments.times, device, precision, arguments.threads)
+    _share(fresh, 8 * arguments.times, per_image, device)
 
 
-def _peaks(device: str, precision: str, threads: int) -> None:
-    """The peak memory of a private and a non-private step of 8 images and 8 copies, above that of a process that did nothing yet."""
+def _peaks(images: int, device: str, precision: str, threads: int) -> None:
+    """The peak memory of a private and a non-private step of some images and 8 copies, above that of a process that did nothing yet."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1, maxtasksperchild=1) as pool:
-        peaks = {kind: pool.apply(_peak, (kind, device, precision, threads)) for kind in ("non-private", "private")}
+        peaks = {kind: pool.apply(_peak, (kind, images, device, precision, threads)) for kind in ("non-private", "private")}
     told = ", ".join(f"{kind} {peak / 2**20:.0f} MiB" for kind, peak in peaks.items())
-    print(f"peak memory of 8 images x 8 copies: {told}, ratio {peaks['private'] / peaks['non-private']:.2f}", flush=True)
+    print(f"peak memory of {images} images x 8 copies: {told}, ratio {peaks['private'] / peaks['non-private']:.2f}", flush=True)
 
 
-def _peak(kind: str, device: str, precision: str, threads: int) -> int:
+def _peak(kind: str, images: int, device: str, precision: str, threads: int) -> int:
     torch.set_num_threads(threads)
     memory.keep_freed()
     before = 0 if device == "cuda" else memory.resident()
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
-    losses, tensors = in_precision(device, precision), batch(8, 8, device)
+    losses, tensors = in_precision(device, precision), batch(images, 8, device)
     step = private(network, losses, tensors, FoldedGradients) if kind == "private" else plain(network, losses, tensors)
     for _ in range(3):
         step()
     return memory.peak(torch.device(device)) - before
 
 
-def _share(network: nn.Module, per_image: float, device: str) -> None:
+def _share(network: nn.Module, images: int, per_image: float, device: str) -> None:
     """The time of clipping, sum, noise and update beside a logical batch of 16,384 images, 8 copies each."""
     size, trained = parameters(network), list(network.parameters())
-    total, images = torch.zeros(size, device=device, dtype=torch.float64), 8
+    total = torch.zeros(size, device=device, dtype=torch.float64)
     samples = [torch.randn(images, *p.shape, device=device) for p in trained]
     for p in trained:
         p.grad = torch.zeros_like(p)
@@ -219,7 +222,7 @@ def _share(network: nn.Module, per_image: float, device: str) -> None:
     found = interleaved({"clip": clip, "release": release}, 8, device)
     clipping, whole = found["clip"] * 16384 / images, 16384 * per_image
     told = f"clipping and sum {clipping:.2f} s, noise and update {found['release']:.2f} s"
-    print(f"of a logical step of {whole:.0f} s: {told}: together {100 * (clipping + found['release']) / whole:.2f} %")
+    print(f"of a logical step of {whole:.1f} s: {told}: together {100 * (clipping + found['release']) / whole:.2f} %")
 
 
 if __name__ == "__main__":

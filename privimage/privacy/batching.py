@@ -1,21 +1,22 @@
 """How many images may go through the network at once."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from privimage.config import Finetune
-from privimage.privacy.gradients import GRADIENTS, Losses
+from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_
 
 CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
-MOST = 4096
+GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 
 
 def physical_batch_size(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> int:
-    """`finetune.physical_batch_size`; for `auto` what fits into 80 % of a GPU's free memory, or a fixed number on a CPU.
+    """`finetune.physical_batch_size`; for `auto` what fits into 80 % of a GPU's free memory and fills it, or a fixed number on a CPU.
 
-    `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed twice to measure.
+    `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and clipped twice to measure.
     """
     if settings.physical_batch_size != "auto":
         return settings.physical_batch_size
@@ -24,8 +25,10 @@ def physical_batch_size(settings: Finetune, module: nn.Module, losses: Losses, p
     free, _ = torch.cuda.mem_get_info(device)
     small, large = (_peak(settings, module, losses, probe, device, count) for count in (4, 12))
     an_image = max(1.0, (large - small) / 8)
-    fitting = int((0.8 * free - small) / an_image)
-    return max(1, min(fitting, MOST, settings.logical_batch_size))
+    fitting = max(1, min(int((0.8 * free - small) / an_image), GPU_COPIES // settings.noise_copies))
+    # Physical batches are filled up on a GPU: as few of them as a Poisson sample will need, of as few images.
+    largest = settings.logical_batch_size + math.ceil(6 * math.sqrt(settings.logical_batch_size))
+    return math.ceil(largest / math.ceil(largest / fitting))
 
 
 def _peak(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable, device: torch.device, count: int) -> int:
@@ -33,5 +36,7 @@ def _peak(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable
     before = torch.cuda.memory_allocated(device)
     gradients = GRADIENTS[settings.gradients](module, None)
     gradients.backward(losses, *probe(count))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    clip_and_sum_(torch.zeros(sum(p.numel() for p in trained), device=device, dtype=torch.float64), trained, 1.0)
     gradients.to_standard_module()
     return torch.cuda.max_memory_allocated(device) - before

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PATCHES = 1 << 26  # numbers in the patches that are in memory at once
+GROUPS = 65_535  # of group normalisation in one call: blocks in the second dimension of a CUDA grid
+
 
 @dataclass
 class Folding:
@@ -65,7 +68,7 @@ def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[T
 
 
 def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-    """Patches times output gradients, a matrix product an image, in chunks that keep the patches small."""
+    """Patches times output gradients, a matrix product an image, in chunks that bound the memory of the patches."""
     images, copies, bias_gradient = folding.images, folding.copies, _sum_bias(g, folding)
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1):
         x, g = x.reshape(copies, images, x.shape[1], -1).transpose(2, 3), g.reshape(copies, images, g.shape[1], -1)
@@ -73,14 +76,21 @@ def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[
         for copy in range(1, copies):  # one by one: an einsum over the copies would first lay them out anew
             total.baddbmm_(g[copy], x[copy])
         return total.view(images, *layer.weight.shape), bias_gradient
-    x, g = x.view(copies, images, *x.shape[1:]), g.reshape(copies, images, g.shape[1], -1)
-    chunk = max(1, (1 << 24) // (copies * x[0, 0].numel() * layer.kernel_size[0] * layer.kernel_size[1]))
-    parts = []
+    assert not isinstance(layer.padding, str)  # refused at the door
+    (top, left), (down, right) = layer.padding, layer.stride
+    padded = F.pad(x, (left, left, top, top))
+    # Windows as a view, written out by one kernel: F.unfold takes a kernel an image on a GPU, and was ten times slower.
+    (image, channel, row, column), (taller, wider) = padded.stride(), layer.dilation
+    g = g.view(copies, images, *g.shape[1:])
+    windows = padded.as_strided(
+        (images, x.shape[1], *layer.kernel_size, copies, *g.shape[3:]),
+        (image, channel, taller * row, wider * column, images * image, down * row, right * column),
+    )
+    chunk, parts = max(1, PATCHES // windows[0].numel()), []
     for start in range(0, images, chunk):
-        part = x[:, start : start + chunk]
-        assert not isinstance(layer.padding, str)  # refused at the door
-        patches = F.unfold(part.flatten(0, 1), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        parts.append(torch.einsum("kbop,kbcp->boc", g[:, start : start + chunk], patches.view(*part.shape[:2], *patches.shape[1:])))
+        part, outputs = windows[start : start + chunk], g[:, start : start + chunk].permute(1, 2, 0, 3, 4).flatten(2)
+        patches = part.reshape(len(part), -1, outputs.shape[2])
+        parts.append(torch.bmm(outputs, patches.mT))
     return torch.cat(parts).view(images, *layer.weight.shape), bias_gradient
 
 
@@ -158,17 +168,24 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, mean, rstd = ctx.saved_tensors
-        layer, g, channels, groups = ctx.layer, g.to(x.dtype).contiguous(), x.shape[1], ctx.layer.num_groups
-        # As one image of N C channels the kernel keeps the gradients of weight and bias apart for each of the N.
-        count, folded = len(x), (1, len(x) * channels, *x.shape[2:])
-        x_gradient, scale, shift = torch.ops.aten.native_group_norm_backward(
-            g.view(folded), x.view(folded), mean.view(1, -1), rstd.view(1, -1), weight.repeat(count), 1, folded[1], x[0, 0].numel(), count * groups, [True] * 3
-        )
-        shape = (ctx.folding.copies, ctx.folding.images, channels)
+        layer, shape = ctx.layer, (ctx.folding.copies, ctx.folding.images, x.shape[1])
+        g, most = g.to(x.dtype).contiguous(), GROUPS // layer.num_groups
+        each = zip(g.split(most), x.split(most), mean.split(most), rstd.split(most), strict=True)
+        parts = [_kept_apart(*some, weight, layer.num_groups) for some in each]
+        x_gradient, scale, shift = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         layer.weight.grad_sample = scale.view(shape).sum(0)
         layer.bias.grad_sample = shift.view(shape).sum(0)
-        x_gradient = x_gradient.view_as(x)
         return x_gradient, None, None, None, None
+
+
+def _kept_apart(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input (N, C, ...), and of weight and bias (N, C) for each of N: as of one image with N C channels."""
+    count, channels, pixels = len(x), x.shape[1], x[0, 0].numel()
+    g, folded = g.view(1, count * channels, pixels), x.view(1, count * channels, pixels)
+    x_gradient, scale, shift = torch.ops.aten.native_group_norm_backward(
+        g, folded, mean.view(1, -1), rstd.view(1, -1), weight.repeat(count), 1, count * channels, pixels, count * groups, [True] * 3
+    )
+    return x_gradient.view_as(x), scale.view(count, channels), shift.view(count, channels)
 
 
 class _Embedding(torch.autograd.Function):
@@ -181,10 +198,9 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (index,) = ctx.saved_tensors
-        layer, images = ctx.layer, ctx.folding.images
-        rows = torch.arange(images, device=g.device).repeat(ctx.folding.copies) * layer.num_embeddings + index
-        samples = g.new_zeros(images * layer.num_embeddings, layer.embedding_dim).index_add_(0, rows, g)
-        layer.weight.grad_sample = samples.view(images, layer.num_embeddings, layer.embedding_dim)
+        layer, shape = ctx.layer, (ctx.folding.copies, ctx.folding.images, -1)
+        rows = F.one_hot(index, layer.num_embeddings).to(g.dtype)  # index_add_ on a GPU adds up in any order
+        layer.weight.grad_sample = torch.einsum("kbn,kbd->bnd", rows.view(shape), g.reshape(shape))
         return None, None, None, None
 
 

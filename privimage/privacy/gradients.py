@@ -15,30 +15,46 @@ from privimage.privacy.folded import RULES, ConvolutionBackends, Folding
 
 Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> (n,)
 AT_ONCE = 32  # per-image gradients whose sum is float32
+FEW = 4096  # numbers for which an operation of its own would be all overhead
 
 
 class PerImageGradients(AbstractGradSampleModule):
     """A module whose parameters get `grad_sample`: for each image the gradient of its loss averaged over its noise copies."""
 
-    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None):
+    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
         """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
-        repeats its predecessor to the bit.
+        repeats its predecessor to the bit. A batch of fewer images than `filled_to` is filled up with copies of the last one,
+        of which nothing is kept: libraries for GPUs choose their kernels, and so the rounding, by the number of images, and one
+        image more must not change what all others contribute.
         """
         super().__init__(module)
-        self.convolutions = ConvolutionBackends(dict(backends or {}))
+        self.convolutions, self.filled_to = ConvolutionBackends(dict(backends or {})), filled_to
 
     @property
     def choices(self) -> dict[str, str]:
         """The way that each convolution takes, by name of the layer."""
         return dict(self.convolutions.choices)
 
-    @abstractmethod
     def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
         """Fill `p.grad_sample` for a batch.
 
         Each tensor has shape (B, K, ...): K noise copies of B images. `losses(module, *flat)` gets them with one leading
         size and returns one loss for each. Returns the losses averaged over the copies, (B,), detached.
         """
+        images = len(tensors[0])
+        missing = max(0, self.filled_to - images)
+        filled = [torch.cat([t, t[-1:].expand(missing, *t.shape[1:])]) for t in tensors] if missing else tensors
+        # On a GPU the other kernels round by the order in which they come to add, or by an image's place in the batch.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            per_image = self._fill(losses, *filled)
+        for p in self._module.parameters():
+            if missing and p.requires_grad:
+                p.grad_sample = p.grad_sample[:images]  # type: ignore[attr-defined]
+        return per_image[:images]
+
+    @abstractmethod
+    def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        """As `backward`, for a batch as it is."""
 
     def remove_hooks(self) -> None:
         """Nothing is left on the wrapped module."""
@@ -47,9 +63,9 @@ class PerImageGradients(AbstractGradSampleModule):
 class FoldedGradients(PerImageGradients):
     """Per-image weight gradients in place of the ordinary ones, summed over the copies by a grouped convolution."""
 
-    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None):
+    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
         """Raises ValueError for a layer with parameters that has no rule."""
-        super().__init__(module, backends)
+        super().__init__(module, backends, filled_to)
         self.folding = Folding()
         for name, layer in module.named_modules():
             if not any(p.requires_grad for p in layer.parameters(recurse=False)):
@@ -58,7 +74,7 @@ class FoldedGradients(PerImageGradients):
                 raise ValueError(f"{name}: no rule for per-image gradients of {type(layer).__name__}")
             layer.forward = RULES[type(layer)](name, layer, self.folding, self.convolutions)
 
-    def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
+    def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
         images, copies = tensors[0].shape[:2]
         flat = [t.transpose(0, 1).reshape(copies * images, *t.shape[2:]) for t in tensors]  # copies first: folding is then a view
         self.folding.images, self.folding.copies = images, copies
@@ -74,7 +90,7 @@ class FoldedGradients(PerImageGradients):
 class VmapGradients(PerImageGradients):
     """vmap(grad) over single images: slow, and right by construction."""
 
-    def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
+    def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
         parameters = {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
 
         def one_image(parameters: dict[str, Tensor], *copies: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,15 +110,6 @@ class VmapGradients(PerImageGradients):
 GRADIENTS: dict[str, type[PerImageGradients]] = {"folded": FoldedGradients, "vmap": VmapGradients}
 
 
-def _norms_of_pieces(sample: Tensor, size: int = 2048) -> Iterator[Tensor]:
-    """L2 norms (B, n) of pieces of the rows of a float32 sample: over millions of entries a CPU's float32 sum is wrong by 1e-4 and more."""
-    whole = sample.shape[1] // size * size
-    if whole:
-        yield torch.linalg.vector_norm(sample[:, :whole].unflatten(1, (-1, size)), dim=2)
-    if whole < sample.shape[1]:
-        yield torch.linalg.vector_norm(sample[:, whole:], dim=1, keepdim=True)
-
-
 @torch.no_grad()
 def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> tuple[Tensor, Tensor]:
     """Add the clipped per-image gradients of a batch to the flat float64 `gradient_sum` (P,), in place.
@@ -112,25 +119,39 @@ def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad
     for the `AT_ONCE` of a piece, which are summed in float32.
     Returns the norms (B,) before clipping and which images were finite (B,): both private.
     """
+    # Where matrix products may be TF32 or bf16, their rounding alone would carry an image past the bound.
+    torch.set_float32_matmul_precision("highest")
     samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
-    # One buffer for all that is not float32 yet: a copy of each sample would be as large as the samples themselves.
-    largest = max((s.numel() for s in samples if s.dtype != torch.float32), default=0)
-    buffer = torch.empty(largest, device=gradient_sum.device)
-
-    def exact(sample: Tensor) -> Tensor:
-        return sample if sample.dtype == torch.float32 else buffer[: sample.numel()].view_as(sample).copy_(sample)
-
-    norms = torch.cat([part for s in samples for part in _norms_of_pieces(exact(s))], dim=1).double().norm(dim=1).float()
+    small = [s.float() for s in samples if s.shape[1] < FEW]
+    merged = [s for s in samples if s.shape[1] >= FEW] + ([torch.cat(small, dim=1)] if small else [])
+    norms = torch.cat([piece for s in merged for piece in _norms_of_pieces(s)], dim=1).double().norm(dim=1).float()
     finite = norms.isfinite()
     # The rounding of these norms and of the sums must not carry an image past the bound.
     factors = torch.where(finite, (max_grad_norm * (1 - 1e-5) / norms).clamp(max=1.0), 0.0)
     if not bool(finite.all()):
-        samples = [torch.where(finite[:, None], s, 0.0) for s in samples]
-    start = 0
-    for sample in samples:
-        part = gradient_sum[start : start + sample.shape[1]]
-        # In float32, the rounding of thousands of alike gradients would move the sum by more than the margin of the bound.
-        for some, gradients in zip(factors.split(AT_ONCE), exact(sample).split(AT_ONCE), strict=True):
-            part += some @ gradients
-        start += sample.shape[1]
+        merged = [torch.where(finite[:, None], s, 0.0) for s in merged]
+    sums = [_sums_of_pieces(factors, s.float()) for s in merged]
+    few = iter(sums[-1].split([s.shape[1] for s in small], dim=1) if small else ())
+    many = iter(sums)
+    # In float32 the rounding of thousands of alike gradients would exceed the margin.
+    gradient_sum += torch.cat([next(few if s.shape[1] < FEW else many) for s in samples], dim=1).sum(0, dtype=torch.float64)
     return norms, finite
+
+
+def _norms_of_pieces(sample: Tensor, size: int = 1024) -> Iterator[Tensor]:
+    """L2 norms (B, n) of pieces of the rows of a sample: over millions of entries a CPU's float32 sum is wrong by 1e-4 and more."""
+    whole = sample.shape[1] // size * size
+    if whole:
+        yield torch.linalg.vector_norm(sample[:, :whole].unflatten(1, (-1, size)), dim=2, dtype=torch.float32)
+    if whole < sample.shape[1]:
+        yield torch.linalg.vector_norm(sample[:, whole:], dim=1, keepdim=True, dtype=torch.float32)
+
+
+def _sums_of_pieces(factors: Tensor, gradients: Tensor) -> Tensor:
+    """Sums (n, P) of pieces of `AT_ONCE` float32 rows (B, P), each row times its factor (B,)."""
+    whole = len(gradients) // AT_ONCE * AT_ONCE
+    rest = gradients[whole:].T.mv(factors[whole:])[None]
+    if not whole:
+        return rest
+    pieces = torch.bmm(factors[:whole].view(-1, 1, AT_ONCE), gradients[:whole].unflatten(0, (-1, AT_ONCE))).squeeze(1)
+    return torch.cat([pieces, rest]) if whole < len(gradients) else pieces

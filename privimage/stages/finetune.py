@@ -143,7 +143,8 @@ def _arranged(
     arrangement = account.arrangement(config, world, inputs) | own
     kept = kept_arrangement(path) if world.is_main else {}
     same = {name: value for name, value in kept.items() if name != "backends"} == arrangement
-    gradients = GRADIENTS[way](training.module, world.broadcast_object(kept["backends"] if same else {}))
+    filled_to = physical if world.device.type == "cuda" else min(physical, 2)  # on a CPU only the kernels for one image differ
+    gradients = GRADIENTS[way](training.module, world.broadcast_object(kept["backends"] if same else {}), filled_to)
     gradients.backward(training.losses, *training.losses.probe(physical))  # finds the fastest way for each layer that has none yet
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()

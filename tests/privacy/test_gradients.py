@@ -93,6 +93,28 @@ def test_the_whole_discriminator_agrees_with_the_oracle(way: str) -> None:
     agree(both(network, lambda d, x, y: d(x, y).flatten().exp(), torch.randn(3, 2, 1, 8, 8), torch.randint(0, 3, (3, 2)), way=way))
 
 
+@pytest.mark.parametrize("kind", [FoldedGradients, VmapGradients])
+def test_a_batch_that_is_filled_up_gives_the_gradients_of_its_own_images(kind: type) -> None:
+    module = perturbed(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)))
+    inputs, seen = torch.randn(3, 2, 2, 4, 4), []
+
+    def losses(m: nn.Module, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return squares(m, x)
+
+    filled, oracle = copy.deepcopy(module), VmapGradients(module)
+    assert torch.allclose(kind(filled, filled_to=7).backward(losses, inputs), oracle.backward(squares, inputs))
+    agree([(name, p.grad_sample, q.grad_sample) for (name, p), q in zip(filled.named_parameters(), module.parameters(), strict=True)])
+    assert seen == ([7 * 2] if kind is FoldedGradients else [2])
+
+
+def test_group_normalisation_in_pieces_agrees_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes 65,535 groups in one call: what 2048 noised copies have here."""
+    monkeypatch.setattr("privimage.privacy.folded.GROUPS", 7)
+    torch.manual_seed(0)
+    agree(both(perturbed(nn.Sequential(nn.Conv2d(2, 6, 1), nn.GroupNorm(3, 6), nn.SiLU())), squares, torch.randn(5, 3, 2, 4, 4)))
+
+
 def test_the_oracle_is_a_loop_over_single_images() -> None:
     """vmap(grad) itself against autograd on one image at a time, its copies averaged."""
     module = perturbed(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)))
