@@ -145,7 +145,7 @@ def play(config: Config, plan: FinetunePlan, canaries: int, root: RootKey, world
     def copied(canary: Tensor) -> Tensor:
         return canary.to(world.device)[:, None].expand(-1, plan.noise_copies)
 
-    physical = physical_batch_size(config.finetune, module, losses, lambda count: (copied(torch.arange(count)),), world.device)
+    physical = physical_batch_size(config.finetune, module, losses, lambda count: (copied(torch.arange(count)),), world.device, world.size)
     gradients = GRADIENTS[config.finetune.gradients](module)
     noise = NoiseStream(root, source, canaries, plan.rank_deviation(world.size) * noise_factor, world.rank, 0)
     descent = torch.optim.SGD(module.parameters(), lr=1.0)

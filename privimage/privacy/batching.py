@@ -13,22 +13,28 @@ CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its cache
 GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 
 
-def physical_batch_size(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> int:
+def physical_batch_size(
+    settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device, ranks: int
+) -> int:
     """`finetune.physical_batch_size`; for `auto` what fits into 80 % of a GPU's free memory and fills it, or a fixed number on a CPU.
 
-    `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and clipped twice to measure.
+    `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and clipped twice to
+    measure. On a GPU batches are filled up to this size, so there it is at most what makes the fewest batches of a rank's share even.
     """
-    if settings.physical_batch_size != "auto":
-        return settings.physical_batch_size
+    given = settings.physical_batch_size
     if device.type != "cuda":
-        return min(CPU_IMAGES, settings.logical_batch_size)
+        return min(CPU_IMAGES, settings.logical_batch_size) if given == "auto" else given
+    most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
+    share = settings.logical_batch_size / ranks
+    largest = share + 3 * math.sqrt(share)  # of a thousand Poisson samples; the one beyond takes a batch more
+    return math.ceil(largest / math.ceil(largest / most))
+
+
+def _fitting(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     small, large = (_peak(settings, module, losses, probe, device, count) for count in (4, 12))
     an_image = max(1.0, (large - small) / 8)
-    fitting = max(1, min(int((0.8 * free - small) / an_image), GPU_COPIES // settings.noise_copies))
-    # Physical batches are filled up on a GPU: as few of them as a Poisson sample will need, of as few images.
-    largest = settings.logical_batch_size + math.ceil(6 * math.sqrt(settings.logical_batch_size))
-    return math.ceil(largest / math.ceil(largest / fitting))
+    return max(1, min(int((0.8 * free - small) / an_image), GPU_COPIES // settings.noise_copies))
 
 
 def _peak(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable, device: torch.device, count: int) -> int:

@@ -45,7 +45,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     state = checkpoint.load(file, world.device)
     step = state["step"] if state else 0
     module, losses = training.module, training.losses
-    physical = world.broadcast_object(physical_batch_size(settings, module, losses, losses.probe, world.device))
+    physical = world.broadcast_object(physical_batch_size(settings, module, losses, losses.probe, world.device, world.size))
     gradients, attempt = _arranged(config, run, world, account, training, physical, step)
     if state:
         module.load_state_dict(state["module"])

@@ -124,7 +124,7 @@ def test_norms_of_millions_of_weights_and_hostile_images() -> None:
 
 def test_an_automatic_physical_batch_fits_and_fills() -> None:
     network, settings = denoiser(), Finetune(logical_batch_size=10**6, noise_copies=2)
-    images = physical_batch_size(settings, network, edm.loss, lambda count: noised(count, 2), DEVICE)
+    images = physical_batch_size(settings, network, edm.loss, lambda count: noised(count, 2), DEVICE, 1)
     assert images > 64
     FoldedGradients(network).backward(edm.loss, *noised(images, 2))
     parameters = list(network.parameters())
