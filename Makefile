@@ -34,6 +34,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/loaders.py
 	$(BIN)/python benchmarks/private_step.py
+	$(BIN)/python benchmarks/convolutions.py
+	$(BIN)/python benchmarks/neighbours.py
 	$(BIN)/python benchmarks/scaling.py
 
 clean:
