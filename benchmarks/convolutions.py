@@ -3,16 +3,14 @@
     python benchmarks/convolutions.py [--device cuda --images 512] [--precision bf16] [--rounds 8]
 
 Prints, for every convolution of another shape in the 1.75M DDPM++ of CIFAR-10, the median over interleaved rounds of the
-ordinary weight gradient and of each way's as a multiple of it, and which way the network would take.
+ordinary weight gradient and of each way's as a multiple of it; at the end all layers together, also with the best way for each.
 """
 
 import argparse
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable
 
 import torch
+from private_step import Step, interleaved
 from torch import Tensor, nn
 
 from privimage import memory
@@ -43,22 +41,6 @@ def ordinary(layer: nn.Conv2d, x: Tensor, g: Tensor) -> None:
     torch.ops.aten.convolution_backward(g, x, layer.weight.to(x.dtype), None, layer.stride, layer.padding, [1, 1], False, [0, 0], 1, [False, True, False])
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, taken in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:  # the first ones look for the fastest kernel
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-
-
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,10 +63,10 @@ def main() -> None:
         layer = layers[kind].to(device)
         x = torch.randn(all_of, inputs, side, side, device=device, dtype=dtype)
         g = torch.randn(all_of, outputs, side, side, device=device, dtype=dtype)
-        runs: dict[str, Callable[[], object]] = {"ordinary": lambda layer=layer, x=x, g=g: ordinary(layer, x, g)}
+        runs: dict[str, Step] = {"ordinary": lambda layer=layer, x=x, g=g: ordinary(layer, x, g)}
         for name, way in WAYS.items():
             runs[name] = lambda way=way, layer=layer, x=x, g=g: way(layer, x, g, folding)
-        took = interleaved(runs, arguments.rounds, device)
+        took = {name: 1e3 * seconds for name, seconds in interleaved(runs, arguments.rounds, device).items()}
         for name, value in took.items():
             total[name] += often * value
         total["best"] += often * min(took[name] for name in WAYS)

@@ -12,6 +12,7 @@ import argparse
 import copy
 
 import torch
+from private_step import batch, in_precision
 from torch import Tensor
 
 from privimage.models import edm
@@ -32,9 +33,7 @@ def main() -> None:
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.05)
     network.to(device)
-    count = 2 * images
-    x, labels = torch.randn(count, 1, 3, 32, 32).expand(-1, copies, -1, -1, -1), torch.randint(0, 10, (count, 1)).expand(-1, copies)
-    tensors = [t.to(device) for t in (x, labels, torch.rand(count, copies) + 0.1, torch.randn(count, copies, 3, 32, 32))]
+    tensors = [t.to(device) for t in batch(2 * images, copies, "cpu")]
     whole, half = list(range(images)), images // 2
     batches = {
         "once more": (whole, images),
@@ -47,12 +46,7 @@ def main() -> None:
         "one alone": (whole[:1], 0),
     }
     for precision in ("fp32", "bf16"):
-
-        def losses(module: torch.nn.Module, *some: Tensor, precision: str = precision) -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                return edm.loss(module, *some)
-
-        ways: dict[str, str] = {}
+        losses, ways = in_precision(device, precision), dict[str, str]()
 
         def gradients(chosen: list[int], filled_to: int, losses=losses, ways=ways) -> Tensor:
             own = copy.deepcopy(network)

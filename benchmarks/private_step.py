@@ -157,8 +157,8 @@ def main() -> None:
     torch.manual_seed(0)
     fresh = edm.Denoiser(DDPMpp(32, 3, 10)).to(device)
     print(f"{parameters(fresh):,} parameters, {device}, {precision}, {arguments.threads} threads, medians of {arguments.rounds} interleaved rounds")
-    per_image = 0.0
-    for images, copies, with_hooks in ((8 * arguments.times, 8, False), (8 * arguments.times, 4, True), (32 * arguments.times, 1, True)):
+    few, per_image = 8 * arguments.times, 0.0
+    for images, copies, with_hooks in ((few, 8, False), (few, 4, True), (4 * few, 1, True)):
         tensors = batch(images, copies, device)
         steps = {
             "non-private": plain(copy.deepcopy(fresh), losses, tensors),
@@ -176,8 +176,8 @@ def main() -> None:
             print(f"    {name}: {value / found['non-private']:.2f}, {value / found['private']:.2f} of private", flush=True)
         if copies == 8:
             per_image = found["private"] / images
-    _peaks(8 * arguments.times, device, precision, arguments.threads)
-    _share(fresh, 8 * arguments.times, per_image, device)
+    _peaks(few, device, precision, arguments.threads)
+    _share(fresh, few, per_image, device)
 
 
 def _peaks(images: int, device: str, precision: str, threads: int) -> None:

@@ -34,6 +34,14 @@ def root() -> None:
         pytest.skip("needs root")
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A CPU, and a GPU or a visible skip."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Signal handlers as they were before the test, and no request to stop left behind."""

@@ -12,7 +12,7 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.world import World
 from privimage.families.work import Work, seconds_an_image
 from privimage.models import parameters
-from privimage.privacy.batching import CPU_IMAGES
+from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.gradients import GRADIENTS, clip_and_sum_
 from privimage.privacy.plan import PrivacyPlan
 
@@ -151,18 +151,12 @@ class Family(ABC):
             gradients.backward(losses, *losses.probe(images))
             return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
 
-        return seconds_an_image(step, 1, at_once(config))
+        return seconds_an_image(step, 1, cpu_batch_size(config.finetune))
 
     def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
         """The number of parameters of each network, by name."""
         with torch.device("meta"):
             return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
-
-
-def at_once(config: Config) -> int:
-    """How many images of a private step go through the network at once, as far as it can be told before memory is looked at."""
-    settings = config.finetune
-    return min(CPU_IMAGES, settings.logical_batch_size) if settings.physical_batch_size == "auto" else settings.physical_batch_size
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -12,10 +12,11 @@ from privimage.config import Config
 from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, at_once, image_shape, load_pretrained
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
+from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "network.label.weight"
@@ -70,7 +71,7 @@ class Diffusion(Family):
         self, config: Config, plan: PrivacyPlan, n_classes: int, passes: "Passes", forward: Callable[[int], Tensor], device: torch.device
     ) -> list[Work]:
         """What follows pretraining; `forward(n)` is what was measured in `passes`."""
-        finetune, settings, images = plan.finetune, config.synthesize, at_once(config)
+        finetune, settings, images = plan.finetune, config.synthesize, cpu_batch_size(config.finetune)
         memory = images * (finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size)
         seconds = finetune.steps * finetune.logical_batch_size * self._private_seconds(config, n_classes, device)
         calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)

@@ -10,11 +10,12 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, at_once, image_shape, load_pretrained, public_seed
+from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
 from privimage.families.generator import BETAS, TrainedGenerator, generated
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
 from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss
+from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "label.weight"  # the label embedding of either network
@@ -65,7 +66,7 @@ class Gan(Family):
             rows.append(Work("pretrain", pretrain.steps, pretrain.batch_size, pretrain.steps * pretrain.batch_size * seconds, memory))
         seconds = private.logical_batch_size * self._private_seconds(config, n_classes, device)
         seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
-        memory = weights + max(at_once(config) * (2 * d_memory + 4 * d_size), finetune.generator_batch_size * (g_memory + d_memory))
+        memory = weights + max(cpu_batch_size(finetune) * (2 * d_memory + 4 * d_size), finetune.generator_batch_size * (g_memory + d_memory))
         rows.append(Work("finetune", private.steps, private.logical_batch_size, private.steps * seconds, memory))
         return [*rows, self._sampling(config, g_seconds, g_memory, weights)]
 

@@ -7,10 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config import Finetune
+from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_
 
 CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
 GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
+
+
+def cpu_batch_size(settings: Finetune) -> int:
+    """`finetune.physical_batch_size`; for `auto` what a CPU takes, and what is reckoned with before a GPU's memory is looked at."""
+    return min(CPU_IMAGES, settings.logical_batch_size) if settings.physical_batch_size == "auto" else settings.physical_batch_size
 
 
 def physical_batch_size(
@@ -21,9 +27,9 @@ def physical_batch_size(
     `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and clipped twice to
     measure. On a GPU batches are filled up to this size, so there it is at most what makes the fewest batches of a rank's share even.
     """
-    given = settings.physical_batch_size
     if device.type != "cuda":
-        return min(CPU_IMAGES, settings.logical_batch_size) if given == "auto" else given
+        return cpu_batch_size(settings)
+    given = settings.physical_batch_size
     most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
     share = settings.logical_batch_size / ranks
     largest = share + 3 * math.sqrt(share)  # of a thousand Poisson samples; the one beyond takes a batch more
@@ -43,6 +49,6 @@ def _peak(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable
     gradients = GRADIENTS[settings.gradients](module, None)
     gradients.backward(losses, *probe(count))
     trained = [p for p in module.parameters() if p.requires_grad]
-    clip_and_sum_(torch.zeros(sum(p.numel() for p in trained), device=device, dtype=torch.float64), trained, 1.0)
+    clip_and_sum_(torch.zeros(parameters(module), device=device, dtype=torch.float64), trained, 1.0)
     gradients.to_standard_module()
     return torch.cuda.max_memory_allocated(device) - before

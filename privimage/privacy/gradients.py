@@ -47,9 +47,9 @@ class PerImageGradients(AbstractGradSampleModule):
         # On a GPU the other kernels round by the order in which they come to add, or by an image's place in the batch.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             per_image = self._fill(losses, *filled)
-        for p in self._module.parameters():
-            if missing and p.requires_grad:
-                p.grad_sample = p.grad_sample[:images]  # type: ignore[attr-defined]
+        if missing:
+            for p in filter(lambda p: p.requires_grad, self._module.parameters()):
+                p.grad_sample = p.grad_sample[:images]
         return per_image[:images]
 
     @abstractmethod
@@ -150,8 +150,9 @@ def _norms_of_pieces(sample: Tensor, size: int = 1024) -> Iterator[Tensor]:
 def _sums_of_pieces(factors: Tensor, gradients: Tensor) -> Tensor:
     """Sums (n, P) of pieces of `AT_ONCE` float32 rows (B, P), each row times its factor (B,)."""
     whole = len(gradients) // AT_ONCE * AT_ONCE
-    rest = gradients[whole:].T.mv(factors[whole:])[None]
     if not whole:
-        return rest
+        return gradients.T.mv(factors)[None]
     pieces = torch.bmm(factors[:whole].view(-1, 1, AT_ONCE), gradients[:whole].unflatten(0, (-1, AT_ONCE))).squeeze(1)
-    return torch.cat([pieces, rest]) if whole < len(gradients) else pieces
+    if whole == len(gradients):
+        return pieces
+    return torch.cat([pieces, gradients[whole:].T.mv(factors[whole:])[None]])

@@ -113,17 +113,17 @@ def test_a_layer_of_millions_of_weights_does_not_carry_an_image_past_the_bound(f
 
 
 @pytest.mark.parametrize("physical", [32, 5000])
-def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(physical: int) -> None:
+def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(device: torch.device, physical: int) -> None:
     """The rounding of a sum in float32 grows with the sum: 2e-4 of C for a logical batch like this one. In TF32, which a user may
     have allowed for matrix products, it would be more, and so it is not allowed any longer.
     """
     torch.set_float32_matmul_precision("medium")
-    world, plan = World(0, 0, 1, 1, torch.device("cpu")), FinetunePlan(50_000, 16_384, 1, 0.0, 1.0, 1)
-    parameter, sums = nn.Parameter(torch.zeros(500)), []
+    world, plan = World(0, 0, 1, 1, device), FinetunePlan(50_000, 16_384, 1, 0.0, 1.0, 1)
+    parameter, sums = nn.Parameter(torch.zeros(500, device=device)), []
     for images in (16_384, 16_383):
         optimizer = PrivateOptimizer(torch.optim.SGD([parameter]), plan, world, None, 0, lambda step: None, lambda: False)
         for count in [physical] * (images // physical) + [images % physical]:
-            parameter.grad_sample = torch.full((count, 500), 0.3)
+            parameter.grad_sample = torch.full((count, 500), 0.3, device=device)
             optimizer.clip_and_accumulate()
         sums.append(optimizer.gradient_sum)
     assert 1 - 3e-5 <= (sums[0] - sums[1]).norm() <= 1.0
