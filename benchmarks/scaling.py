@@ -17,22 +17,18 @@ import time
 
 import torch
 import torch.distributed as dist
-from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch.utils.data import DataLoader
 
 from privimage.config import Runtime, parse
 from privimage.data.sensitive import SensitiveSet
 from privimage.distributed.engine import make_engine
 from privimage.distributed.launch import free_port
 from privimage.distributed.world import World, connect
-from privimage.models import edm, parameters
+from privimage.models import edm
 from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.noise import NoiseStream
-from privimage.privacy.optimizer import PrivateOptimizer
 from privimage.privacy.plan import FinetunePlan
-from privimage.privacy.sampling import PoissonBatches
 
 BATCH, COPIES, PHYSICAL, COUNT = 128, 2, 16, 1280  # images of a step over all ranks, noise copies, images at once, images of the set
 
@@ -60,28 +56,36 @@ def finetuning(world: World, batch: int):
     torch.manual_seed(0)
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device)
     count = COUNT * batch // BATCH
-    plan, root, size = FinetunePlan(count, batch, 1000, 2.0, 1e-3, COPIES), insecure_fixed(1), parameters(network)
-    noise = NoiseStream(root, "aes-ctr", size, plan.noise_multiplier * plan.max_grad_norm / world.size**0.5, world.rank, 0)
-    optimizer = PrivateOptimizer(torch.optim.Adam(network.parameters()), plan, world, noise, 0, lambda step: None, lambda: False)
-    batches = PoissonBatches(root, "aes-ctr", 0, count, plan.sample_rate, range(1000), world.rank, world.size)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8).numpy()
     data = SensitiveSet(images, torch.arange(count).numpy() % 10, world.device)
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=lambda batch: batch)
-    gradients = FoldedGradients(network)
+    steps = PrivateSteps(
+        FinetunePlan(count, batch, 1000, 2.0, 1e-3, COPIES),
+        FoldedGradients(network, filled_to=PHYSICAL),
+        NoisedCopies(),
+        torch.optim.Adam(network.parameters()),
+        data,
+        world,
+        Randomness(insecure_fixed(1), "aes-ctr", b"benchmark"),
+        physical=PHYSICAL,
+        charge=lambda name: True,
+        state=lambda: network.state_dict().values(),
+    )
+    made = iter(steps)
+    return lambda: next(made)
 
-    def logical_steps():
-        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=PHYSICAL, optimizer=optimizer) as physical:
-            for x, labels, _ in physical:
-                if len(x):
-                    shape = (len(x), COPIES)
-                    sigma, draws = torch.rand(shape, device=world.device) + 0.1, torch.randn(*shape, 3, 32, 32, device=world.device)
-                    inputs = edm.to_unit(x)[:, None].expand(-1, COPIES, -1, -1, -1), labels[:, None].expand(shape)
-                    gradients.backward(edm.loss, *inputs, sigma, draws)
-                if optimizer.step():
-                    yield
 
-    steps = logical_steps()
-    return lambda: next(steps)
+class NoisedCopies:
+    """EDM's loss of copies with noise that costs next to nothing to draw."""
+
+    def draw(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+        """Images (B, C, H, W) -> images, labels, noise levels and noise, (B, K, ...) each."""
+        shape = (len(images), COPIES)
+        sigma, noise = torch.rand(shape, device=images.device) + 0.1, torch.randn(*shape, 3, 32, 32, device=images.device)
+        return edm.to_unit(images)[:, None].expand(-1, COPIES, -1, -1, -1), labels[:, None].expand(shape), sigma, noise
+
+    def __call__(self, module, *tensors: torch.Tensor) -> torch.Tensor:
+        """Losses (n,)."""
+        return edm.loss(module, *tensors)
 
 
 def serve(work: str) -> None:

@@ -80,10 +80,16 @@ def audit(
 
 
 @app.command()
-def privacy(path: Annotated[Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")]) -> None:
-    """Compose what was spent on a sensitive set, from its ledger."""
-    from privimage.privacy.show import show
+def privacy(
+    path: Annotated[Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")],
+    budget: Annotated[float | None, typer.Option(min=0, help="replace the budget that the ledger holds by this epsilon")] = None,
+    delta: Annotated[float, typer.Option(min=0, max=1, help="delta of the new budget")] = 1e-5,
+) -> None:
+    """Compose what was spent on a sensitive set, from its ledger; or set the budget of all runs on it."""
+    from privimage.privacy.show import set_budget, show
 
+    if budget is not None:
+        set_budget(path, budget, delta)
     show(path)
 
 

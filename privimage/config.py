@@ -75,7 +75,7 @@ class Privacy(Section):
         "aes-ctr", description="generator of the Gaussian noise; insecure-philox is fast and not cryptographic"
     )
     insecure_fixed_key: int | None = Field(None, ge=0, description="tests only: derive all noise from this number; nothing is private then")
-    ledger: Path | None = Field(None, description="folder of the ledgers, one a sensitive set; unset: `ledgers` beside the run directory")
+    ledger: Path | None = Field(None, description="folder of the ledgers, one a sensitive set; unset: privimage/ledgers in the user's state directory")
     budget: Budget | None = Field(None, description="refuse a run that would exceed this total for the sensitive set")
 
 

@@ -10,9 +10,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Curves:
-    """Scalars and pictures of one stage that has done `step` steps; does nothing on ranks other than the main one."""
+    """Scalars and pictures of one stage that has done `step` steps; does nothing on ranks other than the main one.
 
-    def __init__(self, folder: Path, stage: str, step: int, shown: bool):
+    Where the time of a step depends on sensitive data (`timed` false), points carry the number of their step in place of their time.
+    """
+
+    def __init__(self, folder: Path, stage: str, step: int, shown: bool, timed: bool = True):
+        self.timed = timed
         # What a killed run wrote of later steps is replaced; the point of `step` itself is kept.
         self.writer = SummaryWriter(str(folder / stage), purge_step=step + 1) if shown else None
 
@@ -20,14 +24,17 @@ class Curves:
         """Points of several curves at `step`."""
         if self.writer:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, step, walltime=self._time(step))
 
     def images(self, step: int, name: str, images: Tensor) -> None:
         """A grid of uint8 images (N, C, H, W)."""
         if self.writer:
             from torchvision.utils import make_grid
 
-            self.writer.add_image(name, make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5)), pad_value=64), step)
+            self.writer.add_image(name, make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5)), pad_value=64), step, walltime=self._time(step))
+
+    def _time(self, step: int) -> float | None:
+        return None if self.timed else float(step)
 
     def text(self, name: str, text: str) -> None:
         """A text, shown as it stands."""

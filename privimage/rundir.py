@@ -15,7 +15,8 @@ from privimage.config import Config, parse
 from privimage.errors import UserError
 from privimage.methods import Method
 
-FREE = ("runtime.", "slurm.", "data.workers", "run.")  # may change between the stages of one run: they change no result and no promise
+# May change between the stages of one run: they change no result and no promise.
+FREE = ("runtime.", "slurm.", "data.workers", "run.", "privacy.ledger", "privacy.budget")
 # The plan couples these with the query: they are settled when the first stage draws from sensitive data.
 PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copies", "finetune.max_grad_norm", "match.features", "evolve.iterations")
 
@@ -32,7 +33,12 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({error.strerror}); what was there before is kept, make room and run again") from None
-    folder = os.open(path.parent, os.O_RDONLY)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -1,8 +1,10 @@
 """What all tests share: the data beside the repository, root, one thread a process, and a tiny configuration."""
 
+import atexit
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from privimage.distributed.preemption import SIGNALS, stop
 from privimage.rundir import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="privimage-state-")  # no test writes into a user's ledgers
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 
 
@@ -60,12 +64,12 @@ def tiny_config(tmp_path: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with prepare, query and select finished, with a fixed key, and no evaluation to come."""
-    folder = tmp_path_factory.mktemp("selected") / "run"
-    run_stages(folder, ("prepare", "query", "select"), *SMALL)
-    (folder / "evaluate").mkdir()
-    write_json(folder / "evaluate" / "done.json", {"images": 0})
-    return folder
+    """A run directory with prepare, query and select finished, with a fixed key, and no evaluation to come; its ledger is beside it."""
+    made = tmp_path_factory.mktemp("selected") / "made"
+    run_stages(made, ("prepare", "query", "select"), *SMALL)
+    (made / "evaluate").mkdir()
+    write_json(made / "evaluate" / "done.json", {"images": 0})
+    return made.rename(made.parent / "run")  # copies of it are then runs that have moved
 
 
 @pytest.fixture

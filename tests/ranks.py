@@ -84,7 +84,7 @@ def run_stages(folder: Path, stages: Iterable[str], *overrides: str) -> None:
 def charges(folder: Path) -> tuple[Mechanism, ...]:
     """What the run in `folder` was charged for, from its ledger."""
     account = read_json(folder / "private" / "account.json")
-    return read(Path(account["ledger"])).mechanisms(account["run"])
+    return read(Path(account["ledger"]["path"])).mechanisms(account["run"])
 
 
 def _be_a_rank(script: str, arguments: tuple[str, ...], env: dict[str, str], folder: Path) -> None:

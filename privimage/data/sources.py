@@ -1,7 +1,9 @@
 """Whole image sets in memory, and the sets that a configuration names."""
 
 import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -9,6 +11,8 @@ from privimage.config import Config
 from privimage.data.decode import Source, decoded
 from privimage.data.glyphs import glyph_source
 from privimage.data.readers import EMBEDDED, OWN_TEST_SPLIT, Split, holds_test_split, open_source, without_labels
+from privimage.distributed.agreement import all_the_same
+from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.progress import Progress
 
@@ -17,7 +21,8 @@ from privimage.progress import Progress
 class ImageSet:
     """A whole set in memory: images uint8 (N, C, H, W), labels int64 (N,).
 
-    The fingerprint is that of the content before crop and resize: the same for any order, resolution, file format or labels.
+    `fingerprint` is that of the images before crop and resize: the same for any order, resolution, file format or labels. It names
+    the ledger of the set.
     """
 
     images: np.ndarray
@@ -25,19 +30,34 @@ class ImageSet:
     classes: tuple[str, ...]
     fingerprint: str
 
+    @cached_property
+    def content(self) -> bytes:
+        """SHA-256 of pixels, labels and class names, in order: whatever is computed from the set is a function of it."""
+        shape = json.dumps([self.images.shape, self.classes]).encode()
+        digest = hashlib.sha256(shape)
+        for array in (self.images, self.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.digest()
+
 
 def read(source: Source, resolution: int, channels: int, workers: int, shown: bool = False) -> ImageSet:
-    """Decode all images; `shown` shows a progress bar. Raises UserError that names the first one that does not decode."""
+    """Decode all images; `shown` shows a progress bar. Raises UserError that names the first one that does not decode.
+
+    The order is that of the images' contents, then of their labels: the same for any names of files, and for any order in which a
+    file system lists them.
+    """
     images = np.empty((len(source), channels, resolution, resolution), np.uint8)
-    digests = []
+    digests = [b""] * len(source)
     with Progress("read", len(source), shown=shown) as bar:
         for found in decoded(source, resolution, channels, workers):
             if found.image is None:
                 raise UserError(found.problem)
             images[found.index] = found.image
-            digests.append(found.digest)
+            digests[found.index] = found.digest
             bar.advance()
-    return ImageSet(images, source.labels, source.classes, hashlib.sha256(b"".join(sorted(digests))).hexdigest())
+    order = sorted(range(len(source)), key=lambda index: (digests[index], source.labels[index]))
+    fingerprint = hashlib.sha256(b"".join(digests[index] for index in order)).hexdigest()
+    return ImageSet(images[order], source.labels[order], source.classes, fingerprint)
 
 
 def public_source(config: Config) -> Source:
@@ -57,6 +77,18 @@ def has_test_split(config: Config) -> bool:
     return (
         sensitive.test_path is not None or sensitive.kind in OWN_TEST_SPLIT or (sensitive.path is not None and holds_test_split(sensitive.kind, sensitive.path))
     )
+
+
+def open_sensitive(config: Config, split: Split, world: World, shown: bool = False) -> ImageSet:
+    """`read_sensitive` on all ranks, which must have equal copies of the set: images, labels and classes.
+
+    Two ranks with different copies would take one image into the same sum twice, or two images for one. Raises UserError on all
+    ranks that names those whose copy differs.
+    """
+    found = read_sensitive(config, split, shown)
+    path = config.data.sensitive.path or config.data.sensitive.kind
+    all_the_same(world, found.content, f"data.sensitive: {path}: the {split} images or labels", "copy the set to them again")
+    return found
 
 
 def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSet:

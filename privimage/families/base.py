@@ -78,6 +78,10 @@ class PrivateTraining(ABC):
     losses: ImageLosses
     optimizer: torch.optim.Optimizer  # of `module`
 
+    def seen(self) -> list[Tensor]:
+        """All that the gradients of sensitive images depend on: the tensors of `module`, and those of other networks in the losses."""
+        return list(self.module.state_dict().values())
+
     @abstractmethod
     def after_step(self, step: int) -> dict[str, float]:
         """What follows the `step`-th private update (1, 2, ...) of `module` and sees nothing sensitive but its weights.

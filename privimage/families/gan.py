@@ -194,6 +194,10 @@ class GanPrivate(PrivateTraining):
         self.losses.generator = self.generator.settled(averaged=False)
         return {"generator loss": loss.item()}
 
+    def seen(self) -> list[Tensor]:
+        """See `PrivateTraining`; with the generator of the images that are paired with sensitive ones."""
+        return [*super().seen(), *self.losses.generator.state_dict().values()]
+
     def state(self) -> dict[str, Any]:
         """See `PrivateTraining`."""
         return self.generator.state()

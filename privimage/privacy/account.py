@@ -1,70 +1,99 @@
-"""One run's account: its plan, its key, its identity in the ledger of the sensitive set, and the statement that is released."""
+"""One run's account: its plan, its key, and what it may still draw, as the ledger of the sensitive set has it."""
 
 import math
+import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from privimage.config import Config
+from privimage.data.sources import ImageSet
+from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.privacy import keys
-from privimage.privacy.accounting import Mechanism, epsilon
-from privimage.privacy.attempts import Attempt, arranged, resume_attempt
-from privimage.privacy.ledger import Ledger, charge_name
-from privimage.privacy.optimizer import Ranks
-from privimage.privacy.plan import FinetunePlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
+from privimage.privacy.identity import digest_of
+from privimage.privacy.ledger import Head, Ledger
+from privimage.privacy.plan import FinetunePlan, MechanismPlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
+from privimage.progress import say
 from privimage.rundir import RunDir, read_json, write_json
 
+VERSION = 2  # of account.json
 
-@dataclass(frozen=True)
+Behind = dict[str, list[str]]  # the names of the charges that made something, by stage
+
+
+@dataclass
 class Account:
-    """Opened by each stage that draws outputs from sensitive data, on every rank; only the main rank charges."""
+    """Opened by each stage that draws outputs from sensitive data, on every rank; only the main rank has the ledger."""
 
-    name: str  # the run, in the ledger
+    run: str  # its name in the ledger
     plan: PrivacyPlan
     root: keys.RootKey
-    ledger: Ledger
-    private: bool  # false for methods without noise and for fixed keys: what comes out is then not private
+    private: bool  # false where the present settings add no noise or fix the key
+    ledger: Ledger | None = None
+    path: Path | None = None  # account.json
 
-    def charge(self, mechanism: Mechanism, identity: str) -> None:
-        """Charge one use of a mechanism, before its output is used; the same identity again costs nothing."""
-        if mechanism.noise_multiplier > 0:
-            self.ledger.charge(self.name, mechanism, identity)
+    def charge(self, part: MechanismPlan, name: str, behind: Collection[str] = ()) -> bool:
+        """Charge one use of a mechanism, before its output is used, on the main rank; false if the run has used up what was planned.
 
-    def charged(self, mechanism: Mechanism, without: Iterable[str] = ()) -> int:
-        """How often this run has been charged for `mechanism`, leaving out the charges with the identities in `without`."""
-        left_out = {charge_name(self.name, identity) for identity in without}
-        charges = self.ledger.read().charges.items()
-        return sum(run == self.name and m.single == mechanism.single and name not in left_out for name, (run, m) in charges)
+        `name` is `charge_name` of all that the output depends on: the same again costs nothing. `behind` are the charges of this part
+        that made what the run goes on from.
+        """
+        if not part.mechanism.noise_multiplier:
+            return True
+        assert self.ledger is not None  # the main rank charges
+        allowed = self.ledger.charge(self.run, part.stage, part.mechanism.single, name, part.mechanism.count, behind)
+        self.keep_head()
+        return allowed
 
-    def charge_step(self, attempt: int, step: int) -> None:
-        """Charge one step of the training, before its output is used; a replay of it in the same attempt costs nothing."""
-        self.charge(self.plan.training.mechanism.single, self._step_identity(attempt, step))
+    def charge_once(self, part: MechanismPlan, name: str, world: World, directory: Path) -> None:
+        """Charge the only use of a mechanism; all ranks call it together. Raises UserError on all of them if there was another use before."""
+        if not world.broadcast_object(self.charge(part, name) if world.is_main else None):
+            raise UserError(
+                f"{directory}: the {part.name} of this run was drawn before, and what came out of it is lost or was made otherwise;"
+                " another would cost more than was promised: choose another run.dir"
+            )
 
-    def arrangement(self, config: Config, world: Ranks, inputs: Iterable[Path] = ()) -> dict:
-        """What the training's outputs depend on beside the sensitive set; see `attempts.arranged`. All ranks call it together."""
-        tree = config.model_dump(mode="json", exclude={"run", "slurm", "synthesize", "evaluate"})
-        tree["runtime"] = {name: tree["runtime"][name] for name in ("seed", "precision")}
-        tree["data"].pop("workers")
-        return arranged(world, self.root, tree, inputs)
+    def require_known(self, behind: Mapping[str, Collection[str]], made: Path, world: World) -> None:
+        """Refuse to go on from what charges have made that are not in the ledger; all ranks call it together.
 
-    def resume_training(self, path: Path, arrangement: dict, step: int) -> Attempt:
-        """The attempt in which the training goes on from a checkpoint at `step`; `path` keeps the attempts of the run."""
-        planned = self.plan.training.mechanism
+        `behind` are the names of the charges, by stage, and `made` is the file. Raises UserError on all ranks: what comes of it could
+        never be released.
+        """
+        lost = 0
+        if world.is_main and self.private and self.ledger is not None:
+            charges = self.ledger.spent.charges
+            lost = sum(name not in charges for names in behind.values() for name in names)
+        if lost := world.broadcast_object(lost):
+            raise UserError(
+                f"{made}: {lost} of the charges that made it are not in the ledger of the sensitive set, so nothing that comes of it could"
+                " be released; bring back that ledger, or choose another run.dir"
+            )
 
-        def charged_elsewhere(number: int) -> int:
-            return self.charged(planned, without=(self._step_identity(number, at) for at in range(planned.count)))
+    def keep_head(self) -> None:
+        """Keep what the run knows of its ledger, so that an older copy of it would be seen."""
+        assert self.ledger is not None and self.path is not None  # the main rank keeps it
+        kept = read_json(self.path)
+        if kept["ledger"]["digest"] != self.ledger.head.digest:
+            write_json(self.path, kept | {"ledger": kept["ledger"] | self.ledger.head.to_dict()})
 
-        return resume_attempt(path, arrangement, step, planned.count, charged_elsewhere)
 
-    def _step_identity(self, attempt: int, step: int) -> str:
-        return f"step|{self.root.name}|{attempt}|{step}"
+def charge_name(root: keys.RootKey, *depends_on: bytes) -> bytes:
+    """The name of a charge, 16 bytes, from all that the output depends on; without the key it tells nothing of that."""
+    return root.derive("charge", digest_of(*depends_on).hex(), length=16)
+
+
+def merged(*behind: Mapping[str, Collection[str]]) -> Behind:
+    """All charges behind several things, by stage, each once."""
+    stages = dict.fromkeys(stage for one in behind for stage in one)
+    return {stage: list(dict.fromkeys(name for one in behind for name in one.get(stage, ()))) for stage in stages}
 
 
 def ledger_folder(config: Config) -> Path:
-    """Where the ledgers are kept: shared by all runs, beside the run directory unless told otherwise."""
-    return config.privacy.ledger or config.run.dir.parent / "ledgers"
+    """Where the ledgers are kept: one folder for all runs of a user, unless told otherwise (XDG base directories)."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return (config.privacy.ledger or state / "privimage" / "ledgers").absolute()
 
 
 def key_path(run: RunDir) -> Path:
@@ -72,44 +101,100 @@ def key_path(run: RunDir) -> Path:
     return run.private / "root.key"
 
 
-def open_account(config: Config, run: RunDir, fingerprint: str, count: int, broadcast: Callable, is_main: bool) -> Account:
-    """Open, or open again, the account of a run on a sensitive set of `count` images with the given fingerprint.
+def account_path(run: RunDir) -> Path:
+    """Where the plan of a run is kept, its name in the ledger, and what it knows of that."""
+    return run.private / "account.json"
 
-    The plan is made once, announced in the ledger against the set's budget, and kept. `broadcast` gives all ranks the main
-    rank's object. Raises UserError on all ranks if the set is another one than before or the budget would be exceeded.
+
+def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World) -> Account:
+    """Open, or open again, the account of a run on a sensitive set; all ranks call it together.
+
+    The plan is made once, announced in the ledger against the set's budget, and kept. Raises UserError on all ranks if the set is
+    another one than before, if the budget would be exceeded, or if the ledger is not the one that the run knows.
     """
+    own: Account | None = None
     result: Account | UserError | None = None
-    if is_main:
+    if world.is_main:
         try:
-            result = _open(config, run, fingerprint, count)
+            own = _open(config, run, sensitive.fingerprint, len(sensitive.images))
+            result = Account(own.run, own.plan, own.root, own.private)
         except UserError as error:
             result = error
-    result = broadcast(result)
+    result = world.broadcast_object(result)
     if isinstance(result, UserError):
         raise result
-    return result
+    assert result is not None  # the main rank's
+    return own or result
 
 
 def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
-    ledger = Ledger(ledger_folder(config), fingerprint)
-    path, private = run.private / "account.json", config.spec.private
+    path, kept, folder = account_path(run), None, ledger_folder(config)
     if path.exists():
-        kept = read_json(path)
+        kept = read_account(path)
         if kept["fingerprint"] != fingerprint:
             raise UserError(f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir")
-        plan = plan_from_dict(kept["plan"])
+        ledger = Ledger(folder, fingerprint, known_head(kept))
     else:
-        plan = make_plan(config, count) if private else plan_without_noise(config, count)
-        kept = {"run": secrets.token_hex(8), "fingerprint": fingerprint, "ledger": str(ledger.path.resolve()), "plan": plan.to_dict()}
-        write_json(path, kept)
+        _no_older_ledger(config, folder, fingerprint)
+        ledger = Ledger(folder, fingerprint)
+    if kept is not None and (original := _original(run, kept["run"], ledger)) is not None:
+        kept = _apart(run, kept, original)
+    if kept is None:
+        plan = make_plan(config, count) if config.spec.private else plan_without_noise(config, count)
+        kept = {"version": VERSION, "run": secrets.token_hex(8), "fingerprint": fingerprint, "plan": plan.to_dict()}
+    plan = plan_from_dict(kept["plan"])
+    budget = (config.privacy.budget.epsilon, config.privacy.budget.delta) if config.privacy.budget else None
+    announced = {part.stage: part.mechanism for part in plan.parts} if config.spec.private else {}
+    with ledger.announced(kept["run"], announced, budget, plan.accountant):
+        write_json(path, kept | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
+    ledger.place(kept["run"], run.path.resolve())
     fixed = config.privacy.insecure_fixed_key
-    root = keys.open_root(key_path(run)) if fixed is None else keys.insecure_fixed(fixed)
-    if private:
-        budget = config.privacy.budget
-        ledger.announce(kept["run"], plan.mechanisms, (budget.epsilon, budget.delta) if budget else None, plan.accountant)
-    if not private or fixed is not None:
+    if not config.spec.private or fixed is not None:
         ledger.not_private(kept["run"])
-    return Account(kept["run"], plan, root, ledger, private and fixed is None)
+    root = keys.open_root(key_path(run)) if fixed is None else keys.insecure_fixed(fixed)
+    account = Account(kept["run"], plan, root, config.spec.private and fixed is None, ledger, path)
+    account.keep_head()
+    return account
+
+
+def read_account(path: Path) -> dict:
+    """What account.json holds. Raises UserError for one of an older version, whose steps cannot be proven from its ledger."""
+    kept = read_json(path)
+    if kept.get("version") != VERSION:
+        raise UserError(f"{path}: made by an older version, whose steps cannot be told apart in the ledger; choose another run.dir")
+    return kept
+
+
+def known_head(kept: dict) -> Head:
+    """What the account of a run knows of its ledger."""
+    head = kept["ledger"]
+    return Head(head["ledger"], head["entries"], head["size"], head["digest"])
+
+
+def _no_older_ledger(config: Config, folder: Path, fingerprint: str) -> None:
+    """What older versions kept beside the run directory must not be forgotten."""
+    name = f"{fingerprint[:32]}.jsonl"
+    older = config.run.dir.parent / "ledgers" / name
+    if older.exists() and not (folder / name).exists():
+        raise UserError(f"{older}: an older version kept the ledger of this set here; move it to {folder}, or name its folder in privacy.ledger")
+
+
+def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
+    """The directory that this one is a copy of: where the ledger knows the run, if another directory with it is there."""
+    known = ledger.spent.places.get(name)
+    if known is None or not Path(known).is_dir() or Path(known).samefile(run.path):
+        return None
+    try:
+        return Path(known) if read_json(account_path(RunDir(Path(known)))).get("run") == name else None
+    except UserError:
+        return None
+
+
+def _apart(run: RunDir, kept: dict, original: Path) -> dict:
+    """Make a copy a run of its own: with a name and a key of its own, and the charges behind what it goes on from."""
+    say(f"{run.path}: a copy of {original}, which is a run of its own from here on; what both began with counts for both")
+    keys.replace(key_path(run))
+    return kept | {"run": secrets.token_hex(8), "copy_of": kept["run"]}
 
 
 def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
@@ -118,52 +203,3 @@ def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
     finetune = FinetunePlan(count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, config.noise_copies)
     query = QueryPlan(config.select.per_image, 0.0) if config.spec.pretraining == "selected" else None
     return PrivacyPlan(math.inf, 1.0, config.privacy.accountant, query, finetune)
-
-
-def statement(config: Config, account: Account, versions: dict[str, str]) -> dict:
-    """What PRIVACY.json says: from the ledger, not from the plan. Raises UserError if the ledger lacks what was used."""
-    plan, settings = account.plan, config.privacy
-    head = {"method": config.method, "private": account.private, "neighbours": "add or remove one image", "accountant": plan.accountant}
-    tail = {"noise_source": settings.noise_source, "cryptographic_noise": settings.noise_source != "insecure-philox", "versions": versions}
-    if not account.private:
-        why = "a fixed key was used" if config.spec.private else "this method adds no noise"
-        return head | {"epsilon": None, "delta": None, "reason": f"not private: {why}", "mechanisms": []} | tail
-    for part in plan.parts:
-        if account.charged(part.mechanism) < 1:
-            raise UserError(f"{account.ledger.path}: the {part.name} of this run is not in the ledger; what came out of it must not be released")
-    used = account.ledger.read().mechanisms(account.name)
-    spent = epsilon(used, plan.delta, plan.accountant)
-    return (
-        head
-        | {"epsilon": round(math.ceil(spent * 1e4) / 1e4, 4), "delta": plan.delta, "promised_epsilon": plan.epsilon}
-        | {"mechanisms": [_described(m, plan) for m in used]}
-        | tail
-    )
-
-
-def _described(used: Mechanism, plan: PrivacyPlan) -> dict:
-    part = next(part for part in plan.parts if part.mechanism.single == used.single)
-    common = {"noise_multiplier": used.noise_multiplier, "sample_rate": used.sample_rate, "count": used.count}
-    return {"name": part.name, "mechanism": used.kind} | part.parameters | common
-
-
-def statement_for_people(said: dict) -> str:
-    """PRIVACY.md: the same in words."""
-    if not said["private"]:
-        return f"# Not private\n\nThis data set is **{said['reason']}**. Do not share it as if it protected anyone.\n"
-    lines = [
-        "# What this data set promises\n",
-        f"It was made by {said['method']} under **({said['epsilon']:g}, {said['delta']:g})-differential privacy** (accountant: {said['accountant']}).",
-        "Whether any single image was in the sensitive set or not changes the probability of anything that could be learned from",
-        f"this folder by a factor of at most e^{said['epsilon']:g}, but for a probability of {said['delta']:g}.",
-        "Neighbouring sets differ by adding or removing one image; a person with several images is protected less.\n",
-        "What was drawn from the sensitive set:\n",
-        *(
-            f"- {m['name']}: {m['mechanism']}, noise multiplier {m['noise_multiplier']:g}, sample rate {m['sample_rate']:.6g}, {m['count']} times"
-            for m in said["mechanisms"]
-        ),
-        f"\nNoise: {said['noise_source']}"
-        + ("." if said["cryptographic_noise"] else " - not a cryptographic generator: whoever can guess its state can subtract the noise."),
-        "\nThe promise covers this folder alone. Other releases from the same sensitive set add to it; the owner's ledger keeps the sum.\n",
-    ]
-    return "\n".join(lines)

@@ -15,27 +15,24 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
-from opacus.utils.batch_memory_manager import BatchMemoryManager
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from privimage.config import Config
 from privimage.distributed.world import World, connect
 from privimage.errors import UserError
 from privimage.privacy.accounting import Mechanism, epsilon, profile
 from privimage.privacy.batching import physical_batch_size
+from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS
 from privimage.privacy.keys import RootKey
-from privimage.privacy.noise import NoiseStream, bit_generator
-from privimage.privacy.optimizer import PrivateOptimizer
+from privimage.privacy.noise import bit_generator
 from privimage.privacy.plan import FinetunePlan, PrivacyPlan, make_plan
-from privimage.privacy.sampling import PoissonBatches
 from privimage.progress import Progress
 
 EPSILONS = 40 * np.linspace(0, 1, 401) ** 2  # where a trade-off curve is touched by its lines: more closely near 0
@@ -128,6 +125,38 @@ def _largest(holds: Callable[[float], bool], start: float, step: float, floor: f
     return low
 
 
+class Canaries(Dataset):
+    """Those that take part: int64 (m,); a batch is the canaries alone, and an empty one is a batch."""
+
+    def __init__(self, present: Tensor):
+        self.present = present
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor]:
+        return (self.present[indices],)
+
+
+class CanaryLosses:
+    """The loss of a canary: its coordinate, so steep that its gradient is much longer than the clipping bound."""
+
+    def __init__(self, plan: FinetunePlan, device: torch.device):
+        self.plan, self.device = plan, device
+
+    def draw(self, canaries: Tensor, seed: int) -> tuple[Tensor]:
+        """Canaries int64 (B,) with K copies each, (B, K); there is nothing to draw."""
+        return (canaries.to(self.device)[:, None].expand(-1, self.plan.noise_copies),)
+
+    def probe(self, count: int) -> tuple[Tensor]:
+        """What `draw` gives for the first `count` canaries."""
+        return self.draw(torch.arange(count), seed=0)
+
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
+        """Canaries (n,) -> losses (n,)."""
+        return LENGTH * self.plan.max_grad_norm * module(tensors[0]).flatten()
+
+
 def play(config: Config, plan: FinetunePlan, canaries: int, root: RootKey, world: World, noise_factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """One run of the private training on those canaries whose coin says so, its noise multiplied by `noise_factor`.
 
@@ -138,32 +167,24 @@ def play(config: Config, plan: FinetunePlan, canaries: int, root: RootKey, world
     coins = bit_generator(source, root.derive("audit coins")).random_raw(canaries) < np.uint64(1 << 63)
     module = nn.Embedding(canaries, 1, device=world.device)
     nn.init.zeros_(module.weight)
-
-    def losses(module: nn.Module, canary: Tensor) -> Tensor:
-        return LENGTH * plan.max_grad_norm * module(canary).flatten()
-
-    def copied(canary: Tensor) -> Tensor:
-        return canary.to(world.device)[:, None].expand(-1, plan.noise_copies)
-
-    physical = physical_batch_size(config.finetune, module, losses, lambda count: (copied(torch.arange(count)),), world.device, world.size)
-    gradients = GRADIENTS[config.finetune.gradients](module)
-    noise = NoiseStream(root, source, canaries, plan.rank_deviation(world.size) * noise_factor, world.rank, 0)
-    descent = torch.optim.SGD(module.parameters(), lr=1.0)
-    optimizer = PrivateOptimizer(descent, plan, world, noise, 0, charge=lambda step: None, stop_requested=lambda: False)
-    present = cast(Dataset[int], np.flatnonzero(coins).tolist())  # a list has all that a loader asks of a data set
-    batches = PoissonBatches(root, source, 0, int(coins.sum()), plan.sample_rate, range(plan.steps), world.rank, world.size)
-    loader = DataLoader(present, batch_sampler=batches, collate_fn=torch.tensor)
-    label = "audit" if noise_factor == 1 else f"audit, noise x {noise_factor:g}"
-    with (
-        Progress(label, plan.steps, shown=world.is_main) as bar,
-        BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer) as physical_batches,
-    ):
-        for batch in physical_batches:
-            if len(batch):
-                gradients.backward(losses, copied(batch))
-            if optimizer.step():
-                bar.advance()
-    noise.close()
+    losses = CanaryLosses(plan, world.device)
+    physical = physical_batch_size(config.finetune, module, losses, losses.probe, world.device, world.size)
+    steps = PrivateSteps(
+        plan,
+        GRADIENTS[config.finetune.gradients](module, filled_to=physical),
+        losses,
+        torch.optim.SGD(module.parameters(), lr=1.0),
+        Canaries(torch.from_numpy(np.flatnonzero(coins))),
+        world,
+        Randomness(root, source, b"audit"),
+        physical=physical,
+        charge=lambda name: True,
+        state=lambda: [module.weight],
+        noise_factor=noise_factor,
+    )
+    with Progress("audit" if noise_factor == 1 else f"audit, noise x {noise_factor:g}", plan.steps, shown=world.is_main) as bar:
+        for _ in steps:
+            bar.advance()
     # Descent by steps of 1 has led from 0 to minus the sum of what was released, divided by the expected batch.
     return coins, -module.weight.detach().flatten().double().cpu().numpy() * plan.logical_batch_size
 

@@ -45,7 +45,7 @@ def insecure_fixed(number: int) -> RootKey:
 def open_root(path: Path) -> RootKey:
     """The key kept in `path`; a new one from the operating system if there is none. Raises UserError for a damaged file."""
     if not path.exists():
-        write_whole(path, os.urandom(32))
+        replace(path)
     path.chmod(0o600)
     secret = path.read_bytes()
     if len(secret) != 32:
@@ -53,11 +53,19 @@ def open_root(path: Path) -> RootKey:
     return RootKey(secret)
 
 
+def replace(path: Path) -> None:
+    """Put a new key in place of one; that of another name for the same file (a hard link) stays as it is."""
+    write_whole(path, os.urandom(32))
+    path.chmod(0o600)
+
+
 def destroy(path: Path) -> None:
     """Overwrite and remove a key. What was released stays as private as it is; nobody can subtract its noise any more."""
-    if path.exists():
+    if not path.exists():
+        return
+    if path.stat().st_nlink == 1:  # a hard link is the key of a copy of the run
         with open(path, "r+b") as file:
             file.write(os.urandom(32))
             file.flush()
             os.fsync(file.fileno())
-        path.unlink()
+    path.unlink()

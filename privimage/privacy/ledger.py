@@ -1,76 +1,115 @@
 """What was ever spent on one sensitive set: an append-only file of JSON lines, fsynced before an output is used.
 
-A line is a *plan* (what a run is going to do, written before it starts), or a *charge* (one use of a mechanism, written
-before its output is used). Charges with the same identity are replays of the same computation with the same noise and
-count once.
+The first line is the identity of the ledger. Then each line is a *plan* (what a run is going to do, written before it starts), a
+*charge* (one use of a mechanism, written before its output is used), a *budget* (of all runs on the set; the last one holds), a run
+that is *not private*, or the *place* of a run's directory. A charge is named by everything its output depends on, so the same
+computation with the same noise has one charge, whichever run or copy of a run does it.
+
 A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism that its run had announced
 and not yet charged in full; if it does not tell its run, of every run's.
+
+A run knows the ledger that it has written to by its `Head`. A file that is missing, or does not begin as the run knows it, is refused.
 """
 
 import fcntl
 import hashlib
 import json
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Iterator
+import secrets
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from privimage.errors import UserError
 from privimage.privacy.accounting import Mechanism, epsilon
+from privimage.privacy.spent import Reader, Spent
+from privimage.rundir import fsync_folder
 
 
 @dataclass(frozen=True)
-class Spent:
-    """The contents of a ledger, read back. Before the first plan nothing can have been released, and a torn line costs nothing."""
+class Head:
+    """What a run knows of its ledger: its identity, and how it began when the run last looked, as a number of bytes and their digest."""
 
-    charges: dict[str, tuple[str, Mechanism]]  # identity -> (run, mechanism with count 1)
-    plans: dict[str, tuple[Mechanism, ...]]  # run -> what it announced
-    not_private: frozenset[str]  # runs that used the set without noise
-    torn: int = 0
+    ledger: str
+    entries: int
+    size: int
+    digest: str
 
-    def mechanisms(self, run: str | None = None) -> tuple[Mechanism, ...]:
-        """What was charged, of one run or of all, equal mechanisms added up."""
-        counts = Counter(m for r, m in self.charges.values() if run is None or r == run)
-        return tuple(Mechanism(m.noise_multiplier, m.sample_rate, n) for m, n in sorted(counts.items(), key=lambda item: repr(item[0])))
-
-    def promised(self, without: str) -> tuple[Mechanism, ...]:
-        """What all runs but one have charged or announced, whichever is more: an unfinished run may still go on."""
-        total: list[Mechanism] = []
-        for run in dict.fromkeys([*self.plans, *(r for r, _ in self.charges.values())]):
-            if run == without:
-                continue
-            charged = {(m.noise_multiplier, m.sample_rate): m.count for m in self.mechanisms(run)}
-            for planned in self.plans.get(run, ()):
-                kind = (planned.noise_multiplier, planned.sample_rate)
-                charged[kind] = max(charged.get(kind, 0), planned.count)
-            total += [Mechanism(*kind, count) for kind, count in charged.items()]
-        return tuple(total)
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)
 
 
 class Ledger:
     """The ledger of the sensitive set with the given fingerprint, in `folder`, shared by all runs on that set."""
 
-    def __init__(self, folder: Path, fingerprint: str):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def __init__(self, folder: Path, fingerprint: str, head: Head | None = None):
+        """`head` is what the run knows of the ledger; None begins one where there is none. Raises UserError for a folder that cannot be made."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UserError(f"privacy.ledger: {folder}: cannot be made ({error.strerror})") from None
         self.path = folder / f"{fingerprint[:32]}.jsonl"
+        self._head, self._reader = head, Reader()
+        with self._locked(create=head is None) as handle:
+            if self._reader.spent.identity is None:
+                self._append(handle, {"ledger": secrets.token_hex(8)})
+                fsync_folder(folder)
+
+    @property
+    def head(self) -> Head:
+        """What the ledger held when it was last looked at."""
+        assert self._head is not None  # the constructor looks
+        return self._head
+
+    @property
+    def spent(self) -> Spent:
+        """All that was ever charged or announced here. Raises UserError for a ledger that is not the known one any more."""
+        with self._locked():
+            return self._reader.spent
 
     @contextmanager
-    def _locked(self) -> Iterator[int]:
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    def _locked(self, create: bool = False) -> Iterator[int]:
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0), 0o600)
+        except OSError as error:
+            raise UserError(self._refusal("missing" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})")) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            self._catch_up(handle)
             yield handle
         finally:
             os.close(handle)
 
-    def _append(self, handle: int, entry: dict) -> None:
-        size = os.fstat(handle).st_size
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-        line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
+    def _catch_up(self, handle: int) -> None:
+        """Read what others have written since; refuse a file that does not begin with what is known."""
+        data = _whole(handle)
+        if data and not data.endswith(b"\n"):
+            self._write(handle, b"\n")  # the end of a torn line: nobody else is writing now
+            data += b"\n"
+        if self._head is not None:
+            begun = data[: self._head.size]
+            if len(begun) < self._head.size:
+                raise UserError(self._refusal("shorter than this run knows it, as an older copy is"))
+            if hashlib.sha256(begun).hexdigest() != self._head.digest:
+                raise UserError(self._refusal("another one than this run has written to"))
+        self._reader.feed(data[self._reader.size :])
+        self._know(data)
+
+    def _know(self, data: bytes) -> None:
+        identity = self._reader.spent.identity
+        if identity is not None:
+            self._head = Head(identity, self._reader.lines, len(data), hashlib.sha256(data).hexdigest())
+
+    def _refusal(self, problem: str) -> str:
+        known = f"with identity {self._head.ledger} and its {self._head.entries} lines or more" if self._head else ""
+        return (
+            f"{self.path}: the ledger of the sensitive set is {problem}; bring back the file {known}, or name its folder in privacy.ledger:"
+            " without it nothing that this run has drawn can be proven, and nothing is released"
+        )
+
+    def _write(self, handle: int, line: bytes) -> None:
         try:
             if os.write(handle, line) != len(line):
                 raise OSError(28, "no space left")
@@ -78,99 +117,100 @@ class Ledger:
         except OSError as error:
             raise UserError(f"{self.path}: the ledger could not be written ({error.strerror}); nothing was released, make room and run again") from None
 
-    def read(self) -> Spent:
-        """All that was ever charged or announced here."""
-        return read(self.path) if self.path.exists() else Spent({}, {}, frozenset())
+    def _append(self, handle: int, entry: dict) -> None:
+        self._write(handle, json.dumps(entry).encode() + b"\n")
+        self._catch_up(handle)
 
-    def announce(self, run: str, plan: tuple[Mechanism, ...], budget: tuple[float, float] | None, accountant: str) -> None:
-        """Write down what `run` is going to do, before it starts.
+    @contextmanager
+    def announced(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> Iterator[None]:
+        """Write down what `run` is going to do, by part, before it starts; what is done inside happens only if it may do so.
 
-        `budget` is (epsilon, delta) for everything ever done on this set. Raises UserError if this run, with all that others
-        have charged or announced, would exceed it.
+        `budget` is (epsilon, delta) for everything ever done on this set; it is kept in the ledger and holds for all runs, whether they
+        name it or not. Raises UserError if this run, with all that others have charged or announced, would exceed it, or if another
+        budget is kept already.
         """
         with self._locked() as handle:
-            spent = self.read()
-            if budget is not None:
-                limit, delta = budget
-                total = epsilon((*spent.promised(without=run), *_more(spent.mechanisms(run), plan)), delta, accountant)
-                if spent.not_private or total > limit:
-                    told = "infinite, since a run without noise used it" if spent.not_private else f"{total:.4g}"
-                    raise UserError(f"privacy.budget: with this run epsilon on the sensitive set would be {told}, more than {limit:g} (ledger {self.path})")
-            if spent.plans.get(run) != plan:
-                self._append(handle, {"run": run, "plan": [_pack(m) for m in plan]})
+            spent = self._reader.spent
+            if budget is not None and spent.budget is not None and budget != spent.budget:
+                raise UserError(
+                    f"privacy.budget: {told(budget)} is not the one that the ledger of the set holds, {told(spent.budget)}; whoever owns the"
+                    f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
+                )
+            self._within(run, plan, budget or spent.budget, accountant)
+            yield
+            if budget is not None and spent.budget is None:
+                self._append(handle, {"budget": list(budget)})
+            if spent.plans.get(run) != dict(plan):
+                self._append(handle, {"run": run, "plan": {part: _pack(m) for part, m in plan.items()}})
 
-    def charge(self, run: str, mechanism: Mechanism, identity: str) -> None:
-        """Charge one use of `mechanism` before its output is used. A charge of the same identity again costs nothing.
+    def _within(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> None:
+        if budget is None:
+            return
+        limit, delta = budget
+        spent = self._reader.spent
+        total = epsilon(spent.promised(run, plan), delta, accountant)
+        if spent.not_private or total > limit:
+            sum_told = "infinite, since a run without noise used it" if spent.not_private else f"{total:.4g}"
+            raise UserError(f"privacy.budget: with this run epsilon on the sensitive set would be {sum_told}, more than {limit:g} (ledger {self.path})")
 
-        `identity` names everything on which the output depends (key, step, ranks, software): two uses may share it only if
-        they are the same computation with the same noise.
+    def charge(self, run: str, part: str, mechanism: Mechanism, name: str, limit: int, behind: Collection[str] = ()) -> bool:
+        """Charge one use of `mechanism` before its output is used; false if the run may not use it any more, and nothing was written.
+
+        `name` tells everything on which the output depends: a name that is here already is the same output, and costs nothing. A new one
+        is written if the run has fewer than `limit` charges of this part, counting those `behind` what it goes on from.
         """
         with self._locked() as handle:
-            self._append(handle, {"run": run, "charge": charge_name(run, identity), "mechanism": _pack(mechanism)})
+            charges = self._reader.spent.charges
+            if name in charges:
+                return True
+            own = {known for known, charge in charges.items() if charge.run == run and charge.part == part}
+            if len(own | set(behind)) >= limit:
+                return False
+            self._append(handle, {"run": run, "charge": name, "part": part, "mechanism": _pack(mechanism)})
+            return True
 
     def not_private(self, run: str) -> None:
         """Write down that `run` uses the set without noise: what it makes must not be shared."""
         with self._locked() as handle:
-            if run not in self.read().not_private:
+            if run not in self._reader.spent.not_private:
                 self._append(handle, {"run": run, "not_private": True})
 
+    def place(self, run: str, path: Path) -> None:
+        """Write down where the directory of `run` is."""
+        with self._locked() as handle:
+            if self._reader.spent.places.get(run) != str(path):
+                self._append(handle, {"run": run, "place": str(path)})
 
-def charge_name(run: str, identity: str) -> str:
-    """The name under which a charge is kept; it tells nothing of the identity."""
-    return hashlib.sha256(f"{run}|{identity}".encode()).hexdigest()[:32]
+    def set_budget(self, budget: tuple[float, float]) -> None:
+        """Replace the budget of the set: a decision of whoever owns the data."""
+        with self._locked() as handle:
+            if self._reader.spent.budget != budget:
+                self._append(handle, {"budget": list(budget)})
+
+
+def told(budget: tuple[float, float]) -> str:
+    """A budget in words."""
+    return f"epsilon {budget[0]:g} at delta {budget[1]:g}"
+
+
+def _whole(handle: int) -> bytes:
+    size, parts, at = os.fstat(handle).st_size, [], 0
+    while at < size and (part := os.pread(handle, size - at, at)):
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)
 
 
 def _pack(mechanism: Mechanism) -> list:
     return [mechanism.noise_multiplier, mechanism.sample_rate, mechanism.count]
 
 
-def _more(charged: tuple[Mechanism, ...], plan: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
-    """The plan of a run and what it has charged already, whichever is more of each mechanism."""
-    counts = {(m.noise_multiplier, m.sample_rate): m.count for m in charged}
-    for m in plan:
-        kind = (m.noise_multiplier, m.sample_rate)
-        counts[kind] = max(counts.get(kind, 0), m.count)
-    return tuple(Mechanism(*kind, count) for kind, count in counts.items())
-
-
-def _open_mechanisms(plan: tuple[Mechanism, ...], charged: list[Mechanism]) -> list[Mechanism]:
-    """Single uses of those mechanisms of a plan that are not charged in full: what a torn line may have been."""
-    return [single for m in plan if charged.count(single := Mechanism(m.noise_multiplier, m.sample_rate)) < m.count]
-
-
-def _cost(mechanism: Mechanism) -> float:
-    """An order of cost for single uses: the Gaussian-DP parameter of the sampled mechanism at its central limit."""
-    exponent = min(mechanism.noise_multiplier**-2, 700.0)
-    return mechanism.sample_rate * math.sqrt(math.expm1(exponent))
-
-
 def read(path: Path) -> Spent:
-    """Read a ledger file. Raises UserError for a missing file or for a whole line that is no entry."""
+    """Read a ledger file. Raises UserError for a missing file."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    charges: dict[str, tuple[str, Mechanism]] = {}
-    plans: dict[str, tuple[Mechanism, ...]] = {}
-    not_private: set[str] = set()
-    torn = 0
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        try:
-            entry = json.loads(line)
-            run = entry["run"]
-            if "plan" in entry:
-                plans[run] = tuple(Mechanism(*m) for m in entry["plan"])
-            elif "not_private" in entry:
-                not_private.add(run)
-            else:
-                charges[entry["charge"]] = (run, Mechanism(*entry["mechanism"]))
-        except (ValueError, KeyError, TypeError):
-            torn += 1
-            writer = re.match(rb'{"run": "([^"]*)"', line)
-            for run in [writer[1].decode()] if writer else list(plans):
-                still_open = _open_mechanisms(plans.get(run, ()), [m for r, m in charges.values() if r == run])
-                if still_open:
-                    charges[f"torn line {number} {run}"] = (run, max(still_open, key=_cost))
-    return Spent(charges, plans, frozenset(not_private), torn)
+    reader = Reader()
+    reader.feed(data)
+    return reader.spent

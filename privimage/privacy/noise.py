@@ -5,8 +5,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from privimage.privacy.keys import RootKey
-
 CHUNK = 1 << 19  # numbers drawn at once, so that the float64 scratch stays in the cache
 
 
@@ -39,32 +37,28 @@ def gaussian(source: str, key: bytes, size: int, standard_deviation: float) -> n
 
 
 class NoiseStream:
-    """The noise of one rank for each private step, drawn one step ahead in a thread of its own.
+    """The noise of one rank for the private steps, drawn in a thread of its own while the gradients are computed.
 
-    `size` numbers a step of standard deviation `standard_deviation`; the stream of a (step, rank, attempt) is always the same.
+    `size` numbers a step of standard deviation `standard_deviation`, from the step's key.
     """
 
-    def __init__(self, root: RootKey, source: str, size: int, standard_deviation: float, rank: int, attempt: int):
-        self.root, self.source, self.size, self.standard_deviation = root, source, size, standard_deviation
-        self.rank, self.attempt = rank, attempt
+    def __init__(self, source: str, size: int, standard_deviation: float):
+        self.source, self.size, self.standard_deviation = source, size, standard_deviation
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="noise")
-        self.ahead: dict[int, Future] = {}
+        self.drawn: Future[np.ndarray] | None = None
 
-    def _draw(self, step: int) -> torch.Tensor:
-        key = self.root.derive("finetune noise", self.attempt, step, self.rank)
-        return torch.from_numpy(gaussian(self.source, key, self.size, self.standard_deviation))
+    def prepare(self, key: bytes) -> None:
+        """Begin to draw the noise of a step from its key, 32 bytes that no other step has."""
+        self.drawn = self.worker.submit(gaussian, self.source, key, self.size, self.standard_deviation)
 
-    def prepare(self, step: int) -> None:
-        """Begin to draw the noise of `step` while the gradients are being computed."""
-        if step not in self.ahead:
-            self.ahead[step] = self.worker.submit(self._draw, step)
-
-    def take(self, step: int) -> torch.Tensor:
-        """The noise of `step`: float64 (size,) on the CPU."""
-        self.prepare(step)
-        return self.ahead.pop(step).result()
+    def take(self) -> torch.Tensor:
+        """The noise of the step that was prepared, once: float64 (size,) on the CPU."""
+        if self.drawn is None:
+            raise RuntimeError("no noise was prepared: the same noise is never given twice")
+        noise, self.drawn = self.drawn.result(), None
+        return torch.from_numpy(noise)
 
     def close(self) -> None:
-        """Forget what was drawn ahead."""
+        """Forget what was drawn."""
         self.worker.shutdown(wait=True, cancel_futures=True)
-        self.ahead.clear()
+        self.drawn = None

@@ -6,30 +6,15 @@ its own stream; the total is the sum over the whole logical batch plus noise of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
+from privimage.distributed.agreement import Ranks
 from privimage.privacy.gradients import clip_and_sum_
 from privimage.privacy.noise import NoiseStream
 from privimage.privacy.plan import FinetunePlan
-
-
-class Ranks(Protocol):
-    """What the optimizer needs of the ranks."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def all_reduce_(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -47,8 +32,8 @@ class StepFigures:
 class PrivateOptimizer(DPOptimizer):
     """Opacus' optimizer with the clipping, noise and synchronisation of this project; works under BatchMemoryManager.
 
-    `step` returns true when a logical batch was completed; `figures` then tells what was counted. `charge(step)` is called
-    before the all-reduce, so that nothing is used that is not in the ledger.
+    `step` returns true when a logical batch was completed; `figures` then tells what was counted. Whoever drives it has charged the
+    step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
     """
 
     FIGURES = 6
@@ -59,8 +44,6 @@ class PrivateOptimizer(DPOptimizer):
         plan: FinetunePlan,
         world: Ranks,
         noise: NoiseStream | None,
-        first_step: int,
-        charge: Callable[[int], None],
         stop_requested: Callable[[], bool],
     ):
         super().__init__(
@@ -69,15 +52,12 @@ class PrivateOptimizer(DPOptimizer):
             max_grad_norm=plan.max_grad_norm,
             expected_batch_size=plan.logical_batch_size,
         )
-        self.world, self.noise, self.charge, self.stop_requested = world, noise, charge, stop_requested
-        self.next_step = first_step
+        self.world, self.noise, self.stop_requested = world, noise, stop_requested
         self.size = sum(p.numel() for p in self.params)
         self.gradient_sum = torch.zeros(self.size, device=world.device, dtype=torch.float64)
         # What the ranks exchange: the noised sum, and behind it the figures, which are outside the noised part.
         self.flat = torch.zeros(self.size + self.FIGURES, device=world.device)
         self.figures: StepFigures | None = None
-        if noise is not None:
-            noise.prepare(first_step)
 
     def count_losses(self, losses: Tensor) -> None:
         """Add the losses (B,) of a physical batch to the private figures."""
@@ -98,10 +78,8 @@ class PrivateOptimizer(DPOptimizer):
 
     def add_noise(self) -> None:
         """Add this rank's noise to its sum, and all ranks' noised sums together."""
-        self.charge(self.next_step)
         if self.noise is not None:
-            self.gradient_sum += self.noise.take(self.next_step).to(self.gradient_sum.device)
-            self.noise.prepare(self.next_step + 1)
+            self.gradient_sum += self.noise.take().to(self.gradient_sum.device)
         self.flat[: self.size] = self.gradient_sum
         self.flat[self.size] = float(self.stop_requested())
         self.world.all_reduce_(self.flat)
@@ -124,7 +102,6 @@ class PrivateOptimizer(DPOptimizer):
             return False
         self.add_noise()
         self.scale_grad()
-        self.next_step += 1
         return True
 
     def step(self, closure=None) -> bool:

@@ -7,8 +7,9 @@ from rich.table import Table
 
 from privimage.errors import UserError
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.ledger import Spent, read
+from privimage.privacy.ledger import Ledger, read, told
 from privimage.privacy.plan import plan_from_dict
+from privimage.privacy.spent import Spent
 from privimage.rundir import read_json
 
 DELTA = 1e-5  # for a ledger on its own, which has no delta
@@ -22,16 +23,27 @@ def show(path: Path) -> None:
     console = Console(highlight=False)
     if (path / "private" / "account.json").exists():
         account = read_json(path / "private" / "account.json")
-        delta, spent = plan_from_dict(account["plan"]).delta, read(Path(account["ledger"]))
+        ledger = account["ledger"]["path"] if account.get("version") else account["ledger"]  # before version 2 the path alone
+        delta, spent = plan_from_dict(account["plan"]).delta, read(Path(ledger))
         _compose(console, f"run {path}", spent, account["run"], delta)
         _compose(console, "all runs on its sensitive set", spent, None, delta)
-        console.print(f"ledger: {account['ledger']}")
+        console.print(f"ledger: {ledger}")
     elif path.is_file():
         _compose(console, f"ledger {path}", read(path), None, DELTA)
     elif path.is_dir():
         raise UserError(f"{path}: no run that has begun to use sensitive data (private/account.json is missing)")
     else:
         raise UserError(f"{path}: no such run directory or ledger")
+
+
+def set_budget(path: Path, epsilon: float, delta: float) -> None:
+    """Write a budget for everything that is ever computed on a sensitive set into its ledger file, in place of the one there.
+
+    Raises UserError for a path that is no ledger.
+    """
+    if not path.is_file() or path.suffix != ".jsonl" or read(path).identity is None:
+        raise UserError(f"{path}: no ledger; a budget is set on the file that `privimage privacy RUN` names")
+    Ledger(path.parent, path.stem).set_budget((epsilon, delta))
 
 
 def _compose(console: Console, title: str, spent: Spent, run: str | None, delta: float) -> None:
@@ -47,5 +59,7 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     if spent.torn:
         console.print(f"{spent.torn} torn lines, from crashes in the middle of a write, are counted as spent")
     loud = spent.not_private if run is None else spent.not_private & {run}
+    if run is None and spent.budget is not None:
+        console.print(f"budget of all runs: {told(spent.budget)}")
     if loud:
         console.print(f"[bold]not private:[/] {len(loud)} run(s) used the set without noise or with a fixed key; their output is covered by nothing")

@@ -12,7 +12,7 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.curves import memory, points
-from privimage.data.sources import ImageSet, has_test_split, read_sensitive
+from privimage.data.sources import ImageSet, has_test_split, open_sensitive
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
@@ -61,8 +61,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     # what may be wrong with the settings is found before the long work
     extractor = fidelity.choose(settings.features, settings.inception_weights)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
-    train = read_sensitive(config, "train")
-    test = read_sensitive(config, "test") if has_test_split(config) else None
+    train = open_sensitive(config, "train", world)
+    test = open_sensitive(config, "test", world) if has_test_split(config) else None
     if test and test.classes != train.classes[: len(test.classes)]:
         shown = [", ".join(classes[:5]) for classes in (test.classes, train.classes)]
         raise UserError(f"data.sensitive.test_path: its classes ({shown[0]}, ...) are not those of the training images ({shown[1]}, ...)")

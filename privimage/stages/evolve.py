@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.curves import Curves, memory
+from privimage.curves import Curves
 from privimage.data.sensitive import ImageDraws
-from privimage.data.sources import ImageSet, read_sensitive
+from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.families.evolution import Population
 from privimage.models.edm import to_unit
-from privimage.privacy.account import Account, open_account
+from privimage.privacy.account import Account, charge_name, open_account
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.histogram import noisy_histogram
+from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import EvolvePlan
 from privimage.progress import Progress
 from privimage.public_set import load_query
@@ -30,53 +31,57 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
     The first generation comes from the public model alone, each further one from the chances that the last histogram gave. Writes
     evolve/weights.pt: the last generation, its chances and the public model, from which `synthesize` draws. How near the images are goes
-    to private/tensorboard.
+    to private/tensorboard. Raises UserError if the run has used up its histograms, and what they made is lost.
     """
-    sensitive = read_sensitive(config, "train")
-    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
+    sensitive = open_sensitive(config, "train", world)
+    account = open_account(config, run, sensitive, world)
     plan = account.plan.training
     assert isinstance(plan, EvolvePlan)  # this stage belongs to methods with one
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     population = _population(config, run, world, max(n_classes, 1))
     voters = Voters(config, run, world, sensitive)
 
-    file, step = run.stage("evolve") / "checkpoint.pt", 0
+    file, step, charges = run.stage("evolve") / "checkpoint.pt", 0, []
     if (state := checkpoint.load(file, world.device)) is not None:
         population.load_state_dict(population.state_dict() | state["population"])
-        step = state["step"]
-    inputs = [run.stage("pretrain") / "weights.pt", run.stage("query") / "network.pt"]
-    arrangement = account.arrangement(config, world, inputs)
-    attempt = world.broadcast_object(account.resume_training(run.private / "attempts.json", arrangement, step) if world.is_main else None)
-    if not step and not attempt.last:
-        raise UserError(f"{run.path}: all histograms of this run were charged, and lost before they were kept; choose another run.dir")
-    curves = Curves(run.tensorboard, "evolve", step, world.is_main)
+        step, charges = state["step"], state["charges"]
+        account.require_known({plan.stage: charges}, file, world)
+    own = {"stage": "evolve", "plan": account.plan.to_dict()}
+    digest = computation(world, account.root, sensitive.content, config, own, [digest_of_tensors(voters.network.state_dict().values())])
+    curves = Curves(run.tensorboard, "evolve", step, world.is_main, timed=False)
     private_curves = Curves(run.private / "tensorboard", "evolve", step, world.is_main)
-    with Progress("evolve", attempt.last, step, world.is_main) as bar:
-        while step < attempt.last:
+    with Progress("evolve", plan.iterations, step, world.is_main) as bar:
+        while step < plan.iterations:
             population.images, population.public = _generation(population, step, config, world)
+            name = charge_name(account.root, digest, step.to_bytes(8, "big"), digest_of_tensors([population.images])).hex()
+            if not world.broadcast_object(account.charge(plan, name, charges) if world.is_main else None):
+                break
+            charges.append(name)
             votes, distance = voters.vote(population)
             if world.is_main:
-                account.charge_step(attempt.number, step)
-                key = account.root.derive("evolve noise", attempt.number, step)
+                key = account.root.derive("evolve noise", name, digest_of_tensors([votes, voters.rows]).hex())
                 rows, members = population.chances.shape
                 counts = noisy_histogram(votes, voters.rows, rows, members, plan, config.privacy.noise_source, key)
             noisy = torch.from_numpy(world.broadcast_object(counts if world.is_main else None)).to(world.device)
             population.chances = chances(noisy, config.evolve.threshold * plan.standard_deviation)
             step += 1
             bar.advance()
-            curves.scalars(step, _figures(account, population, replace(plan.mechanism, count=plan.iterations - (attempt.last - step)), world))
+            curves.scalars(step, _figures(account, population, replace(plan.mechanism, count=step), world))
             curves.images(step, "population", population.images[:10, :10].flatten(0, 1))
             private_curves.scalars(step, {"mean distance of a vote": distance})
             curves.flush()
             private_curves.flush()
             if world.is_main:
-                checkpoint.save(file, {"population": population.state(), "step": step})
+                checkpoint.save(file, {"population": population.state(), "step": step, "charges": charges})
     curves.close()
     private_curves.close()
+    if not step:
+        raise UserError(f"{run.path}: all histograms of this run were drawn before, and what they made is lost; choose another run.dir")
     if world.is_main:
         known = {"n_classes": n_classes, "classes": list(sensitive.classes), "public_classes": population.public_classes}
-        checkpoint.save(run.stage("evolve") / "weights.pt", {"ema": population.state_dict()} | known)
-    return {"images": step * len(sensitive.images), "iterations": step, "attempts": attempt.number + 1, "population": population.public.numel()}
+        made = {"steps": step, "charges": {"evolve": charges}}
+        checkpoint.save(run.stage("evolve") / "weights.pt", {"ema": population.state_dict()} | known | made)
+    return {"images": step * len(sensitive.images), "iterations": step, "population": population.public.numel()}
 
 
 def _population(config: Config, run: RunDir, world: World, rows: int) -> Population:
@@ -144,7 +149,7 @@ class Voters:
 
 def _figures(account: Account, population: Population, charged: Mechanism, world: World) -> dict[str, float]:
     """What noisy counts alone tell, and what they cost."""
-    shown = {"memory": memory(world.device), "images with votes": float((population.chances > 0).sum())}
+    shown = {"images with votes": float((population.chances > 0).sum())}
     if account.private and world.is_main:
         shown["epsilon"] = epsilon((charged,), account.plan.delta, account.plan.accountant, 1e-3)
     return shown

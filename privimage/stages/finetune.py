@@ -1,14 +1,12 @@
 """Fine-tune the generator on the sensitive set with DP-SGD."""
 
 from dataclasses import replace
-
-from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch.utils.data import DataLoader
+from typing import Any
 
 from privimage.config import Config
-from privimage.curves import Curves, memory
+from privimage.curves import Curves
 from privimage.data.sensitive import SensitiveSet
-from privimage.data.sources import read_sensitive
+from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -16,137 +14,165 @@ from privimage.errors import Stopped, UserError
 from privimage.families import family
 from privimage.families.base import PrivateTraining
 from privimage.models import parameters
-from privimage.privacy.account import Account, open_account
+from privimage.privacy.account import Account, Behind, merged, open_account
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.attempts import Attempt, kept_arrangement
 from privimage.privacy.batching import physical_batch_size
+from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
-from privimage.privacy.noise import NoiseStream
-from privimage.privacy.optimizer import PrivateOptimizer
-from privimage.privacy.sampling import PoissonBatches
+from privimage.privacy.identity import computation
+from privimage.privacy.optimizer import StepFigures
 from privimage.progress import Progress
-from privimage.rundir import RunDir
+from privimage.rundir import RunDir, read_json, write_json
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
     """T private steps: Poisson sample, per-image gradients averaged over an image's copies, clip, sum, noise, update.
 
-    Writes finetune/weights.pt with the averaged generator. Losses and clipping rates go to private/tensorboard.
+    Writes finetune/weights.pt with the averaged generator, the number of steps and the charges that made it. Losses and clipping rates
+    go to private/tensorboard. Raises UserError if the run has used up its steps, and what they made is lost.
     """
     settings = config.finetune
-    sensitive = read_sensitive(config, "train")
-    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
+    sensitive = open_sensitive(config, "train", world)
+    account = open_account(config, run, sensitive, world)
     plan = account.plan.finetune
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
-    training = _training(config, run, world, n_classes)
-    data = SensitiveSet(sensitive.images, sensitive.labels, world.device)
+    training, behind = _training(config, run, world, n_classes)
+    account.require_known(behind, run.path / "pretrain" / "weights.pt", world)
 
-    file, step = run.stage("finetune") / "checkpoint.pt", 0
-    state = checkpoint.load(file, world.device)
-    step = state["step"] if state else 0
-    module, losses = training.module, training.losses
-    physical = world.broadcast_object(physical_batch_size(settings, module, losses, losses.probe, world.device, world.size))
-    gradients, attempt = _arranged(config, run, world, account, training, physical, step)
-    if state:
-        module.load_state_dict(state["module"])
+    # What was done before: the last checkpoint, with the charges that made it.
+    file, first = run.stage("finetune") / "checkpoint.pt", 0
+    if (state := checkpoint.load(file, world.device)) is not None:
+        first, behind = state["step"], merged(behind, state["charges"])
+        account.require_known(behind, file, world)
+        training.module.load_state_dict(state["module"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.load(state)
 
-    source = config.privacy.noise_source
-    deviation = plan.rank_deviation(world.size)
-    size = parameters(module)
-    noise = NoiseStream(account.root, source, size, deviation, world.rank, attempt.number) if deviation else None
-
-    def charge(at: int) -> None:
-        if world.is_main:
-            account.charge_step(attempt.number, at)
-
-    private_optimizer = PrivateOptimizer(training.optimizer, plan, world, noise, step, charge, lambda: stop.requested)
-    steps = range(step, attempt.last)
-    batches = PoissonBatches(account.root, source, attempt.number, plan.count, plan.sample_rate, steps, world.rank, world.size)
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=lambda batch: batch)
-    curves = Curves(run.tensorboard, "finetune", step, world.is_main)
-    private_curves = Curves(run.private / "tensorboard", "finetune", step, world.is_main)
-    before = (account.plan.query.mechanism,) if account.plan.query else ()
-    with (
-        Progress("finetune", attempt.last, step, world.is_main) as bar,
-        BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=private_optimizer) as physical_batches,
-    ):
-        for images, labels, indices in physical_batches if steps else ():
-            if len(images):
-                seed = int.from_bytes(account.root.derive("finetune draws", attempt.number, step, length=8), "big")
-                private_optimizer.count_losses(gradients.backward(losses, *losses.draw(images, labels, indices, seed)))
-            if not private_optimizer.step():
-                continue
-            step += 1
+    steps = _steps(config, run, world, account, training, sensitive, behind, first)
+    watched = _Curves(config, run, world, account, first)
+    with Progress("finetune", plan.steps, first, world.is_main) as bar:
+        for figures in steps:
+            step = steps.step
+            behind.setdefault(plan.stage, []).append(steps.name)
             bar.advance()
-            figures = private_optimizer.figures
-            assert figures is not None  # a logical batch was completed
-            shown = training.after_step(step) | {"memory": memory(world.device), "learning rate": settings.learning_rate}
-            if account.private and (step % max(1, plan.steps // 20) == 0 or step == attempt.last) and world.is_main:
-                charged = replace(plan.mechanism, count=plan.steps - (attempt.last - step))
-                shown["epsilon"] = epsilon((*before, charged), account.plan.delta, account.plan.accountant, 1e-3)
-            curves.scalars(step, shown)
-            private_curves.scalars(
-                step,
-                {
-                    "loss": figures.loss_sum / max(figures.images, 1),
-                    "clipped": figures.clipped / max(figures.images, 1),
-                    "non-finite": figures.non_finite,
-                    "images": figures.images,
-                    "mean norm": figures.norm_sum / max(figures.images, 1),
-                    "images per second": bar.rate * plan.logical_batch_size,
-                },
-            )
-            if step % settings.checkpoint_every == 0 or step == attempt.last or figures.stop:
-                curves.flush()
-                private_curves.flush()
-                state = training.state() | {"module": module.state_dict(), "optimizer": training.optimizer.state_dict(), "step": step}
+            watched.add(step, training.after_step(step), figures, bar.rate)
+            if step % settings.checkpoint_every == 0 or step == plan.steps or figures.stop:
+                watched.flush()
+                own = {"module": training.module.state_dict(), "optimizer": training.optimizer.state_dict(), "step": step, "charges": behind}
+                state = training.state() | own
                 if world.is_main:
                     checkpoint.save(file, state)
-            if figures.stop and step < attempt.last:
-                if noise:
-                    noise.close()
-                curves.close()
-                private_curves.close()
-                raise Stopped(f"finetune: saved at step {step} of {attempt.last}")
-    if noise:
-        noise.close()
+            if figures.stop and step < plan.steps:
+                watched.close()
+                raise Stopped(f"finetune: saved at step {step} of {plan.steps}")
+    watched.close()
+    if not steps.step:
+        raise UserError(f"{run.path}: all private steps of this run were made before, and what they made is lost; choose another run.dir")
     if world.is_main:
-        checkpoint.save(run.stage("finetune") / "weights.pt", {"ema": training.weights(), "n_classes": n_classes, "classes": list(sensitive.classes)})
-    curves.close()
-    private_curves.close()
-    return {"images": step * plan.logical_batch_size, "steps": step, "attempts": attempt.number + 1, "physical_batch_size": physical, "parameters": size}
+        known = {"n_classes": n_classes, "classes": list(sensitive.classes), "steps": steps.step, "charges": behind}
+        checkpoint.save(run.stage("finetune") / "weights.pt", {"ema": training.weights()} | known)
+    images, size = steps.step * plan.logical_batch_size, parameters(training.module)
+    return {"images": images, "steps": steps.step, "physical_batch_size": steps.physical, "parameters": size}
 
 
-def _training(config: Config, run: RunDir, world: World, n_classes: int) -> PrivateTraining:
-    """The networks with the pretrained weights, or fresh ones for methods without pretraining."""
+def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tuple[PrivateTraining, Behind]:
+    """The networks with the pretrained weights, and the charges behind those; fresh ones for methods without pretraining."""
     kind = family(config)
     if config.spec.pretraining == "none":
-        return kind.private_training(config, n_classes, world, None)
+        return kind.private_training(config, n_classes, world, None), {}
     run.require("pretrain")
     path = run.stage("pretrain") / "weights.pt"
     pretrained = checkpoint.required(path, "pretrain", world.device)
     try:
-        return kind.private_training(config, n_classes, world, pretrained)
+        return kind.private_training(config, n_classes, world, pretrained), dict(pretrained["charges"])
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _arranged(
-    config: Config, run: RunDir, world: World, account: Account, training: PrivateTraining, physical: int, step: int
-) -> tuple[PerImageGradients, Attempt]:
-    """The gradients' way through each layer and the attempt to go on with: the same on all ranks."""
-    path, way = run.private / "attempts.json", config.finetune.gradients
-    own = {"physical_batch_size": physical}
-    inputs = [] if config.spec.pretraining == "none" else [run.stage("pretrain") / "weights.pt"]
-    arrangement = account.arrangement(config, world, inputs) | own
-    kept = kept_arrangement(path) if world.is_main else {}
-    same = {name: value for name, value in kept.items() if name != "backends"} == arrangement
-    filled_to = physical if world.device.type == "cuda" else min(physical, 2)  # on a CPU only the kernels for one image differ
-    gradients = GRADIENTS[way](training.module, world.broadcast_object(kept["backends"] if same else {}), filled_to)
+def _steps(
+    config: Config, run: RunDir, world: World, account: Account, training: PrivateTraining, sensitive: ImageSet, behind: Behind, first: int
+) -> PrivateSteps:
+    """The private steps from number `first` on."""
+    settings, plan, losses = config.finetune, account.plan.finetune, training.losses
+    physical = world.broadcast_object(physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size))
+    gradients, digest = _gradients(config, run, world, account, training, sensitive, physical)
+
+    def charge(name: str) -> bool:
+        return account.charge(plan, name, behind.get(plan.stage, ()))
+
+    return PrivateSteps(
+        plan,
+        gradients,
+        losses,
+        training.optimizer,
+        SensitiveSet(sensitive.images, sensitive.labels, world.device),
+        world,
+        Randomness(account.root, config.privacy.noise_source, digest),
+        physical=physical,
+        charge=charge,
+        state=training.seen,
+        first=first,
+        stop_requested=lambda: stop.requested,
+    )
+
+
+def _gradients(
+    config: Config, run: RunDir, world: World, account: Account, training: PrivateTraining, sensitive: ImageSet, physical: int
+) -> tuple[PerImageGradients, bytes]:
+    """Per-image gradients, and the digest of all that a step depends on beside its weights.
+
+    The way through each convolution is the fastest one; what was found is kept, so that a restart repeats its predecessor to the bit.
+    """
+
+    def digest(**more: dict) -> bytes:
+        own: dict[str, Any] = {"stage": "finetune", "plan": account.plan.to_dict(), "physical_batch_size": physical} | more
+        return computation(world, account.root, sensitive.content, config, own)
+
+    path, without = run.stage("finetune") / "kernels.json", digest().hex()
+    kept = read_json(path) if world.is_main and path.exists() else {}
+    found = world.broadcast_object(kept["backends"] if kept.get("computation") == without else {})
+    gradients = GRADIENTS[config.finetune.gradients](training.module, found, filled_to=physical)
     gradients.backward(training.losses, *training.losses.probe(physical))  # finds the fastest way for each layer that has none yet
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()
-    attempt = account.resume_training(path, arrangement | {"backends": gradients.choices}, step) if world.is_main else None
-    return gradients, world.broadcast_object(attempt)
+    if world.is_main and kept.get("computation") != without:
+        write_json(path, {"computation": without, "backends": gradients.choices})
+    return gradients, digest(backends=gradients.choices)
+
+
+class _Curves:
+    """Public curves, of which the plan alone decides what they show and when, and the private ones."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, account: Account, first: int):
+        self.account, self.plan, self.learning_rate = account, account.plan.finetune, config.finetune.learning_rate
+        self.shown = world.is_main
+        self.public = Curves(run.tensorboard, "finetune", first, world.is_main, timed=False)
+        self.private = Curves(run.private / "tensorboard", "finetune", first, world.is_main)
+
+    def add(self, step: int, figures: dict[str, float], sensitive: StepFigures, rate: float) -> None:
+        """Points of all curves after a step; `figures` are computed from the noised weights, `rate` is in steps a second."""
+        shown = figures | {"learning rate": self.learning_rate}
+        if self.shown and self.account.private and (step % max(1, self.plan.steps // 20) == 0 or step == self.plan.steps):
+            parts = [replace(part.mechanism, count=step) if part is self.plan else part.mechanism for part in self.account.plan.parts]
+            shown["epsilon"] = epsilon(parts, self.account.plan.delta, self.account.plan.accountant, 1e-3)
+        self.public.scalars(step, shown)
+        images = max(sensitive.images, 1)
+        private = {
+            "loss": sensitive.loss_sum / images,
+            "clipped": sensitive.clipped / images,
+            "non-finite": sensitive.non_finite,
+            "images": sensitive.images,
+            "mean norm": sensitive.norm_sum / images,
+            "images per second": rate * self.plan.logical_batch_size,
+        }
+        self.private.scalars(step, private)
+
+    def flush(self) -> None:
+        """Bring all points to the disk."""
+        self.public.flush()
+        self.private.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.public.close()
+        self.private.close()

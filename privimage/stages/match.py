@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from privimage.config import Config
-from privimage.data.sources import ImageSet, read_sensitive
+from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -17,10 +18,11 @@ from privimage.families.base import image_shape, public_seed
 from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
-from privimage.privacy.account import Account, open_account
+from privimage.privacy.account import Account, charge_name, open_account
 from privimage.privacy.embedding import embedding_sum, noisy_mean_embedding
+from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import MatchPlan
-from privimage.rundir import RunDir, write_array
+from privimage.rundir import RunDir, write_arrays
 from privimage.training import train
 
 BLOCK = 256  # images whose features are computed at once: the same on any number of ranks
@@ -29,15 +31,16 @@ BLOCK = 256  # images whose features are computed at once: the same on any numbe
 def run(config: Config, run: RunDir, world: World) -> dict:
     """The noisy embedding, drawn once; then training that sees nothing else of the sensitive set.
 
-    Writes match/embedding.npy, float64 (rows, F), and match/weights.pt with the averaged generator. Raises UserError for a resolution that
-    the generator cannot have.
+    Writes match/embedding.npz, `embedding` float64 (rows, F) and the `charge` that it cost, and match/weights.pt with the averaged
+    generator. Raises UserError for a resolution that the generator cannot have, or if the embedding was drawn before and is lost.
     """
     settings = config.match
-    sensitive = read_sensitive(config, "train")
+    sensitive = open_sensitive(config, "train", world)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     size = family(config).sizes(config, n_classes)["generator"]  # refuses what the generator cannot make, before anything is charged
-    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
-    target = torch.from_numpy(_embedding(config, run, world, account, sensitive, max(n_classes, 1)))
+    account = open_account(config, run, sensitive, world)
+    embedding, charge = _embedding(config, run, world, account, sensitive, max(n_classes, 1))
+    target = torch.from_numpy(embedding)
     generator = MatchedGenerator(config, n_classes, world, _features(config, world, torch.float32), target.float().to(world.device))
 
     def steps(first: int) -> Iterator[None]:
@@ -47,29 +50,29 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
     train("match", settings, settings.batch_size, generator, steps, run, world)
     if world.is_main:
-        weights = {"ema": generator.settled(averaged=True).state_dict(), "n_classes": n_classes, "classes": list(sensitive.classes)}
-        checkpoint.save(run.stage("match") / "weights.pt", weights)
+        known = {"n_classes": n_classes, "classes": list(sensitive.classes), "steps": 1, "charges": {"match": [charge]}}
+        checkpoint.save(run.stage("match") / "weights.pt", {"ema": generator.settled(averaged=True).state_dict()} | known)
     return {"images": settings.steps * settings.batch_size, "steps": settings.steps, "features": settings.features, "parameters": size}
 
 
-def _embedding(config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int) -> np.ndarray:
-    """The noisy mean embedding (rows, F): the one that is there, or the only one that is ever drawn. The ranks share the features."""
-    path, plan = run.stage("match") / "embedding.npy", account.plan.training
+def _embedding(config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int) -> tuple[np.ndarray, str]:
+    """The noisy mean embedding (rows, F), the one that is there or the only one that is ever drawn, and the name of its charge."""
+    path, plan = run.stage("match") / "embedding.npz", account.plan.training
     assert isinstance(plan, MatchPlan)  # this stage belongs to methods with one
     if not world.broadcast_object(path.exists()):
+        own = {"stage": "match", "plan": account.plan.to_dict(), "rows": rows}
+        name = charge_name(account.root, computation(world, account.root, sensitive.content, config, own)).hex()
         total = _sum_over_ranks(config, world, sensitive, rows)
-        arrangement = account.arrangement(config, world)
-        attempt = world.broadcast_object(account.resume_training(run.private / "attempts.json", arrangement, 0) if world.is_main else None)
-        if not attempt.last:
-            raise UserError(f"{run.path}: the embedding of this run was charged, and lost before it was kept; choose another run.dir")
+        account.charge_once(plan, name, world, run.path)
         if world.is_main:
-            account.charge_step(attempt.number, 0)
-            key = account.root.derive("match noise", attempt.number)
-            write_array(path, noisy_mean_embedding(total, plan, config.privacy.noise_source, key))
+            key = account.root.derive("match noise", name, digest_of_tensors([total]).hex())
+            embedding = noisy_mean_embedding(total, plan, config.privacy.noise_source, key)
+            write_arrays(path, {"embedding": embedding, "charge": np.array(name)})
         world.barrier()
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with np.load(path, allow_pickle=False) as file:
+            return file["embedding"], str(file["charge"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         raise UserError(f"{path}: damaged, and charged already; choose another run.dir") from None
 
 

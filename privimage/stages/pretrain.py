@@ -11,18 +11,20 @@ from privimage.distributed import checkpoint
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
+from privimage.privacy.account import Behind, merged
 from privimage.public_set import public_labels, public_semantics
-from privimage.rundir import RunDir
+from privimage.rundir import RunDir, read_json, write_json
 from privimage.training import train
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Train the method's family on the stream of public images.
 
-    Writes pretrain/weights.pt with `raw` and `ema` weights and the number of classes they know.
+    Writes pretrain/weights.pt with `raw` and `ema` weights, the number of classes they know, and the charges behind the selection.
     """
     settings, seed = config.pretrain, config.runtime.seed
     path, indices, labels, n_classes = pretraining_set(config, run)
+    behind = _charges(config, run, world)
     batch_size = -(-settings.batch_size // world.size)
     training = family(config).public_training(config, n_classes, world)
     stream = PublicStream(path, indices, labels, batch_size, world.rank, world.size, world.device, seed, config.data.workers)
@@ -34,9 +36,21 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
     train("pretrain", settings, batch_size * world.size, training, steps, run, world, text=config.to_yaml())
     if world.is_main:
-        checkpoint.save(run.stage("pretrain") / "weights.pt", training.weights() | {"n_classes": n_classes})
+        checkpoint.save(run.stage("pretrain") / "weights.pt", training.weights() | {"n_classes": n_classes, "charges": behind})
         (run.stage("pretrain") / "checkpoint.pt").unlink(missing_ok=True)
     return {"images": settings.steps * batch_size * world.size, "selected": len(indices), "n_classes": n_classes}
+
+
+def _charges(config: Config, run: RunDir, world: World) -> Behind:
+    """The charges behind every selection that this stage has ever trained on, by stage; none for a method without a query."""
+    if config.spec.pretraining != "selected":
+        return {}
+    path = run.stage("pretrain") / "charges.json"
+    if world.is_main:
+        before = read_json(path) if path.exists() else {}
+        write_json(path, merged(before, {"select": np.load(run.stage("select") / "selection.npz")["charges"].tolist()}))
+    world.barrier()
+    return read_json(path)
 
 
 def pretraining_set(config: Config, run: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:

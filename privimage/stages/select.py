@@ -1,20 +1,19 @@
 """Ask the sensitive set, under differential privacy, which public classes resemble it; keep those for pretraining."""
 
-import hashlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.data.sources import ImageSet, read_sensitive
+from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed.blocks import in_blocks
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.models.edm import to_unit
 from privimage.models.semantic import SemanticQuery
-from privimage.privacy.account import open_account
+from privimage.privacy.account import charge_name, open_account
 from privimage.privacy.histogram import noisy_histogram
+from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import QueryPlan
 from privimage.progress import say
 from privimage.public_set import Semantics, load_scores, public_semantics
@@ -25,11 +24,11 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     """Query, add noise, choose; or choose by lot, for a method that is there to be compared with.
 
     Writes select/selection.npz: `counts` float64 (rows, public classes), the noisy histogram, zeros without a query; `assignment`
-    int64 (public classes,), the sensitive class that each public class serves, or -1. Raises UserError if k1 or k2 exceed the
-    public classes.
+    int64 (public classes,), the sensitive class that each public class serves, or -1; `charges`, the names of those in the ledger that
+    the histogram has cost. Raises UserError if k1 or k2 exceed the public classes, or if the run has asked before and the answer is lost.
     """
     settings, public = config.select, public_semantics(config, run)
-    sensitive = read_sensitive(config, "train")
+    sensitive = open_sensitive(config, "train", world)
     rows = len(sensitive.classes) if config.data.sensitive.labelled else 1
     columns = len(public.names)
     if rows * settings.per_class > columns:
@@ -37,14 +36,15 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     if config.spec.pretraining == "random":
         counts = np.zeros((rows, columns))
         scores, told = np.random.default_rng([config.runtime.seed, 3]).random(counts.shape), "drawn by lot, without asking the sensitive images"
-        record = {}
+        record, charges = {}, []
     else:
-        counts, plan = _asked(config, run, world, sensitive, rows, public)
+        counts, plan, charge = _asked(config, run, world, sensitive, rows, public)
+        charges = [charge]
         scores, told = counts, f"noise of {plan.standard_deviation:.3g} votes a bin"
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
         assignment = exclusive_top(scores, settings.per_class)
-        write_arrays(run.stage("select") / "selection.npz", {"counts": counts, "assignment": assignment})
+        write_arrays(run.stage("select") / "selection.npz", {"counts": counts, "assignment": assignment, "charges": np.array(charges, np.str_)})
         chosen = (assignment[public.of_images] >= 0).mean()
         say(f"select: {chosen * len(public.of_images):.0f} of {len(public.of_images)} public images ({100 * chosen:.1f} %), {told}")
         for row in range(min(rows, 20)):
@@ -53,24 +53,28 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     return {"images": len(sensitive.images), **record}
 
 
-def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics) -> tuple[np.ndarray, QueryPlan]:
-    """The noisy histogram (rows, columns), on the main rank; zeros elsewhere."""
+def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics) -> tuple[np.ndarray, QueryPlan, str]:
+    """The noisy histogram (rows, columns), on the main rank, zeros elsewhere; and the name of its charge.
+
+    What is charged depends on nothing that the images vote; the noise does, so that two histograms with one noise cannot be.
+    """
     run.require("query")
     columns, per_image = len(public.names), config.select.per_image
     if per_image > columns:
         raise UserError(f"select.per_image: {per_image} is more than the {columns} {public.kind}")
-    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
+    account = open_account(config, run, sensitive, world)
     plan = account.plan.query
     assert plan is not None  # this stage belongs to methods with a query
-    votes = top_votes(load_scores(config, run, world), sensitive.images, per_image, world)
+    query = load_scores(config, run, world)
+    own = {"stage": "select", "plan": account.plan.to_dict(), "rows": rows, "columns": columns}
+    network = digest_of_tensors([*query.state_dict().values(), *([] if query.centroids is None else [query.centroids])])
+    name = charge_name(account.root, computation(world, account.root, sensitive.content, config, own, [network])).hex()
+    votes = top_votes(query, sensitive.images, per_image, world)
+    account.charge_once(plan, name, world, run.path)
     if not world.is_main:
-        return np.zeros((rows, columns)), plan
-    # A replay has the noise of before if its votes are those of before: two histograms with one noise would show their difference.
-    content = hashlib.sha256(np.ascontiguousarray(votes).tobytes() + sensitive.labels.tobytes()).hexdigest()
-    identity = f"query|{account.root.name}|{account.root.derive('query votes', per_image, content).hex()}"
-    account.charge(plan.mechanism, identity)
-    key = account.root.derive("query noise", identity)
-    return noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key), plan
+        return np.zeros((rows, columns)), plan, name
+    key = account.root.derive("query noise", name, digest_of_tensors([votes, sensitive.labels]).hex())
+    return noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key), plan, name
 
 
 @torch.no_grad()

@@ -12,14 +12,15 @@ from privimage import __version__
 from privimage.config import Config
 from privimage.curves import Curves
 from privimage.data.sensitive import ImageDraws
-from privimage.data.sources import read_sensitive
+from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.families import family
 from privimage.privacy import keys
-from privimage.privacy.account import key_path, open_account, statement, statement_for_people
+from privimage.privacy.account import key_path, open_account
+from privimage.privacy.statement import statement, statement_for_people
 from privimage.progress import Progress
 from privimage.rundir import RunDir, write_array, write_arrays, write_json, write_whole
 
@@ -102,28 +103,38 @@ def _gathered(config: Config, run: RunDir, count: int, n_classes: int, name: str
 
 
 def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
-    """Write release/ from the allow-list, then destroy the key: nobody can subtract the noise any more."""
-    sensitive = read_sensitive(config, "train")
-    account = open_account(config, run, sensitive.fingerprint, len(sensitive.images), world.broadcast_object, world.is_main)
+    """Put release/ together aside, the statement first, and rename it when it is whole; then destroy the key: nobody can subtract the noise any more.
+
+    Raises UserError if the ledger does not hold what made the weights.
+    """
+    sensitive = open_sensitive(config, "train", world)
+    account = open_account(config, run, sensitive, world)
     if not world.is_main:
         return
-    said = statement(config, account, {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()})
+    said = statement(config, account, weights["charges"], weights["steps"], _versions())
     images, labels = _gathered(config, run, config.synthesize.samples, weights["n_classes"], "after")
-    release = run.release
-    for entry in release.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    write_arrays(release / "synthetic.npz", {"images": images, "labels": labels})
+    aside = run.path / ".release.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write_json(aside / "PRIVACY.json", said)
+    write_whole(aside / "PRIVACY.md", statement_for_people(said).encode())
+    write_arrays(aside / "synthetic.npz", {"images": images, "labels": labels})
     if config.synthesize.images:
-        _write_images(release / "images", images, labels)
+        _write_images(aside / "images", images, labels)
     if family(config).trains:
-        _write_model(release / "model.pt", config, weights)
-    write_json(release / "PRIVACY.json", said)
-    write_whole(release / "PRIVACY.md", statement_for_people(said).encode())
-    strangers = sorted(entry.name for entry in release.iterdir() if entry.name not in RELEASED)
-    assert not strangers, f"{release}: {strangers} are not on the allow-list"
+        _write_model(aside / "model.pt", config, weights)
+    strangers = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
+    if strangers:
+        raise RuntimeError(f"{aside}: {strangers} are not on the allow-list of a release")
+    shutil.rmtree(run.release)
+    aside.rename(run.path / "release")
     keys.destroy(key_path(run))
     for name in ("after", "before"):
         shutil.rmtree(run.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    return {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _write_model(path: Path, config: Config, weights: dict) -> None:

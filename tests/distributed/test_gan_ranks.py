@@ -8,19 +8,16 @@ from torch import Tensor
 SCRIPT = """
 import sys
 import torch
-from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
-from torch.utils.data import DataLoader
 from privimage.config import load
 from privimage.data.sensitive import SensitiveSet
 from privimage.distributed.batch_norm import over_ranks
 from privimage.distributed.world import connect
 from privimage.families.gan import GanPrivate, GanPublic
+from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.optimizer import PrivateOptimizer
 from privimage.privacy.plan import FinetunePlan
-from privimage.privacy.sampling import PoissonBatches
 
 # Small steps: rounding grows quickly in a GAN, since Adam makes as much of a gradient near zero as of any other.
 sections = {"pretrain": ("learning_rate=1e-5", "batch_size=12", "discriminator_steps=2"),
@@ -56,22 +53,16 @@ for step in range(4):
 found["losses"] = public.losses()
 found["public"] = public.state()
 
-# Private training without noise: four steps with the sampler, batches and optimizer of fine-tuning, some ranks without an image.
+# Private training without noise: four steps of the private loop, some ranks without an image. Their names leave out the weights, whose
+# rounding depends on the ranks: the samples would.
 private = GanPrivate(config, 10, world, public.weights())
-plan, root = FinetunePlan(60, 5, 4, 0.0, 0.5, 1), insecure_fixed(5)
+plan = FinetunePlan(60, 5, 4, 0.0, 0.5, 1)
 pictures = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=random).numpy()
 data = SensitiveSet(pictures, (torch.arange(60) % 10).numpy(), world.device)
-gradients = FoldedGradients(private.module)
-optimizer = PrivateOptimizer(private.optimizer, plan, world, None, 0, lambda step: None, lambda: False)
-loader = DataLoader(data, batch_sampler=PoissonBatches(root, "aes-ctr", 0, 60, plan.sample_rate, range(4), world.rank, world.size), collate_fn=lambda b: b)
-step = 0
-with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as batches:
-    for pixels, labels, indices in batches:
-        if len(pixels):
-            optimizer.count_losses(gradients.backward(private.losses, *private.losses.draw(pixels, labels, indices, step)))
-        if optimizer.step():
-            step += 1
-            private.after_step(step)
+steps = PrivateSteps(plan, FoldedGradients(private.module), private.losses, private.optimizer, data, world,
+    Randomness(insecure_fixed(5), "aes-ctr", b"test"), physical=2, charge=lambda name: True, state=lambda: [])
+for _ in steps:
+    private.after_step(steps.step)
 moments = {name: private.optimizer.state[p]["exp_avg"] for name, p in private.module.named_parameters()}
 found["private"] = private.state() | {"discriminator": {"module": private.module.state_dict(), "exp_avg": moments}}
 torch.save(found, f"{sys.argv[2]}/{world.size}-{world.rank}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 from privimage.cli import app
 from privimage.config import Config, load
 from privimage.distributed.world import World
-from privimage.privacy import audit
+from privimage.privacy import audit, dpsgd
 from privimage.privacy.accounting import Mechanism, epsilon, profile
 from privimage.privacy.audit import EPSILONS, Finding, TradeOff, refuted
 from privimage.privacy.keys import insecure_fixed
@@ -124,14 +123,22 @@ def config() -> Config:
     return load(TINY, ["runtime.threads=1"])
 
 
-def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(config: Config) -> None:
+def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without noise: its gradient is clipped from 1000 C to C, averaged over its copies, and nothing else touches its coordinate."""
     root, plan = insecure_fixed(1), PLAN.finetune
+    samples: list[np.ndarray] = []
+
+    def spy(*arguments) -> np.ndarray:
+        samples.append(poisson_sample(*arguments))
+        return samples[-1]
+
+    monkeypatch.setattr(dpsgd, "poisson_sample", spy)
     coins, scores = audit.play(config, plan, 100, root, ALONE, noise_factor=0.0)
     present = np.flatnonzero(coins)
+    assert len(samples) == plan.steps and max(sample.max() for sample in samples) < len(present)
     parts = np.zeros(100)
     for step in range(plan.steps):
-        parts[present[poisson_sample(root, "aes-ctr", 0, step, len(present), Fraction(3, 10))]] += 1
+        parts[present[samples[step]]] += 1
     assert np.allclose(scores, parts * plan.max_grad_norm, rtol=1e-4, atol=1e-9)
     assert 30 < len(present) < 70 and parts[present].min() > 0
 
@@ -154,7 +161,7 @@ SCRIPT = """
 import json
 from privimage.config import load
 from privimage.distributed.world import connect
-from privimage.privacy import audit
+from privimage.privacy import audit, dpsgd
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.plan import FinetunePlan
 from ranks import TINY

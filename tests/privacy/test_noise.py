@@ -36,24 +36,28 @@ def test_no_two_numbers_of_a_long_stream_are_equal() -> None:
     assert len(np.unique(draws)) == len(draws)
 
 
-def test_the_stream_of_a_step_is_repeatable_and_differs_by_step_rank_and_attempt() -> None:
-    def first(step: int, rank: int, attempt: int) -> torch.Tensor:
-        stream = NoiseStream(KEY, "aes-ctr", 100, 1.0, rank, attempt)
-        noise = stream.take(step)
-        stream.close()
-        return noise
+def test_the_noise_of_a_key_is_repeatable_and_that_of_another_is_another() -> None:
+    stream = NoiseStream("aes-ctr", 100, 1.0)
 
-    base = first(4, 0, 0)
-    assert torch.equal(base, first(4, 0, 0))
-    for other in (first(5, 0, 0), first(4, 1, 0), first(4, 0, 1)):
+    def noise(*context: int | str) -> torch.Tensor:
+        stream.prepare(KEY.derive("noise", *context))
+        return stream.take()
+
+    base = noise("a", 0)
+    assert torch.equal(base, noise("a", 0))
+    for other in (noise("b", 0), noise("a", 1)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.4
+    stream.close()
 
 
-def test_noise_drawn_ahead_is_the_noise_of_its_step() -> None:
-    ahead, plain = (NoiseStream(KEY, "chacha20", 50, 1.0, 0, 0) for _ in range(2))
-    for step in range(5):
-        ahead.prepare(step + 1)
-    assert all(torch.equal(ahead.take(step), plain.take(step)) for step in range(5))
+def test_noise_is_given_once() -> None:
+    """A step without noise of its own must not go on with that of the step before."""
+    stream = NoiseStream("chacha20", 50, 1.0)
+    stream.prepare(KEY.derive("noise"))
+    stream.take()
+    with pytest.raises(RuntimeError, match="the same noise is never given twice"):
+        stream.take()
+    stream.close()
 
 
 def test_derived_keys_do_not_collide() -> None:

@@ -7,21 +7,20 @@ import pytest
 from scipy import stats
 
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.sampling import PoissonBatches, poisson_sample
+from privimage.privacy.sampling import poisson_sample, share
 
 KEY = insecure_fixed(7)
 
 
-def sample(step: int, count: int = 5000, rate: Fraction = Fraction(3, 10), attempt: int = 0) -> np.ndarray:
-    return poisson_sample(KEY, "aes-ctr", attempt, step, count, rate)
+def sample(step: int, count: int = 5000, rate: Fraction = Fraction(3, 10), name: str = "a") -> np.ndarray:
+    return poisson_sample("aes-ctr", KEY.derive("sample", name, step), count, rate)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_shares_of_all_ranks_are_the_global_sample(size: int) -> None:
-    shares = [list(PoissonBatches(KEY, "aes-ctr", 0, 1000, Fraction(1, 10), range(50), rank, size)) for rank in range(size)]
     for step in range(50):
-        together = sorted(index for share in shares for index in share[step])
-        assert together == sample(step, 1000, Fraction(1, 10)).tolist()
+        whole = sample(step, 1000, Fraction(1, 10))
+        assert sorted(index for rank in range(size) for index in share(whole, rank, size)) == whole.tolist()
 
 
 def test_sizes_are_binomial_and_images_are_equally_likely() -> None:
@@ -41,13 +40,12 @@ def test_the_sizes_vary() -> None:
     assert len({len(sample(step)) for step in range(20)}) > 10
 
 
-def test_steps_and_attempts_have_samples_of_their_own() -> None:
+def test_each_key_has_a_sample_of_its_own() -> None:
     assert sample(1).tolist() == sample(1).tolist()
     assert sample(1).tolist() != sample(2).tolist()
-    assert sample(1).tolist() != sample(1, attempt=1).tolist()
+    assert sample(1).tolist() != sample(1, name="b").tolist()
 
 
 def test_rate_one_takes_everyone_and_a_tiny_rate_may_take_nobody() -> None:
     assert sample(0, 100, Fraction(1)).tolist() == list(range(100))
-    batches = list(PoissonBatches(KEY, "aes-ctr", 0, 10, Fraction(1, 1000), range(30), 0, 1))
-    assert len(batches) == 30 and [] in batches
+    assert [] in [sample(step, 10, Fraction(1, 1000)).tolist() for step in range(30)]

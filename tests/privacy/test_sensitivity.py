@@ -121,7 +121,7 @@ def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(device:
     world, plan = World(0, 0, 1, 1, device), FinetunePlan(50_000, 16_384, 1, 0.0, 1.0, 1)
     parameter, sums = nn.Parameter(torch.zeros(500, device=device)), []
     for images in (16_384, 16_383):
-        optimizer = PrivateOptimizer(torch.optim.SGD([parameter]), plan, world, None, 0, lambda step: None, lambda: False)
+        optimizer = PrivateOptimizer(torch.optim.SGD([parameter]), plan, world, None, lambda: False)
         for count in [physical] * (images // physical) + [images % physical]:
             parameter.grad_sample = torch.full((count, 500), 0.3, device=device)
             optimizer.clip_and_accumulate()

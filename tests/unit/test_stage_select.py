@@ -70,7 +70,7 @@ def test_a_run_by_lot_pays_for_no_query(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("semantics", ["labels", "clusters"])
-def test_asking_again_costs_and_tells_nothing_unless_the_votes_are_others(tmp_path: Path, semantics: str) -> None:
+def test_asking_again_tells_nothing_and_asking_otherwise_is_refused(tmp_path: Path, semantics: str) -> None:
     """Whoever trains another query network and asks again gets noise of its own: equal noise would show the difference of the votes."""
 
     def asked(seed: int) -> tuple[np.ndarray, int]:
@@ -83,11 +83,16 @@ def test_asking_again_costs_and_tells_nothing_unless_the_votes_are_others(tmp_pa
         select.run(settings, run, ALONE)
         fingerprint = read_json(run.private / "account.json")["fingerprint"]
         with np.load(run.path / "select" / "selection.npz") as file:
-            return file["counts"], len(Ledger(tmp_path / "ledgers", fingerprint).read().charges)
+            return file["counts"], len(Ledger(tmp_path / "ledgers", fingerprint).spent.charges)
 
     first, again = asked(0), asked(0)
     assert np.array_equal(first[0], again[0]) and first[1] == again[1] == 1
     shutil.rmtree(tmp_path / "run" / "query")
+    with pytest.raises(UserError, match="the semantic distribution query of this run was drawn before"):
+        asked(1)
+    assert len(Ledger(tmp_path / "ledgers", read_json(tmp_path / "run" / "private" / "account.json")["fingerprint"]).spent.charges) == 1
+    for account in (tmp_path / "run" / "private").iterdir():  # another run: it pays, and has noise of its own
+        account.unlink()
     other, charges = asked(1)
     assert charges == 2
     difference = other - first[0]

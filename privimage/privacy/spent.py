@@ -1,0 +1,112 @@
+"""The contents of a ledger, read back line by line."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from privimage.privacy.accounting import Mechanism
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One use of a mechanism (its count is 1) by a run, for a part of the run's plan."""
+
+    run: str
+    part: str
+    mechanism: Mechanism
+
+
+@dataclass
+class Spent:
+    """What a ledger holds. Before the first plan nothing can have been released, and a torn line costs nothing."""
+
+    charges: dict[str, Charge] = field(default_factory=dict)  # by name
+    plans: dict[str, dict[str, Mechanism]] = field(default_factory=dict)  # run -> what it announced, by part
+    not_private: set[str] = field(default_factory=set)  # runs that used the set without noise
+    places: dict[str, str] = field(default_factory=dict)  # run -> where its directory was last
+    budget: tuple[float, float] | None = None  # (epsilon, delta) of everything
+    identity: str | None = None
+    torn: int = 0
+
+    def mechanisms(self, run: str | None = None, behind: Collection[str] = ()) -> tuple[Mechanism, ...]:
+        """What was charged, equal mechanisms added up: by all runs, or by one run and in the charges `behind` what it made."""
+        counts = Counter(c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind)
+        return tuple(Mechanism(m.noise_multiplier, m.sample_rate, n) for m, n in sorted(counts.items(), key=lambda item: repr(item[0])))
+
+    def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[Mechanism, ...]]:
+        """`mechanisms` of one run for each part of its plan."""
+        own = {name: c for name, c in self.charges.items() if c.run == run or name in behind}
+        parts = dict.fromkeys(c.part for c in own.values())
+        return {part: Spent({name: c for name, c in own.items() if c.part == part}).mechanisms() for part in parts}
+
+    def promised(self, run: str, plan: Mapping[str, Mechanism]) -> tuple[Mechanism, ...]:
+        """What all runs have charged or announced, by part whichever is more, with `plan` for `run`: an unfinished run may still go on."""
+        counts: Counter[tuple[str, str, Mechanism]] = Counter((c.run, c.part, c.mechanism) for c in self.charges.values())
+        for other, announced in {**self.plans, run: plan}.items():
+            for part, planned in announced.items():
+                key = (other, part, planned.single)
+                counts[key] = max(counts[key], planned.count)
+        return tuple(Mechanism(m.noise_multiplier, m.sample_rate, n) for (_, _, m), n in counts.items())
+
+
+class Reader:
+    """Reads a ledger as it grows."""
+
+    def __init__(self) -> None:
+        self.spent, self.size, self.lines = Spent(), 0, 0
+
+    def feed(self, data: bytes) -> None:
+        """Take in the next bytes of the file; a last line without its end is a torn one."""
+        for line in data.split(b"\n"):
+            if line:
+                self.lines += 1
+                try:
+                    self._entry(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    self._torn(line)
+        self.size += len(data)
+
+    def _entry(self, entry: dict) -> None:
+        spent = self.spent
+        if "ledger" in entry:
+            spent.identity = spent.identity or entry["ledger"]
+        elif "budget" in entry:
+            spent.budget = (float(entry["budget"][0]), float(entry["budget"][1]))
+        elif "plan" in entry:
+            plan = entry["plan"]
+            by_part = plan.items() if isinstance(plan, dict) else enumerate(plan)  # ledgers before version 2 did not name parts
+            spent.plans[entry["run"]] = {str(part): Mechanism(*m) for part, m in by_part}
+        elif "not_private" in entry:
+            spent.not_private.add(entry["run"])
+        elif "place" in entry:
+            spent.places[entry["run"]] = entry["place"]
+        else:
+            run, mechanism = entry["run"], Mechanism(*entry["mechanism"])
+            spent.charges[entry["charge"]] = Charge(run, entry.get("part") or self._part_of(run, mechanism), mechanism)
+
+    def _part_of(self, run: str, mechanism: Mechanism) -> str:
+        """The part of a run's plan that has this mechanism, in a ledger before version 2."""
+        return next((part for part, m in self.spent.plans.get(run, {}).items() if m.single == mechanism), "")
+
+    def _torn(self, line: bytes) -> None:
+        spent = self.spent
+        spent.torn += 1
+        writer = re.match(rb'{"run": "([^"]*)"', line)
+        for run in [writer[1].decode(errors="replace")] if writer else list(spent.plans):
+            if still_open := self._still_open(run):
+                part, mechanism = max(still_open, key=lambda item: _cost(item[1]))
+                spent.charges[f"torn line {self.lines} {run}"] = Charge(run, part, mechanism)
+
+    def _still_open(self, run: str) -> list[tuple[str, Mechanism]]:
+        """Single uses of those mechanisms of a run's plan that are not charged in full: what a torn line may have been."""
+        charged = Counter(c.part for c in self.spent.charges.values() if c.run == run)
+        return [(part, m.single) for part, m in self.spent.plans.get(run, {}).items() if charged[part] < m.count]
+
+
+def _cost(mechanism: Mechanism) -> float:
+    """An order of cost for single uses: the Gaussian-DP parameter of the sampled mechanism at its central limit."""
+    exponent = min(mechanism.noise_multiplier**-2, 700.0)
+    return mechanism.sample_rate * math.sqrt(math.expm1(exponent))
