@@ -80,7 +80,8 @@ def write(source: Source, path: Path, resolution: int, channels: int, workers: i
                 else:
                     raise UserError(found.problem)
                 bar.advance(skipped=str(len(bad)))
-        empty = np.flatnonzero(np.bincount(source.labels[kept], minlength=len(source.classes)) == 0)
+        before, left = (np.bincount(labels, minlength=len(source.classes)) for labels in (source.labels, source.labels[kept]))
+        empty = np.flatnonzero((before > 0) & (left == 0))
         if len(empty):
             raise UserError(f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad one: {bad[0]}")
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
