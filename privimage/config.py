@@ -43,7 +43,9 @@ class SensitiveData(Section):
     labelled: bool = Field(True, description="whether its labels are used; without them there is one row and one class")
     count: int | None = Field(None, ge=1, description="N, the number of training images, taken as public; `plan` needs it, the data must agree")
     classes: int | None = Field(
-        None, ge=1, description="the number of classes, taken as public; needed by `plan`, and by an npz that does not name its classes"
+        None,
+        ge=1,
+        description="the number of classes, taken as public; `plan` and an npz without names need it",
     )
 
 

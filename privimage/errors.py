@@ -37,7 +37,8 @@ def tell(message: str, status: int | None) -> None:
     Of several mistakes (status 2) each has a line of its own.
     """
     head = f"privimage: {'stopped' if status == Stopped.status else 'error'}: "
-    lines = message.splitlines() if status == UserError.status else [message]  # what was not foreseen is told as it is
+    # What was not foreseen has a traceback, which is told as it is.
+    lines = message.splitlines() if status == UserError.status else [message]
     print("\n".join(head + line for line in lines), file=sys.stderr, flush=True)
     if status is not None:
         leave_status(status)

@@ -1,7 +1,7 @@
-"""At the door: everything that a run needs is looked for before its first stage, and all that is missing is told at once.
+"""At the door: what a run needs is looked for before its first stage, and all that is wrong is told at once.
 
-A check is a function of a `Visit` that yields one line for each mistake, or raises UserError for one. What it looks at is
-opened, not read: decoding whole sets and training stay where they are.
+A check is a function of a `Visit` that yields one line for each mistake, or raises UserError for one. What it
+looks at is opened, not read: decoding whole sets and training stay where they are.
 """
 
 import importlib.util
@@ -28,9 +28,9 @@ from privimage.progress import say
 from privimage.rundir import RunDir
 
 SAMPLED = 32  # images of each set that are decoded, the first of as many classes
-SENSITIVE = {"select", "finetune", "match", "evolve", "synthesize", "evaluate"}  # stages that read the sensitive set
-CHARGED = {"finetune", "match", "evolve", "synthesize"}  # stages that open the account, beside a `select` with a query
-NETWORKS = {"pretrain", "finetune", "match", "evolve", "synthesize"}  # stages that build the generator
+CHARGED = {"finetune", "match", "evolve", "synthesize"}  # stages that open the account, as a query does
+SENSITIVE = {"select", "evaluate", *CHARGED}  # stages that read the sensitive set
+NETWORKS = {"pretrain", *CHARGED}  # stages that build the generator
 # What stages import when they come to it, and the package that has it; PrivImage itself is imported already.
 PACKAGES = {
     "deepspeed": "'privimage[cluster]'",
@@ -53,8 +53,8 @@ class Visit:
     world: World
     stages: frozenset[str]  # those that are about to run
     sensitive: Source | None = None  # None where it could not be opened, or is not needed
-    public: tuple[int, tuple[str, ...]] | None = None  # number of images and classes of the public set, on the main rank
-    sizes: dict[str, int] = field(default_factory=dict)  # parameters of the generator's networks, on the main rank
+    public: tuple[int, tuple[str, ...]] | None = None  # of the public set: images, classes; on the main rank
+    sizes: dict[str, int] = field(default_factory=dict)  # parameters of each network; on the main rank
     mistakes: list[str] = field(default_factory=list)
 
     def needs(self, stages: Iterable[str]) -> bool:
@@ -98,8 +98,8 @@ Check = Callable[[Visit], Iterable[str] | None]
 def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> None:
     """Look for whatever would end one of `stages` that is not finished yet. All ranks call it together.
 
-    Makes no folder and spends nothing. Raises UserError, the same on all ranks, with one line for each mistake that names
-    the key or the file, and the ranks where not all have met it.
+    Makes no folder and spends nothing. Raises UserError, the same on all ranks, with one line for each mistake
+    that names the key or the file, and the ranks where the main one has not met it.
     """
     unfinished = frozenset(stage for stage in stages if run.record(stage) is None)
     visit = Visit(config, run, world, world.broadcast_object(unfinished))
@@ -110,7 +110,7 @@ def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> N
 
 
 def together(found: list[list[str]]) -> list[str]:
-    """The mistakes that the ranks have found, each once, with the ranks that have met it where not all of them did."""
+    """What the ranks have found, each mistake once, and which have met it where the main one has not."""
     lines = []
     for line in dict.fromkeys(line for mistakes in found for line in mistakes):
         ranks = [rank for rank, mistakes in enumerate(found) if line in mistakes]
@@ -125,7 +125,8 @@ def _run_directory(visit: Visit) -> Iterator[str]:
     """All ranks see one directory, and may write into it."""
     path = visit.run.path
     if not (path / "config.yaml").exists():  # which the main rank has just written
-        yield f"run.dir: {path} is not what the main rank sees there; it must be on a file system that all nodes share"
+        told = "is not what the main rank sees there; it must be on a file system that all nodes share"
+        yield f"run.dir: {path} {told}"
         return
     for folder in (path, *(entry for entry in sorted(path.iterdir()) if entry.is_dir())):
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -151,7 +152,12 @@ def _packages(visit: Visit) -> Iterator[str]:
         if needed_by and importlib.util.find_spec(module) is None:
             first = next(stage for stage in config.spec.stages if stage in needed_by)
             yield f"{first}: needs {module}, which is not installed; pip install {PACKAGES[module]}"
-    if config.data.store == "beton" and "prepare" in stages and not store.ffcv_installed():
+    if "prepare" not in stages or store.ffcv_installed():
+        return
+    path = config.data.public.path
+    if config.data.public.kind == "beton" and path is not None and path.suffix == ".beton":
+        yield f"data.public.path: {path} needs FFCV, which is not installed; tools/install_ffcv.sh"
+    elif config.data.store == "beton":
         yield "data.store: beton needs FFCV, which is not installed; tools/install_ffcv.sh, or data.store=npy"
 
 
@@ -223,7 +229,8 @@ def _votes(visit: Visit) -> Iterator[str]:
     if "query" in visit.stages and visit.public:
         images, classes = visit.public
         if method.pretraining == "selected" and not clusters and len(classes) < 2:
-            yield "query.semantics: the public set has one class, which tells nothing apart; use query.semantics=clusters"
+            told = "the public set has one class, which tells nothing apart; use query.semantics=clusters"
+            yield f"query.semantics: {told}"
             return
         if clusters and visit.config.query.clusters > images:
             yield f"query.clusters: {visit.config.query.clusters} are more than the {images} public images"
@@ -249,7 +256,7 @@ def _networks(visit: Visit) -> Iterator[str]:
 
 
 def _plan(visit: Visit) -> None:
-    """The promise can be kept: found once, since the stages that follow in this process find it in a cache."""
+    """The promise can be kept. What is found is cached: the stages that follow do not search again."""
     count = len(visit.sensitive) if visit.sensitive else visit.config.data.sensitive.count
     begun = (visit.run.path / "private" / "account.json").exists()  # with a plan of its own
     if count and visit.config.spec.private and visit.opens_account and not begun:
@@ -257,7 +264,8 @@ def _plan(visit: Visit) -> None:
 
 
 def _account(visit: Visit) -> Iterator[str]:
-    """The ledger can be written. The account's own check of ledger and budget (`account.check`) belongs here."""
+    """The ledger can be written."""
+    # The account's own check of key, ledger and budget belongs here: account.check(config, run, ...).
     if visit.opens_account:
         folder = ledger_folder(visit.config)
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -267,7 +275,8 @@ def _account(visit: Visit) -> Iterator[str]:
 
 def _room(visit: Visit) -> Iterator[str]:
     """The disk has room for what will be written."""
-    if told := room.missing(visit.config, visit.run, visit.stages, visit.public, visit.sizes, visit.rows or 0):
+    about = room.written(visit.config, visit.public, visit.sizes, visit.rows or 0)
+    if told := room.missing(visit.run, {stage: about.get(stage, 0) for stage in visit.stages}):
         yield told
 
 

@@ -1,7 +1,7 @@
 """How much a run will write, and whether its disk has room for it."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -15,16 +15,18 @@ from privimage.models.resnet import classifier
 from privimage.rundir import RunDir
 
 LOGS = 16 << 20  # bytes of curves, figures and reports
-# Bytes a parameter. A checkpoint holds weights, two moments and the average in float32, and the old one stays until the
-# new one is whole; beside it lie the weights that are kept. The query's has one moment and no average.
+# Bytes a parameter. A checkpoint holds weights, two moments and the average in float32, and the old one stays
+# until the new one is whole; beside it lie the weights that are kept. The query's has one moment and no average.
 TRAINING, QUERY = 2 * 16 + 8, 2 * 8 + 2 * 4
 
 
-def written(config: Config, public: tuple[int, tuple[str, ...]] | None, sizes: Mapping[str, int], rows: int) -> dict[str, int]:
+Facts = tuple[int, tuple[str, ...]]  # of the public set: number of images, classes
+
+
+def written(config: Config, public: Facts | None, sizes: Mapping[str, int], rows: int) -> dict[str, int]:
     """About how many bytes each stage of a run has on the disk at most; what is not known counts as nothing.
 
-    `public`: number of images and classes of the public set; `sizes`: parameters of each network of the generator; `rows`:
-    classes of the sensitive set.
+    `sizes`: parameters of each network of the generator; `rows`: classes of the sensitive set.
     """
     pixels, weights, samples = prod(image_shape(config)), sum(sizes.values()), config.synthesize.samples
     count, classes = public or (0, ())
@@ -46,26 +48,19 @@ def written(config: Config, public: tuple[int, tuple[str, ...]] | None, sizes: M
     return found
 
 
-def missing(
-    config: Config,
-    run: RunDir,
-    stages: Iterable[str],
-    public: tuple[int, tuple[str, ...]] | None,
-    sizes: Mapping[str, int],
-    rows: int,
-) -> str:
-    """What to tell where the disk of the run directory has no room for what `stages` will write; empty if it has.
+def missing(run: RunDir, about: Mapping[str, int]) -> str:
+    """What to tell where the disk has no room for what stages will write; empty if it has.
 
-    What they have written already, before a restart, is not counted again. See `written` for the rest.
+    `about`: bytes by stage. What a stage has written already, before a restart, is not counted again.
     """
-    about = written(config, public, sizes, rows)
-    parts = {stage: max(0, about.get(stage, 0) - held(run.path / stage)) for stage in stages}
+    parts = {stage: max(0, bytes_ - held(run.path / stage)) for stage, bytes_ in about.items()}
     needed, free = sum(parts.values()) + LOGS, shutil.disk_usage(run.path).free
     if needed <= free:
         return ""
     largest = sorted(parts, key=lambda stage: -parts[stage])[:3]
     shown = ", ".join(f"{stage} {size(parts[stage])}" for stage in largest if parts[stage])
-    return f"run.dir: {run.path} has {size(free)} free and the run will write about {size(needed)} ({shown}); make room, or choose another run.dir"
+    told = f"has {size(free)} free and the run will write about {size(needed)} ({shown})"
+    return f"run.dir: {run.path} {told}; make room, or choose another run.dir"
 
 
 def held(folder: Path) -> int:

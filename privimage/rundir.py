@@ -144,7 +144,7 @@ class RunDir:
         return False
 
     def lock(self):
-        """Hold the run directory against a second run at the same time. Raises UserError when it is held, or not to be written."""
+        """Hold the run directory against a second run. Raises UserError when it is held, or cannot be written."""
         try:
             self._folder(self.path)
             handle = open(self.path / ".lock", "w")

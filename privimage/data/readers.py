@@ -24,21 +24,27 @@ ONE_CLASS = ("all",)  # the class of sets without labels
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a set's classes without its images: their names, or their number, or that the data name them.
+    """What is known of a set's classes without its images: names, or their number, or that the data name them.
 
-    Given for sensitive sets. There one image must not decide whether a class exists, so a class may have no image, and
-    classes are never counted from the labels.
+    Given for sensitive sets. There one image must not decide whether a class exists, so a class may have no image,
+    and classes are never counted from the labels.
     """
 
     names: tuple[str, ...] | None = None
     count: int | None = None
 
 
-def open_source(kind: str, path: Path | None, split: Split, labelled: bool = True, known: Known | None = None) -> Source:
+def open_source(
+    kind: str,
+    path: Path | None,
+    split: Split,
+    labelled: bool = True,
+    known: Known | None = None,
+) -> Source:
     """Open a set by kind and path; without labels there is one class.
 
-    Raises UserError, in one line that names the file or folder (or the setting that is missing), for whatever is wrong
-    with it. Without `known` each class must have an image.
+    Raises UserError, in one line that names the file or folder (or the missing setting), for whatever is wrong with
+    it. Without `known` each class must have an image.
     """
     if kind == "digits":
         source = _digits(split, known)
@@ -101,8 +107,14 @@ def _part(path: Path, split: Split, suffix: str = "") -> Path:
     return path
 
 
-def _from_arrays(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...] | None, name: str, known: Known | None) -> Source:
-    """Images uint8 (N, H, W) or (N, H, W, C) in memory, and labels (N,). Raises UserError for what does not fit together."""
+def _from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...] | None,
+    name: str,
+    known: Known | None,
+) -> Source:
+    """Images uint8 (N, H, W) or (N, H, W, C) in memory, and labels (N,). Raises UserError for what does not fit."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(f"{name}: images must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} {images.shape}")
     if len(images) == 0:
@@ -122,13 +134,14 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...
 
 
 def _unnamed(labels: np.ndarray, name: str, known: Known | None) -> tuple[str, ...]:
-    """The classes of a set that does not name them. Raises UserError where they would have to be counted and must not be."""
+    """The classes of a set that does not name them. Raises UserError where they must not be counted."""
     if known and known.names is not None:
         return known.names
     if known and known.count is None:
         raise UserError(
-            f"data.sensitive.classes: needed, since {name} does not name its classes (an npz does by an array 'classes');"
-            " counted from the labels, they could tell whether a single image is in the set"
+            f"data.sensitive.classes: needed, since {name} does not name its classes"
+            " (an npz does by an array 'classes'); counted from the labels, they could tell whether"
+            " a single image is in the set"
         )
     return tuple(str(i) for i in range(known.count if known and known.count else int(labels.max()) + 1))
 

@@ -72,8 +72,8 @@ def sensitive_source(config: Config, split: Split) -> Source:
     """The sensitive set of a configuration, one split of it; its images are not decoded yet.
 
     Its classes are named by the data, or their number is `data.sensitive.classes`; those of the held-out images are
-    found by their names among those of the training images. Raises UserError for anything that is wrong with it, or if it
-    has not the number of images or classes that were stated.
+    found by their names among those of the training images. Raises UserError for anything that is wrong with it, or if
+    it has not the number of images or classes that were stated.
     """
     sensitive = config.data.sensitive
     if split == "test":
@@ -83,7 +83,8 @@ def sensitive_source(config: Config, split: Split) -> Source:
         return held_out_source(config, sensitive_source(config, "train").classes)
     if sensitive.path is None and sensitive.kind not in EMBEDDED:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
-    found = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, Known(count=sensitive.classes))
+    known = Known(count=sensitive.classes)
+    found = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known)
     stated = {"count": (sensitive.count, len(found))}
     if sensitive.labelled:
         stated["classes"] = (sensitive.classes, len(found.classes))

@@ -88,7 +88,8 @@ def write(source: Source, path: Path, resolution: int, channels: int, workers: i
                 else:
                     raise UserError(found.problem)
                 bar.advance(skipped=str(len(bad)))
-        before, left = (np.bincount(labels, minlength=len(source.classes)) for labels in (source.labels, source.labels[kept]))
+        given, classes = source.labels, len(source.classes)
+        before, left = (np.bincount(labels, minlength=classes) for labels in (given, given[kept]))
         empty = np.flatnonzero((before > 0) & (left == 0))
         if len(empty):
             raise UserError(f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad one: {bad[0]}")
@@ -163,7 +164,7 @@ def _npy_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Itera
 
 
 def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
-    """The sidecar of a store, without reading the store. Raises UserError for one that is missing or truncated, or not of `shape`."""
+    """The sidecar of a store, which is not read. Raises UserError for a missing or truncated one, or another `shape`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not _sidecar_path(path).is_file():

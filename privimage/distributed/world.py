@@ -66,7 +66,7 @@ class World:
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The `value` (any picklable object) of every rank, in their order, on every rank; all wait as long as it takes."""
+        """The `value` (any picklable object) of each rank, in order, on every rank; all wait as long as it takes."""
         if self.size == 1:
             return [value]
         self.barrier()

@@ -143,8 +143,10 @@ class Weights:
 
 
 def weights_for(features: str, weights: Path | None) -> Weights | None:
-    """What `choose` builds its extractor from; None for the stand-in. Raises the same UserErrors, but for other networks'
-    weights of the same names."""
+    """What `choose` builds its extractor from; None for the stand-in.
+
+    Raises the same UserErrors, but for weights of another network with the same names.
+    """
     if features == "stand-in" or (features == "auto" and weights is None):
         return None
     if weights is None:

@@ -13,7 +13,7 @@ from privimage.errors import UserError
 
 @contextmanager
 def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """The npz at `path`. Raises UserError that names it where it, or what is read of it, is not what it should be."""
+    """The npz at `path`. Raises UserError that names it where it, or what is read of it, is not as it should be."""
     try:
         with np.load(path, allow_pickle=False) as data:
             yield data

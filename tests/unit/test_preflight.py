@@ -80,6 +80,7 @@ def other_weights(folder: Path) -> tuple[str, ...]:
 
 
 DEEPSPEED = "pretrain.engine=deepspeed"
+# fmt: off
 MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "no sensitive file": (file_of(None, "data.sensitive.path", "nowhere.npz", "data.sensitive.kind=npz"), "nowhere.npz: no such file"),
     "no sensitive path": (lambda _: ("data.sensitive.kind=folder",), "data.sensitive.path: kind folder needs one"),
@@ -121,7 +122,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     ),
     "ledger": (file_of(b"", "privacy.ledger", "file"), "privacy.ledger: "),
     "run directory": (file_of(b"", "run.dir", "file", ""), "run.dir: "),
-}  # fmt: skip
+}
+# fmt: on
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
