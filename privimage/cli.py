@@ -32,10 +32,12 @@ STAGES = {
 
 
 def _run(config: Path, overrides: list[str] | None, stages: tuple[str, ...]) -> NoReturn:
-    from privimage import pipeline
     from privimage.config import load
 
-    sys.exit(pipeline.run(load(config, overrides or ()), stages))
+    settings = load(config, overrides or ())  # a mistake is told before the long imports
+    from privimage import pipeline
+
+    sys.exit(pipeline.run(settings, stages))
 
 
 @app.command()

@@ -42,7 +42,11 @@ class SensitiveData(Section):
     test_path: Path | None = Field(None, description="held-out split for evaluation; kinds with an own test split need none")
     labelled: bool = Field(True, description="whether its labels are used; without them there is one row and one class")
     count: int | None = Field(None, ge=1, description="N, the number of training images, taken as public; `plan` needs it, the data must agree")
-    classes: int | None = Field(None, ge=1, description="the number of classes, taken as public; `plan` needs it, the data must agree")
+    classes: int | None = Field(
+        None,
+        ge=1,
+        description="the number of classes, taken as public; `plan` and an npz without names need it",
+    )
 
 
 class Data(Section):

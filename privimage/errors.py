@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -9,6 +10,14 @@ class UserError(Exception):
     """A mistake in the configuration or the input, told in one line that names the key or the file (exit status 2)."""
 
     status = 2
+
+
+class Mistakes(UserError):
+    """Several mistakes at once, each told in a line of its own."""
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
 
 
 class Stopped(Exception):
@@ -23,8 +32,14 @@ def status_of(error: BaseException) -> int:
 
 
 def tell(message: str, status: int | None) -> None:
-    """Tell why a run ends early, on standard error, and leave its status; None where starting again may help."""
-    print(f"privimage: {'stopped' if status == Stopped.status else 'error'}: {message}", file=sys.stderr, flush=True)
+    """Tell why a run ends early, on standard error, and leave its status; None where starting again may help.
+
+    Of several mistakes (status 2) each has a line of its own.
+    """
+    head = f"privimage: {'stopped' if status == Stopped.status else 'error'}: "
+    # What was not foreseen has a traceback, which is told as it is.
+    lines = message.splitlines() if status == UserError.status else [message]
+    print("\n".join(head + line for line in lines), file=sys.stderr, flush=True)
     if status is not None:
         leave_status(status)
 

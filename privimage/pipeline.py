@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from privimage import memory, sharing
+from privimage import memory, preflight, sharing
 from privimage.config import Config
 from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
-from privimage.errors import Stopped, UserError, leave_status, tell
+from privimage.errors import Mistakes, Stopped, UserError, leave_status, tell
 from privimage.progress import say
 from privimage.rundir import RunDir, read_json, write_json
 
@@ -29,7 +29,9 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
     try:
         with _claimed(config, world) as run_dir:
             settled = precision.settled(config, world)
-            for name in stages or config.spec.stages:
+            names = _known(stages, config)
+            preflight.check(settled, run_dir, world, names)
+            for name in names:
                 _run_stage(name, settled, run_dir, world)
         if world.is_main:
             leave_status(status)
@@ -63,15 +65,23 @@ def _claimed(config: Config, world: World) -> Iterator[RunDir]:
             raise
 
 
+def _known(stages: Sequence[str], config: Config) -> Sequence[str]:
+    """`stages`, or all of the method where none are named. Raises UserError for one that it does not have."""
+    for name in stages:
+        if name not in config.spec.stages:
+            raise UserError(f"method: {config.method} has no stage {name}; it runs {', '.join(config.spec.stages)}")
+    return stages or config.spec.stages
+
+
 def _in_short(error: BaseException) -> str:
     """Why a run ends early, in one line."""
-    first = (str(error).splitlines() or [""])[0]
+    first, *more = str(error).splitlines() or [""]
+    if isinstance(error, Mistakes) and more:
+        first += f" (and {len(more)} more)"
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None:
-    if name not in config.spec.stages:
-        raise UserError(f"method: {config.method} has no stage {name}; it runs {', '.join(config.spec.stages)}")
     if world.broadcast_object(run_dir.record(name) is not None):
         if world.is_main:
             say(f"{name}: done before")

@@ -150,9 +150,12 @@ class RunDir:
         return False
 
     def lock(self):
-        """Hold the run directory against a second run at the same time. Raises UserError when it is held."""
-        self._folder(self.path)
-        handle = open(self.path / ".lock", "w")
+        """Hold the run directory against a second run. Raises UserError when it is held, or cannot be written."""
+        try:
+            self._folder(self.path)
+            handle = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -10,7 +10,16 @@ import numpy as np
 from privimage.config import Config
 from privimage.data.decode import Source, decoded
 from privimage.data.glyphs import glyph_source
-from privimage.data.readers import EMBEDDED, OWN_TEST_SPLIT, Split, holds_test_split, open_source, without_labels
+from privimage.data.readers import (
+    EMBEDDED,
+    OWN_TEST_SPLIT,
+    Known,
+    Split,
+    aligned,
+    holds_test_split,
+    open_source,
+    without_labels,
+)
 from privimage.distributed.agreement import all_the_same
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -91,27 +100,49 @@ def open_sensitive(config: Config, split: Split, world: World, shown: bool = Fal
     return found
 
 
+def sensitive_source(config: Config, split: Split) -> Source:
+    """The sensitive set of a configuration, one split of it; its images are not decoded yet.
+
+    Its classes are named by the data, or their number is `data.sensitive.classes`; those of the held-out images are
+    found by their names among those of the training images. Raises UserError for anything that is wrong with it, or if
+    it has not the number of images or classes that were stated.
+    """
+    sensitive = config.data.sensitive
+    if split == "test":
+        if not has_test_split(config):
+            told = f"needed, since kind {sensitive.kind} has no test split of its own here"
+            raise UserError(f"data.sensitive.test_path: {told}")
+        return held_out_source(config, sensitive_source(config, "train").classes)
+    if sensitive.path is None and sensitive.kind not in EMBEDDED:
+        raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
+    known = Known(count=sensitive.classes)
+    found = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known)
+    stated = {"count": (sensitive.count, len(found))}
+    if sensitive.labelled:
+        stated["classes"] = (sensitive.classes, len(found.classes))
+    for name, (said, true) in stated.items():
+        if said is not None and said != true:
+            raise UserError(f"data.sensitive.{name}: {said} was stated, the data have {true}")
+    return found
+
+
+def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
+    """The held-out images, with the labels of the training images' `classes`."""
+    sensitive = config.data.sensitive
+    path, key = sensitive.path, "path"
+    part: Split = "test"
+    if sensitive.test_path is not None:
+        path, key = sensitive.test_path, "test_path"
+        if sensitive.kind not in OWN_TEST_SPLIT and not holds_test_split(sensitive.kind, path):
+            part = "train"
+    found = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes))
+    return aligned(found, classes, f"data.sensitive.{key}: {path}")
+
+
 def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSet:
     """The sensitive set of a configuration, one split of it; `shown` shows a progress bar.
 
-    Raises UserError for anything that is wrong with it, or if it has not the number of images or classes that were stated.
+    Raises UserError for anything that is wrong with it, see `sensitive_source`.
     """
-    data, sensitive = config.data, config.data.sensitive
-    path, part = sensitive.path, split
-    if split == "test":
-        if not has_test_split(config):
-            raise UserError(f"data.sensitive.test_path: needed, since kind {sensitive.kind} has no test split of its own here")
-        if sensitive.test_path is not None:
-            path = sensitive.test_path
-            part = "test" if sensitive.kind in OWN_TEST_SPLIT or holds_test_split(sensitive.kind, path) else "train"
-    if path is None and sensitive.kind not in EMBEDDED:
-        raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
-    found = read(open_source(sensitive.kind, path, part, sensitive.labelled), data.resolution, data.channels, data.workers, shown)
-    if split == "train":
-        stated = {"count": (sensitive.count, len(found.images))}
-        if sensitive.labelled:
-            stated["classes"] = (sensitive.classes, len(found.classes))
-        for name, (said, true) in stated.items():
-            if said is not None and said != true:
-                raise UserError(f"data.sensitive.{name}: {said} was stated, the data have {true}")
-    return found
+    data = config.data
+    return read(sensitive_source(config, split), data.resolution, data.channels, data.workers, shown)

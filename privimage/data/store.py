@@ -6,6 +6,7 @@ and checked before they are used: FFCV itself reads a damaged file without a wor
 
 import errno
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,13 @@ def import_ffcv() -> None:
         torch.set_num_threads(threads)
 
 
+def ffcv_installed() -> bool:
+    """Whether FFCV and its compiled part are there, without importing them, which takes seconds."""
+    found = importlib.util.find_spec("ffcv")
+    folders = (found.submodule_search_locations or ()) if found else ()
+    return any(any(Path(folder).glob("_libffcv*")) for folder in folders)
+
+
 def ffcv_missing() -> str:
     """Why FFCV cannot be used here; empty if it can."""
     try:
@@ -80,7 +88,9 @@ def write(source: Source, path: Path, resolution: int, channels: int, workers: i
                 else:
                     raise UserError(found.problem)
                 bar.advance(skipped=str(len(bad)))
-        empty = np.flatnonzero(np.bincount(source.labels[kept], minlength=len(source.classes)) == 0)
+        given, classes = source.labels, len(source.classes)
+        before, left = (np.bincount(labels, minlength=classes) for labels in (given, given[kept]))
+        empty = np.flatnonzero((before > 0) & (left == 0))
         if len(empty):
             raise UserError(f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad one: {bad[0]}")
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
@@ -153,16 +163,25 @@ def _npy_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Itera
         np.lib.format.write_array_header_1_0(file, header | {"shape": (written,)})
 
 
-def verify(path: Path) -> Sidecar:
-    """The sidecar of a store that is as it was written. Raises UserError for a missing, truncated or altered file."""
+def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
+    """The sidecar of a store, which is not read. Raises UserError for a missing or truncated one, or another `shape`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not _sidecar_path(path).is_file():
-        raise UserError(f"{path}: its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen; prepare it again")
-    status = path.stat()
+        told = f"its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen"
+        raise UserError(f"{path}: {told}; prepare it again")
     known = _sidecar(path)
-    if status.st_size != known.size:
-        raise UserError(f"{path}: truncated or altered ({status.st_size} bytes, {known.size} were written); prepare it again")
+    if (found := path.stat().st_size) != known.size:
+        raise UserError(f"{path}: truncated or altered ({found} bytes, {known.size} were written); prepare it again")
+    if shape and known.shape != shape:
+        told = f"data.channels and data.resolution ask for {shape}"
+        raise UserError(f"{path}: holds images of shape {known.shape}, {told}")
+    return known
+
+
+def verify(path: Path) -> Sidecar:
+    """The sidecar of a store that is as it was written. Raises UserError for a missing, truncated or altered file."""
+    known, status = described(path), path.stat()
     if _digest_of_version(path, status.st_mtime_ns, status.st_ino) != known.sha256:
         raise UserError(f"{path}: altered (its SHA-256 is not the one in its sidecar); prepare it again")
     _need_ffcv(path)

@@ -178,9 +178,10 @@ def _submit_summary(config: Config, jobs: Sequence[str], logs: Path, runs: Seque
 
 def main(words: Sequence[str]) -> None:
     """Entry of slurm/*.sh; exit status 2 and one line for a mistake."""
+    if not words[1:]:
+        print(f"privimage: error: {USAGE}", file=sys.stderr)
+        sys.exit(UserError.status)
     try:
-        if not words[1:]:
-            raise UserError(USAGE)
         match words[0]:
             case "pipeline":
                 pipeline(Path(words[1]), words[2:])

@@ -65,6 +65,15 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The `value` (any picklable object) of each rank, in order, on every rank; all wait as long as it takes."""
+        if self.size == 1:
+            return [value]
+        self.barrier()
+        found = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def barrier(self) -> None:
         """Wait for all ranks as long as it takes: the main rank may be preparing data for hours.
 

@@ -23,6 +23,8 @@ from privimage.progress import Progress
 from privimage.rundir import write_array
 
 PUBLISHED = "6726825d"  # first digits of the sha256 of torch-fidelity's weights-inception-2015-12-05
+FIRST_LAYER = "Conv2d_1a_3x3.conv.weight"
+FOREIGN = "these are not the Inception 2015-12-05 weights in torch-fidelity's format"
 NAMES = {"2048": "FID", "768": "FD-768", "stand-in": "stand-in FD"}
 NOTES = {
     "2048": "features of the Inception network",
@@ -105,7 +107,7 @@ def _inception(state: dict[str, Tensor], features: str, path: Path) -> nn.Module
         try:
             return FeatureExtractorInceptionV3("inception-v3-compat", [features], feature_extractor_weights_path=copy.name)
         except RuntimeError:
-            raise UserError(f"evaluate.inception_weights: {path}: these are not the Inception 2015-12-05 weights in torch-fidelity's format") from None
+            raise UserError(f"evaluate.inception_weights: {path}: {FOREIGN}") from None
 
 
 class _First(nn.Module):
@@ -125,17 +127,39 @@ def choose(features: str, weights: Path | None) -> Extractor:
     "auto" takes the best that the weights allow, and the stand-in without weights. Raises UserError for missing or damaged
     weights, and for "2048" with weights that are zero beyond the 768 features.
     """
-    if features == "stand-in" or (features == "auto" and weights is None):
+    if (found := weights_for(features, weights)) is None:
         return Extractor("stand-in", StandIn())
+    assert weights is not None  # `weights_for` has read them
+    return Extractor(found.layer, _First(_inception(found.state, found.layer, weights)), found.sha256)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The content of a weights file, its sha256, and the features that are taken from it, "768" or "2048"."""
+
+    state: dict[str, Tensor]
+    sha256: str
+    layer: str
+
+
+def weights_for(features: str, weights: Path | None) -> Weights | None:
+    """What `choose` builds its extractor from; None for the stand-in.
+
+    Raises the same UserErrors, but for weights of another network with the same names.
+    """
+    if features == "stand-in" or (features == "auto" and weights is None):
+        return None
     if weights is None:
         raise UserError(f"evaluate.inception_weights: evaluate.features={features} needs the weights file")
     state, digest = _read_weights(weights)
+    if FIRST_LAYER not in state:
+        raise UserError(f"evaluate.inception_weights: {weights}: {FOREIGN}")
     last = [value for name, value in state.items() if name.startswith("Mixed_7") and name.endswith("conv.weight")]
     partial = not last or any(not value.any() for value in last)
     if features == "2048" and partial:
-        raise UserError(f"evaluate.inception_weights: {weights}: partial weights, zero beyond the 768 features; FID needs 2048, use evaluate.features=768")
-    layer = features if features != "auto" else ("768" if partial else "2048")
-    return Extractor(layer, _First(_inception(state, layer, weights)), digest)
+        told = "partial weights, zero beyond the 768 features; FID needs 2048, use evaluate.features=768"
+        raise UserError(f"evaluate.inception_weights: {weights}: {told}")
+    return Weights(state, digest, features if features != "auto" else ("768" if partial else "2048"))
 
 
 @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,29 @@ import numpy as np
 from privimage.errors import UserError
 
 
-def load_vectors(path: Path) -> dict[str, np.ndarray]:
-    """Word vectors from an npz with `words` (W,) and `vectors` (W, D). Raises UserError that names a file without them."""
+@contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The npz at `path`. Raises UserError that names it where it, or what is read of it, is not as it should be."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            words, vectors = data["words"], data["vectors"].astype(np.float64)
+            yield data
     except OSError as error:
         raise UserError(f"evaluate.word_vectors: {path}: {error.strerror or 'not readable as npz'}") from None
-    except (KeyError, ValueError, zipfile.BadZipFile):
+    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         raise UserError(f"evaluate.word_vectors: {path}: expected an npz with `words` and `vectors`") from None
+
+
+def check_vectors(path: Path) -> None:
+    """See that `load_vectors` will find both arrays, without reading them. Raises the same UserError."""
+    with _opened(path) as data:
+        if not {"words", "vectors"} <= set(data.files):
+            raise KeyError
+
+
+def load_vectors(path: Path) -> dict[str, np.ndarray]:
+    """Word vectors from an npz with `words` (W,) and `vectors` (W, D). Raises UserError that names a file without them."""
+    with _opened(path) as data:
+        words, vectors = data["words"], data["vectors"].astype(np.float64)
     if vectors.ndim != 2 or len(words) != len(vectors):
         raise UserError(f"evaluate.word_vectors: {path}: {len(words)} words do not match vectors of shape {vectors.shape}")
     return {str(word).lower(): vector for word, vector in zip(words, vectors, strict=True)}

@@ -106,6 +106,7 @@ class Family(ABC):
     """One kind of generator. `n_classes` is 0 for an unlabelled set."""
 
     trains: ClassVar[bool] = True  # whether a network learns from the sensitive set, to be released with the images
+    engines: ClassVar[tuple[str, ...]] = ("ddp", "deepspeed")  # by which `public_training` works
 
     @abstractmethod
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
@@ -130,7 +131,7 @@ class Family(ABC):
 
     @abstractmethod
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
-        """Fresh networks, equal on all ranks. Raises UserError for an engine that does not train this family."""
+        """Fresh networks, equal on all ranks; `pretrain.engine` is one of `engines`."""
 
     @abstractmethod
     def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:

@@ -1,6 +1,6 @@
 """GANs: BigGAN with hinge losses. The generator never sees a sensitive image, the discriminator is the network that does."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,6 @@ from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
-from privimage.errors import UserError
 from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
 from privimage.families.generator import BETAS, TrainedGenerator, generated
 from privimage.families.work import Work, activations, seconds_of_a_pass
@@ -23,6 +22,8 @@ LABEL = "label.weight"  # the label embedding of either network
 
 class Gan(Family):
     """See `Family`."""
+
+    engines: ClassVar[tuple[str, ...]] = ("ddp",)  # DeepSpeed trains one network, and these are two in turn
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """Generator and discriminator."""
@@ -39,8 +40,6 @@ class Gan(Family):
 
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
         """Discriminator and generator in turn, by DDP."""
-        if config.pretrain.engine == "deepspeed":
-            raise UserError("pretrain.engine: deepspeed trains one network and a GAN has two; choose ddp")
         return GanPublic(config, n_classes, world)
 
     def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:

@@ -127,6 +127,7 @@ def training_noise(target: float, delta: float, training: Mechanism, others: tup
     return _smallest_noise(compose, target, delta, accountant, guess)
 
 
+@lru_cache(maxsize=64)
 def query_noise(target: float, delta: float, training: Mechanism, max_rise: float, accountant: str = "pld") -> float:
     """The smallest noise multiplier of the query for which `training` needs at most `1 + max_rise` times its noise alone.
 

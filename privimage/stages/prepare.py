@@ -5,7 +5,6 @@ from privimage.data import store
 from privimage.data.readers import ONE_CLASS
 from privimage.data.sources import public_source
 from privimage.distributed.world import World
-from privimage.errors import UserError
 from privimage.progress import say
 from privimage.rundir import RunDir
 
@@ -13,18 +12,13 @@ from privimage.rundir import RunDir
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Write prepare/public.beton (or .npy), or check the .beton that the configuration names.
 
-    Returns where it is (seen from prepare/), its count and its classes, one if it is unlabelled. Raises UserError for whatever is wrong with the
-    public set, and for a .beton of another shape than `data.channels` and `data.resolution`.
+    Returns where it is (seen from prepare/), its count and its classes, one if it is unlabelled. Raises UserError for
+    whatever is wrong with the public set.
     """
     data = config.data
-    if data.public.kind == "beton":
-        if data.public.path is None:
-            raise UserError("data.public.path: kind beton needs one")
+    if data.public.kind == "beton" and data.public.path is not None:
         path, place = data.public.path, str(data.public.path.resolve())
         sidecar = store.verify(path)
-        wanted = (data.channels, data.resolution, data.resolution)
-        if sidecar.shape != wanted:
-            raise UserError(f"{path}: holds images of shape {sidecar.shape}, data.channels and data.resolution ask for {wanted}")
     else:
         place = f"public.{_format(config, world)}"
         path = run.stage("prepare") / place

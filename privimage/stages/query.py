@@ -16,7 +16,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.blocks import in_blocks
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
-from privimage.errors import Stopped, UserError
+from privimage.errors import Stopped
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
 from privimage.progress import Progress
@@ -28,13 +28,9 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     """Train on the public set, keep the weights with the best accuracy on its held-out part, and make clusters if they are wanted.
 
     Writes query/network.pt, and query/clusters.npz (see `clusters_path`). Returns the best validation accuracy in percent and the names
-    of the clusters. Raises UserError if images without labels are to be told apart by them.
+    of the clusters.
     """
     settings, public = config.query, public_labels(run)
-    if config.spec.pretraining == "selected" and settings.semantics == "labels" and len(public.names) < 2:
-        raise UserError("query.semantics: the public set has one class, which tells nothing apart; use query.semantics=clusters")
-    if settings.semantics == "clusters" and settings.clusters > len(public.of_images):
-        raise UserError(f"query.clusters: {settings.clusters} are more than the {len(public.of_images)} public images")
     record = _trained(config, run, world, public)
     if settings.semantics == "clusters":
         record["clusters"] = _clustered(config, run, world, public)

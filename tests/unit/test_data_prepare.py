@@ -52,8 +52,6 @@ def test_a_given_beton_is_used_where_it_is(tiny_config: Config, tmp_path: Path) 
     store.write(source_of(numbered(30), np.arange(30) % 3), path, 8, 1, 0)
     record = prepared(with_data(tiny_config, "beton", path))
     assert record["store"] == str(path.resolve()) and record["classes"] == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"\(1, 8, 8\).*\(1, 16, 16\)"):
-        prepared(with_data(tiny_config, "beton", path, resolution=16))
     path.write_bytes(path.read_bytes()[:-20_000])
     with pytest.raises(UserError, match="truncated"):
         prepared(with_data(tiny_config, "beton", path))

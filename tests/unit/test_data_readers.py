@@ -83,7 +83,7 @@ def test_train_and_test_below_one_folder(tmp_path: Path, tiny_config: Config) ->
         for split, part in (("train", slice(0, 21)), ("test", slice(21, 30))):
             (tmp_path / kind).mkdir(exist_ok=True)
             save(tmp_path / kind / (split + (".npz" if kind == "npz" else "")), images[part], LABELS[part])
-        config = with_sensitive(tiny_config, kind=kind, path=tmp_path / kind)
+        config = with_sensitive(tiny_config, kind=kind, path=tmp_path / kind, classes=3)
         assert has_test_split(config)
         assert len(read_sensitive(config, "train").images) == 21 and len(read_sensitive(config, "test").images) == 9
         elsewhere = with_sensitive(tiny_config, kind="folder", path=tmp_path / "folder" / "train", test_path=tmp_path / kind)
@@ -111,9 +111,74 @@ def test_training_images_are_never_taken_for_held_out_ones(tmp_path: Path, tiny_
 
 @pytest.mark.parametrize(("key", "value"), [("count", 31), ("classes", 4)])
 def test_data_that_contradict_what_was_stated_are_refused(tmp_path: Path, tiny_config: Config, key: str, value: int) -> None:
-    config = with_sensitive(tiny_config, kind="npz", path=save_npz(tmp_path / "set.npz", numbered(30), LABELS), **{key: value})
+    path = save_npz(tmp_path / "set.npz", numbered(30), LABELS, classes=np.array(NAMES))
+    config = with_sensitive(tiny_config, kind="npz", path=path, **{key: value})
     with pytest.raises(UserError, match=f"data.sensitive.{key}: {value}"):
         read_sensitive(config, "train")
+
+
+NAMES = ["x", "y", "z"]
+
+
+def unnamed(kind: str, folder: Path, labels: np.ndarray) -> Path:
+    """A set that does not name its classes."""
+    folder.mkdir(exist_ok=True)
+    images = numbered(len(labels))
+    if kind == "npz":
+        return save_npz(folder / "set.npz", images, labels)
+    store.write(open_source("npz", save_npz(folder / "was.npz", images, labels), "train"), folder / "set.npy", 8, 1, 0)
+    return folder / "set.npy"
+
+
+@pytest.mark.parametrize("kind", ["npz", "beton"])
+def test_sensitive_classes_are_never_counted_from_the_labels(tmp_path: Path, tiny_config: Config, kind: str) -> None:
+    """Otherwise the only image of the last class would decide how many classes are released."""
+    without_the_last = LABELS[LABELS < 2]
+    for name, labels in (("all", LABELS), ("fewer", without_the_last)):
+        path = unnamed(kind, tmp_path / name, labels)
+        with pytest.raises(UserError, match=r"data\.sensitive\.classes: needed, since .*set\.np"):
+            read_sensitive(with_sensitive(tiny_config, kind=kind, path=path), "train")
+        found = read_sensitive(with_sensitive(tiny_config, kind=kind, path=path, classes=3), "train")
+        assert found.classes == ("0", "1", "2") and (found.labels == labels).all()
+    with pytest.raises(UserError, match=r"labels from 0 to 2 do not fit 2 classes"):
+        read_sensitive(with_sensitive(tiny_config, kind=kind, path=unnamed(kind, tmp_path, LABELS), classes=2), "train")
+    assert read_sensitive(with_sensitive(tiny_config, kind=kind, path=path, labelled=False), "train").classes == ("all",)
+
+
+def test_a_sensitive_class_that_is_named_may_have_no_image(tmp_path: Path, tiny_config: Config) -> None:
+    path = save_folder(tmp_path / "set", numbered(30), LABELS)
+    (path / "class1b").mkdir()
+    found = read_sensitive(with_sensitive(tiny_config, kind="folder", path=path), "train")
+    assert found.classes == ("class0", "class1", "class1b", "class2") and np.bincount(found.labels).tolist() == [10, 10, 0, 10]
+    path = save_npz(tmp_path / "set.npz", numbered(30), LABELS, classes=np.array([*NAMES, "w"]))
+    assert read_sensitive(with_sensitive(tiny_config, kind="npz", path=path), "train").classes == (*NAMES, "w")
+    (tmp_path / "bare" / "class0").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"bare: holds no image"):
+        read_sensitive(with_sensitive(tiny_config, kind="folder", path=tmp_path / "bare"), "train")
+
+
+def test_held_out_images_have_the_labels_of_the_classes_of_their_names(tmp_path: Path, tiny_config: Config) -> None:
+    train = save_folder(tmp_path / "train", numbered(30), LABELS)
+    test = save_folder(tmp_path / "test", numbered(30), LABELS)
+    (test / "class0").rename(tmp_path / "taken away")
+    config = with_sensitive(tiny_config, kind="folder", path=train, test_path=test)
+    held_out = read_sensitive(config, "test")
+    assert held_out.classes == ("class0", "class1", "class2") and set(held_out.labels) == {1, 2}
+    (test / "class1").rename(test / "other")
+    with pytest.raises(UserError, match=rf"data\.sensitive\.test_path: {test}: its class 'other' is no class of the training"):
+        read_sensitive(config, "test")
+
+
+def test_held_out_arrays_are_counted_by_the_names_of_the_training_images(tmp_path: Path, tiny_config: Config) -> None:
+    train = save_npz(tmp_path / "train.npz", numbered(30), LABELS, classes=np.array(NAMES))
+    for name, labels, classes in (("turned", 2 - LABELS, NAMES[::-1]), ("bare", LABELS, None)):
+        more = {} if classes is None else {"classes": np.array(classes)}
+        test = save_npz(tmp_path / f"{name}.npz", numbered(30), labels, **more)
+        found = read_sensitive(with_sensitive(tiny_config, kind="npz", path=train, test_path=test), "test")
+        assert found.classes == tuple(NAMES) and (found.labels == LABELS).all()
+    twice = save_npz(tmp_path / "twice.npz", numbered(30), LABELS, classes=np.array(["x", "x", "z"]))
+    with pytest.raises(UserError, match=r"its class 'x' is not one class of the training"):
+        read_sensitive(with_sensitive(tiny_config, kind="npz", path=train, test_path=twice), "test")
 
 
 def test_a_set_without_labels_is_one_class(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from torch import nn
 from privimage.config import Config, load
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.errors import UserError
 from privimage.families import family
 from privimage.families.gan import GanPrivate, GanPublic
 
@@ -174,9 +173,3 @@ def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
     assert set(training.losses()) == {"discriminator loss", "generator loss"}
     training.step(pictures, torch.arange(2), 130)
     assert set(training.losses()) == {"discriminator loss"}
-
-
-def test_a_gan_is_not_trained_by_deepspeed() -> None:
-    config = settings("privimage+g", "pretrain.engine=deepspeed")
-    with pytest.raises(UserError, match=r"pretrain\.engine: deepspeed trains one network"):
-        family(config).public_training(config, 10, ALONE)

@@ -30,7 +30,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict:
     def stand_in(stage: str) -> Callable:
         def run(*arguments) -> dict:
             ran.append(stage)
-            return own.get(stage, lambda *_: {"images": 10})(*arguments)
+            return own.get(stage, lambda *_: {"images": 10, "count": 960, "classes": list(map(str, range(48)))})(*arguments)
 
         return run
 

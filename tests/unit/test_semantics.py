@@ -247,21 +247,13 @@ def test_without_public_labels_all_images_are_pretrained_on_unconditionally(tmp_
     assert pretrain.run(settings, run, ALONE)["n_classes"] == 0
 
 
-def test_more_clusters_than_images_or_votes_than_clusters_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"query\.clusters: 481 are more than the 480 public images"):
-        queried(config(tmp_path, "query.semantics=clusters", "query.clusters=481", name="many"))
+def test_more_votes_than_clusters_are_refused(tmp_path: Path) -> None:
     settings = config(tmp_path, *CLUSTERS)
     run = queried(settings)
     with pytest.raises(UserError, match=r"select\.per_image: 21 is more than the 20 clusters"):
         select.run(config(tmp_path, *CLUSTERS, "select.per_image=21"), run, ALONE)
     with pytest.raises(UserError, match=r"select\.per_class: 10 sensitive classes times 3 are more than the 20 clusters"):
         select.run(config(tmp_path, *CLUSTERS, "select.per_class=3"), run, ALONE)
-
-
-def test_one_public_class_tells_nothing_apart(tmp_path: Path) -> None:
-    path = save_npz(tmp_path / "set.npz", numbered(40), np.zeros(40, int))
-    with pytest.raises(UserError, match=r"query\.semantics: the public set has one class"):
-        queried(config(tmp_path, "data.public.kind=npz", f"data.public.path={path}"))
 
 
 @pytest.mark.parametrize("moment", ["in training", "at a checkpoint", "in clustering"])

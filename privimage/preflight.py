@@ -1,0 +1,295 @@
+"""At the door: what a run needs is looked for before its first stage, and all that is wrong is told at once.
+
+A check is a function of a `Visit` that yields one line for each mistake, or raises UserError for one. What it
+looks at is opened, not read: decoding whole sets and training stay where they are.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from privimage import room
+from privimage.config import Config
+from privimage.data import store
+from privimage.data.decode import Source
+from privimage.data.readers import ONE_CLASS
+from privimage.data.sources import has_test_split, held_out_source, public_source, sensitive_source
+from privimage.distributed.engine import deepspeed_settings
+from privimage.distributed.world import World
+from privimage.errors import Mistakes, UserError
+from privimage.evaluation import fidelity, semantics
+from privimage.families import family
+from privimage.privacy.account import ledger_folder
+from privimage.privacy.plan import make_plan
+from privimage.progress import say
+from privimage.rundir import RunDir
+
+SAMPLED = 32  # images of each set that are decoded, the first of as many classes
+CHARGED = {"finetune", "match", "evolve", "synthesize"}  # stages that open the account, as a query does
+SENSITIVE = {"select", "evaluate", *CHARGED}  # stages that read the sensitive set
+NETWORKS = {"pretrain", *CHARGED}  # stages that build the generator
+# What stages import when they come to it, and the package that has it; PrivImage itself is imported already.
+PACKAGES = {
+    "deepspeed": "'privimage[cluster]'",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "opacus": "opacus",
+    "randomgen": "randomgen",
+    "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+    "torch_fidelity": "torch-fidelity",
+}
+
+
+@dataclass
+class Visit:
+    """What the checks of one run look at on one rank, what they have found of it, and what is wrong."""
+
+    config: Config
+    run: RunDir
+    world: World
+    stages: frozenset[str]  # those that are about to run
+    sensitive: Source | None = None  # None where it could not be opened, or is not needed
+    public: tuple[int, tuple[str, ...]] | None = None  # of the public set: images, classes; on the main rank
+    sizes: dict[str, int] = field(default_factory=dict)  # parameters of each network; on the main rank
+    mistakes: list[str] = field(default_factory=list)
+
+    def needs(self, stages: Iterable[str]) -> bool:
+        """Whether one of `stages` is about to run."""
+        return not self.stages.isdisjoint(stages)
+
+    def attempt(self, check: "Check") -> None:
+        """Keep what `check` finds wrong."""
+        try:
+            for line in check(self) or ():
+                self.mistakes.append(line)
+        except UserError as error:
+            self.mistakes.append(str(error))
+        except ModuleNotFoundError:
+            if not self.mistakes:  # a missing package was told already
+                raise
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the histogram, as far as they are known."""
+        if self.sensitive is None:
+            return None
+        return len(self.sensitive.classes) if self.config.data.sensitive.labelled else 1
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the histogram: public classes or clusters, as far as they are known."""
+        if self.config.query.semantics == "clusters":
+            return self.config.query.clusters
+        return len(self.public[1]) if self.public else None
+
+    @property
+    def opens_account(self) -> bool:
+        """Whether noise is going to be drawn, or a release to be made."""
+        return self.needs(CHARGED) or ("select" in self.stages and self.config.spec.pretraining == "selected")
+
+
+Check = Callable[[Visit], Iterable[str] | None]
+
+
+def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> None:
+    """Look for whatever would end one of `stages` that is not finished yet. All ranks call it together.
+
+    Makes no folder and spends nothing. Raises UserError, the same on all ranks, with one line for each mistake
+    that names the key or the file, and the ranks where the main one has not met it.
+    """
+    unfinished = frozenset(stage for stage in stages if run.record(stage) is None)
+    visit = Visit(config, run, world, world.broadcast_object(unfinished))
+    for each in (*EVERYWHERE, *(ONCE if world.is_main else ())):
+        visit.attempt(each)
+    if mistakes := together(world.gather_objects(visit.mistakes)):
+        raise Mistakes(mistakes)
+
+
+def together(found: list[list[str]]) -> list[str]:
+    """What the ranks have found, each mistake once, and which have met it where the main one has not."""
+    lines = []
+    for line in dict.fromkeys(line for mistakes in found for line in mistakes):
+        ranks = [rank for rank, mistakes in enumerate(found) if line in mistakes]
+        if ranks[0] == 0:
+            lines.append(line)  # the main rank alone looks at what all share
+        else:
+            lines.append(f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {line}")
+    return lines
+
+
+def _run_directory(visit: Visit) -> Iterator[str]:
+    """All ranks see one directory, and may write into it."""
+    path = visit.run.path
+    if not (path / "config.yaml").exists():  # which the main rank has just written
+        told = "is not what the main rank sees there; it must be on a file system that all nodes share"
+        yield f"run.dir: {path} {told}"
+        return
+    for folder in (path, *(entry for entry in sorted(path.iterdir()) if entry.is_dir())):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            yield f"run.dir: {folder} cannot be written"
+
+
+def _packages(visit: Visit) -> Iterator[str]:
+    """What is imported later is installed; it is not imported here, since that takes seconds."""
+    config, stages = visit.config, visit.stages
+    wanted = {"tensorboard": stages & {"query", "evaluate", *NETWORKS}, "opacus": stages & {"finetune"}}
+    wanted["randomgen"] = stages & {"select", "finetune", "match", "evolve"}
+    wanted |= dict.fromkeys(("torch_fidelity", "matplotlib", "jinja2"), stages & {"evaluate"})
+    wanted["sklearn"] = stages & {"evaluate"}
+    if config.query.semantics == "clusters":
+        wanted["sklearn"] |= stages & {"query"}
+    if config.data.sensitive.kind == "digits":
+        wanted["sklearn"] |= stages & SENSITIVE
+    if config.data.public.kind == "glyphs":
+        wanted["matplotlib"] |= stages & {"prepare"}
+    if config.pretrain.engine == "deepspeed":
+        wanted["deepspeed"] = stages & {"pretrain"}
+    for module, needed_by in wanted.items():
+        if needed_by and importlib.util.find_spec(module) is None:
+            first = next(stage for stage in config.spec.stages if stage in needed_by)
+            yield f"{first}: needs {module}, which is not installed; pip install {PACKAGES[module]}"
+    if "prepare" not in stages or store.ffcv_installed():
+        return
+    path = config.data.public.path
+    if config.data.public.kind == "beton" and path is not None and path.suffix == ".beton":
+        yield f"data.public.path: {path} needs FFCV, which is not installed; tools/install_ffcv.sh"
+    elif config.data.store == "beton":
+        yield "data.store: beton needs FFCV, which is not installed; tools/install_ffcv.sh, or data.store=npy"
+
+
+def _sensitive_set(visit: Visit) -> None:
+    if visit.needs(SENSITIVE):
+        visit.sensitive = sensitive_source(visit.config, "train")
+        _sample(visit, visit.sensitive)
+
+
+def _held_out_images(visit: Visit) -> None:
+    if "evaluate" not in visit.stages:
+        return
+    if has_test_split(visit.config):
+        if visit.sensitive is not None:
+            _sample(visit, held_out_source(visit.config, visit.sensitive.classes))
+    elif visit.world.is_main:
+        say("evaluate: data.sensitive.test_path names no held-out images: no accuracy will be measured")
+
+
+def _public_set(visit: Visit) -> None:
+    """Ranks open a given store each, anything else is prepared by the main rank."""
+    data = visit.config.data
+    if "prepare" not in visit.stages:
+        record = visit.run.record("prepare") if visit.world.is_main else None
+        visit.public = (record["count"], tuple(record["classes"])) if record else None
+    elif data.public.kind == "beton":
+        if data.public.path is None:
+            raise UserError("data.public.path: kind beton needs one")
+        known = store.described(data.public.path, (data.channels, data.resolution, data.resolution))
+        visit.public = (known.count, known.classes if data.public.labelled else ONE_CLASS)
+    elif visit.world.is_main:
+        source = public_source(visit.config)
+        visit.public = (len(source), source.classes)
+        _sample(visit, source)
+
+
+def _sample(visit: Visit, source: Source) -> None:
+    """See that the first image of each class can be used. Raises UserError for one that cannot."""
+    data = visit.config.data
+    for index in np.sort(np.unique(source.labels, return_index=True)[1])[:SAMPLED]:
+        source.image(int(index), data.resolution, data.channels)
+
+
+def _engine_settings(visit: Visit) -> None:
+    """DeepSpeed's settings are there and may be used."""
+    settings = visit.config.pretrain
+    if "pretrain" in visit.stages and settings.engine == "deepspeed":
+        deepspeed_settings(settings.deepspeed_config, 1, bf16=False)
+
+
+def _features(visit: Visit) -> None:
+    """The weights of the fidelity measures are there and what they should be."""
+    settings = visit.config.evaluate
+    if "evaluate" in visit.stages:
+        fidelity.weights_for(settings.features, settings.inception_weights)
+
+
+def _word_vectors(visit: Visit) -> None:
+    """The word vectors are there and what they should be."""
+    path = visit.config.evaluate.word_vectors
+    if "evaluate" in visit.stages and path is not None:
+        semantics.check_vectors(path)
+
+
+def _votes(visit: Visit) -> Iterator[str]:
+    """There are enough public classes or clusters, and images for them."""
+    settings, method, rows, columns = visit.config.select, visit.config.spec, visit.rows, visit.columns
+    clusters = visit.config.query.semantics == "clusters"
+    if "query" in visit.stages and visit.public:
+        images, classes = visit.public
+        if method.pretraining == "selected" and not clusters and len(classes) < 2:
+            told = "the public set has one class, which tells nothing apart; use query.semantics=clusters"
+            yield f"query.semantics: {told}"
+            return
+        if clusters and visit.config.query.clusters > images:
+            yield f"query.clusters: {visit.config.query.clusters} are more than the {images} public images"
+    if "select" not in visit.stages or columns is None:
+        return
+    kind = "clusters" if clusters else "public classes"
+    if method.pretraining == "selected" and settings.per_image > columns:
+        yield f"select.per_image: {settings.per_image} is more than the {columns} {kind}"
+    if rows is not None and rows * settings.per_class > columns:
+        told = f"{rows} sensitive classes times {settings.per_class} are more than the {columns} {kind}"
+        yield f"select.per_class: {told}"
+
+
+def _networks(visit: Visit) -> Iterator[str]:
+    """The settings of the networks fit together, and the engine can train them."""
+    config = visit.config
+    if not visit.needs(NETWORKS):
+        return
+    kind = family(config)
+    if "pretrain" in visit.stages and config.pretrain.engine not in kind.engines:
+        yield f"pretrain.engine: {config.pretrain.engine} trains one network and a GAN has two; choose ddp"
+    visit.sizes = kind.sizes(config, visit.rows or 0)
+
+
+def _plan(visit: Visit) -> None:
+    """The promise can be kept. What is found is cached: the stages that follow do not search again."""
+    count = len(visit.sensitive) if visit.sensitive else visit.config.data.sensitive.count
+    begun = (visit.run.path / "private" / "account.json").exists()  # with a plan of its own
+    if count and visit.config.spec.private and visit.opens_account and not begun:
+        make_plan(visit.config, count)
+
+
+def _account(visit: Visit) -> Iterator[str]:
+    """The ledger can be written."""
+    # The account's own check of key, ledger and budget belongs here: account.check(config, run, ...).
+    if visit.opens_account:
+        folder = ledger_folder(visit.config)
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            yield f"privacy.ledger: {folder} cannot be written"
+
+
+def _room(visit: Visit) -> Iterator[str]:
+    """The disk has room for what will be written."""
+    about = room.written(visit.config, visit.public, visit.sizes, visit.rows or 0)
+    if told := room.missing(visit.run, {stage: about.get(stage, 0) for stage in visit.stages}):
+        yield told
+
+
+# On every rank: what may differ from node to node.
+EVERYWHERE: tuple[Check, ...] = (
+    _run_directory,
+    _packages,
+    _sensitive_set,
+    _held_out_images,
+    _public_set,
+    _engine_settings,
+    _features,
+    _word_vectors,
+)
+# On the main rank: what is the same for all.
+ONCE: tuple[Check, ...] = (_votes, _networks, _plan, _account, _room)

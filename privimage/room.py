@@ -1,0 +1,73 @@
+"""How much a run will write, and whether its disk has room for it."""
+
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+
+from privimage.config import Config
+from privimage.data.store import PAGE_BYTES
+from privimage.families.base import image_shape
+from privimage.models import parameters
+from privimage.models.resnet import classifier
+from privimage.rundir import RunDir
+
+LOGS = 16 << 20  # bytes of curves, figures and reports
+# Bytes a parameter. A checkpoint holds weights, two moments and the average in float32, and the old one stays
+# until the new one is whole; beside it lie the weights that are kept. The query's has one moment and no average.
+TRAINING, QUERY = 2 * 16 + 8, 2 * 8 + 2 * 4
+
+
+Facts = tuple[int, tuple[str, ...]]  # of the public set: number of images, classes
+
+
+def written(config: Config, public: Facts | None, sizes: Mapping[str, int], rows: int) -> dict[str, int]:
+    """About how many bytes each stage of a run has on the disk at most; what is not known counts as nothing.
+
+    `sizes`: parameters of each network of the generator; `rows`: classes of the sensitive set.
+    """
+    pixels, weights, samples = prod(image_shape(config)), sum(sizes.values()), config.synthesize.samples
+    count, classes = public or (0, ())
+    found = {
+        "prepare": count * (pixels + 16) + PAGE_BYTES,
+        "query": 0,
+        "pretrain": TRAINING * weights,
+        "finetune": TRAINING * weights,
+        "match": TRAINING * weights + 8 * config.match.features * max(rows, 1),
+        "evolve": 4 * weights + 3 * pixels * config.evolve.population * max(rows, 1),
+        "synthesize": 2 * pixels * samples + 4 * weights,
+    }
+    if config.data.public.kind == "beton":
+        found["prepare"] = 0
+    if "query" in config.spec.stages:
+        with torch.device("meta"):
+            network = parameters(classifier(config.query.network, config.data.channels, max(len(classes), 1)))
+        found["query"] = QUERY * network + 8 * count
+    return found
+
+
+def missing(run: RunDir, about: Mapping[str, int]) -> str:
+    """What to tell where the disk has no room for what stages will write; empty if it has.
+
+    `about`: bytes by stage. What a stage has written already, before a restart, is not counted again.
+    """
+    parts = {stage: max(0, bytes_ - held(run.path / stage)) for stage, bytes_ in about.items()}
+    needed, free = sum(parts.values()) + LOGS, shutil.disk_usage(run.path).free
+    if needed <= free:
+        return ""
+    largest = sorted(parts, key=lambda stage: -parts[stage])[:3]
+    shown = ", ".join(f"{stage} {size(parts[stage])}" for stage in largest if parts[stage])
+    told = f"has {size(free)} free and the run will write about {size(needed)} ({shown})"
+    return f"run.dir: {run.path} {told}; make room, or choose another run.dir"
+
+
+def held(folder: Path) -> int:
+    """Bytes of the files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
