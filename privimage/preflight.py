@@ -16,18 +16,19 @@ from privimage.config import Config
 from privimage.data import store
 from privimage.data.decode import Source
 from privimage.data.readers import ONE_CLASS
-from privimage.data.sources import has_test_split, held_out_source, public_source, sensitive_source
+from privimage.data.sources import has_test_split, held_out_source, open_sensitive, public_source, sensitive_source
 from privimage.distributed.engine import deepspeed_settings
 from privimage.distributed.world import World
 from privimage.errors import Mistakes, UserError
 from privimage.evaluation import fidelity, semantics
 from privimage.families import family
-from privimage.privacy.account import ledger_folder
+from privimage.privacy import account
 from privimage.privacy.plan import make_plan
 from privimage.progress import say
 from privimage.rundir import RunDir
 
 SAMPLED = 32  # images of each set that are decoded, the first of as many classes
+PUBLIC = {"prepare", "query", "pretrain"}  # stages that may take hours and see no sensitive image
 CHARGED = {"finetune", "match", "evolve", "synthesize"}  # stages that open the account, as a query does
 SENSITIVE = {"select", "evaluate", *CHARGED}  # stages that read the sensitive set
 NETWORKS = {"pretrain", *CHARGED}  # stages that build the generator
@@ -107,6 +108,7 @@ def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> N
         visit.attempt(each)
     if mistakes := together(world.gather_objects(visit.mistakes)):
         raise Mistakes(mistakes)
+    _whole_set(visit)
 
 
 def together(found: list[list[str]]) -> list[str]:
@@ -263,14 +265,21 @@ def _plan(visit: Visit) -> None:
         make_plan(visit.config, count)
 
 
-def _account(visit: Visit) -> Iterator[str]:
-    """The ledger can be written."""
-    # The account's own check of key, ledger and budget belongs here: account.check(config, run, ...).
+def _account(visit: Visit) -> None:
+    """The ledger can be written, and is the one that a run has written to."""
     if visit.opens_account:
-        folder = ledger_folder(visit.config)
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            yield f"privacy.ledger: {folder} cannot be written"
+        account.check(visit.config, visit.run)
+
+
+def _whole_set(visit: Visit) -> None:
+    """Decode the sensitive set where public stages come before it, which take longer: an image that is damaged, a rank with another
+    copy and a budget that is spent are told now. All ranks call it together.
+    """
+    if not visit.opens_account or not visit.needs(PUBLIC):
+        return
+    sensitive = open_sensitive(visit.config, "train", visit.world)
+    if visit.world.is_main:
+        account.check(visit.config, visit.run, sensitive)
 
 
 def _room(visit: Visit) -> Iterator[str]:

@@ -12,6 +12,7 @@ from privimage.data.sources import ImageSet
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.privacy import keys
+from privimage.privacy.accounting import Mechanism
 from privimage.privacy.identity import digest_of
 from privimage.privacy.ledger import Head, Ledger
 from privimage.privacy.plan import FinetunePlan, MechanismPlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
@@ -103,7 +104,7 @@ def key_path(run: RunDir) -> Path:
 
 def account_path(run: RunDir) -> Path:
     """Where the plan of a run is kept, its name in the ledger, and what it knows of that."""
-    return run.private / "account.json"
+    return run.path / "private" / "account.json"
 
 
 def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World) -> Account:
@@ -127,12 +128,32 @@ def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World)
     return own or result
 
 
+def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> None:
+    """Look for what `open_account` would refuse on the main rank, without beginning or writing anything.
+
+    Of a run that has not begun nothing can be said before its set is decoded (`sensitive`). Raises UserError.
+    """
+    folder, path = ledger_folder(config), account_path(run)
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"privacy.ledger: {folder} cannot be written")
+    kept = read_account(path) if path.exists() else None
+    if kept is not None:
+        _same_set(run, kept, sensitive.fingerprint if sensitive else kept["fingerprint"])
+        ledger, plan = Ledger(folder, kept["fingerprint"], known_head(kept)), plan_from_dict(kept["plan"])
+    elif sensitive is None:
+        return
+    else:
+        _no_older_ledger(config, folder, sensitive.fingerprint)
+        ledger, plan = Ledger(folder, sensitive.fingerprint), _fresh_plan(config, len(sensitive.images))
+    ledger.require_room(kept["run"] if kept else "", _announced(config, plan), _budget(config), plan.accountant)
+
+
 def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
-    path, kept, folder = account_path(run), None, ledger_folder(config)
+    path, kept, folder = run.private / account_path(run).name, None, ledger_folder(config)
     if path.exists():
         kept = read_account(path)
-        if kept["fingerprint"] != fingerprint:
-            raise UserError(f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir")
+        _same_set(run, kept, fingerprint)
         ledger = Ledger(folder, fingerprint, known_head(kept))
     else:
         _no_older_ledger(config, folder, fingerprint)
@@ -140,12 +161,10 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
     if kept is not None and (original := _original(run, kept["run"], ledger)) is not None:
         kept = _apart(run, kept, original)
     if kept is None:
-        plan = make_plan(config, count) if config.spec.private else plan_without_noise(config, count)
+        plan = _fresh_plan(config, count)
         kept = {"version": VERSION, "run": secrets.token_hex(8), "fingerprint": fingerprint, "plan": plan.to_dict()}
     plan = plan_from_dict(kept["plan"])
-    budget = (config.privacy.budget.epsilon, config.privacy.budget.delta) if config.privacy.budget else None
-    announced = {part.stage: part.mechanism for part in plan.parts} if config.spec.private else {}
-    with ledger.announced(kept["run"], announced, budget, plan.accountant):
+    with ledger.announced(kept["run"], _announced(config, plan), _budget(config), plan.accountant):
         write_json(path, kept | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
     ledger.place(kept["run"], run.path.resolve())
     fixed = config.privacy.insecure_fixed_key
@@ -155,6 +174,24 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
     account = Account(kept["run"], plan, root, config.spec.private and fixed is None, ledger, path)
     account.keep_head()
     return account
+
+
+def _same_set(run: RunDir, kept: dict, fingerprint: str) -> None:
+    if kept["fingerprint"] != fingerprint:
+        raise UserError(f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir")
+
+
+def _fresh_plan(config: Config, count: int) -> PrivacyPlan:
+    return make_plan(config, count) if config.spec.private else plan_without_noise(config, count)
+
+
+def _announced(config: Config, plan: PrivacyPlan) -> dict[str, Mechanism]:
+    return {part.stage: part.mechanism for part in plan.parts} if config.spec.private else {}
+
+
+def _budget(config: Config) -> tuple[float, float] | None:
+    budget = config.privacy.budget
+    return (budget.epsilon, budget.delta) if budget else None
 
 
 def read_account(path: Path) -> dict:

@@ -131,23 +131,28 @@ class Ledger:
         """
         with self._locked() as handle:
             spent = self._reader.spent
-            if budget is not None and spent.budget is not None and budget != spent.budget:
-                raise UserError(
-                    f"privacy.budget: {told(budget)} is not the one that the ledger of the set holds, {told(spent.budget)}; whoever owns the"
-                    f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
-                )
-            self._within(run, plan, budget or spent.budget, accountant)
+            self._require_room(run, plan, budget, accountant)
             yield
             if budget is not None and spent.budget is None:
                 self._append(handle, {"budget": list(budget)})
             if spent.plans.get(run) != dict(plan):
                 self._append(handle, {"run": run, "plan": {part: _pack(m) for part, m in plan.items()}})
 
-    def _within(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> None:
-        if budget is None:
+    def require_room(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> None:
+        """Raise UserError where `announced` would, without writing anything."""
+        with self._locked():
+            self._require_room(run, plan, budget, accountant)
+
+    def _require_room(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> None:
+        spent = self._reader.spent
+        if budget is not None and spent.budget is not None and budget != spent.budget:
+            raise UserError(
+                f"privacy.budget: {told(budget)} is not the one that the ledger of the set holds, {told(spent.budget)}; whoever owns the"
+                f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
+            )
+        if (budget := budget or spent.budget) is None:
             return
         limit, delta = budget
-        spent = self._reader.spent
         total = epsilon(spent.promised(run, plan), delta, accountant)
         if spent.not_private or total > limit:
             sum_told = "infinite, since a run without noise used it" if spent.not_private else f"{total:.4g}"

@@ -37,14 +37,25 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     run.require(config.spec.training)
     weights = checkpoint.load(run.stage(config.spec.training) / "weights.pt", world.device)
     assert weights is not None  # the stage is finished
+    said = _statement(config, run, world, weights)  # what cannot be released is not sampled
     generator = _generator(config, world, weights)
     count = settings.samples
     _sample_blocks(config, run, world, generator, weights["n_classes"], count, "after")
     if (pretrained := _pretrained(config, run, world)) is not None:
         _sample_before(config, run, world, pretrained)
     world.barrier()
-    _release(config, run, world, weights)
+    if said is not None:
+        _release(config, run, weights, said)
     return {"images": count}
+
+
+def _statement(config: Config, run: RunDir, world: World, weights: dict) -> dict | None:
+    """What PRIVACY.json will say, on the main rank. Raises UserError if the ledger does not hold what made the weights."""
+    account = open_account(config, run, open_sensitive(config, "train", world), world)
+    if not world.is_main:
+        return None
+    versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return statement(config, account, weights["charges"], weights["steps"], versions)
 
 
 def _generator(config: Config, world: World, weights: dict) -> nn.Module:
@@ -102,16 +113,10 @@ def _gathered(config: Config, run: RunDir, count: int, n_classes: int, name: str
     return images, np.arange(count, dtype=np.int64) % max(n_classes, 1)
 
 
-def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
-    """Put release/ together aside, the statement first, and rename it when it is whole; then destroy the key: nobody can subtract the noise any more.
-
-    Raises UserError if the ledger does not hold what made the weights.
+def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
+    """Put release/ together aside, the statement first, and rename it when it is whole; then destroy the key: nobody can subtract the
+    noise any more.
     """
-    sensitive = open_sensitive(config, "train", world)
-    account = open_account(config, run, sensitive, world)
-    if not world.is_main:
-        return
-    said = statement(config, account, weights["charges"], weights["steps"], _versions())
     images, labels = _gathered(config, run, config.synthesize.samples, weights["n_classes"], "after")
     aside = run.path / ".release.part"
     shutil.rmtree(aside, ignore_errors=True)
@@ -131,10 +136,6 @@ def _release(config: Config, run: RunDir, world: World, weights: dict) -> None:
     keys.destroy(key_path(run))
     for name in ("after", "before"):
         shutil.rmtree(run.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    return {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _write_model(path: Path, config: Config, weights: dict) -> None:

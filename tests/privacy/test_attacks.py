@@ -27,7 +27,7 @@ from privimage.rundir import read_json
 pytestmark = pytest.mark.usefixtures("own_signals")
 STEPS = 6
 METHODS = {"dpdm": "finetune", "dp-merf": "match"}
-SMALL = ("finetune.steps=6", "finetune.checkpoint_every=1", "match.steps=2", "synthesize.samples=10", "privacy.accountant=pld")
+SMALL = ("finetune.steps=6", "finetune.checkpoint_every=1", "match.steps=2", "synthesize.samples=10")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def true_epsilon(folder: Path, draws: list[spy.Draw]) -> float:
     """What was spent, from the log of noise draws and the plan's noise."""
     plan = plan_from_dict(read_json(folder / "private" / "account.json")["plan"])
     parts = [(part.mechanism, spy.uses(draws, part.stage)) for part in plan.parts]
-    return epsilon([type(m)(m.noise_multiplier, m.sample_rate, count) for m, count in parts if count], plan.delta)
+    return epsilon([type(m)(m.noise_multiplier, m.sample_rate, count) for m, count in parts if count], plan.delta, plan.accountant)
 
 
 def assert_honest(folder: Path, draws: list[spy.Draw]) -> None:
@@ -386,3 +386,14 @@ def test_weights_without_a_charge_for_each_step_are_not_released(tmp_path: Path,
     for charges, told in ((weights["charges"]["finetune"][1:], "5 of the 6 uses"), ([*weights["charges"]["finetune"], "unknown"], "1 of the 7 uses")):
         checkpoint.save(path, weights | {"charges": {"finetune": charges}})
         assert go(config) == 2 and told in capfd.readouterr().err and not released(tmp_path / "a")
+
+
+def test_public_curves_hold_no_times_and_no_memory(tmp_path: Path, images: Path) -> None:
+    """Both follow the sizes of the Poisson batches."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert go(settings(tmp_path / "a", images), stages=("finetune",)) == 0
+    public = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "finetune")).Reload()
+    assert set(public.Tags()["scalars"]) == {"learning rate", "epsilon"}
+    for name in public.Tags()["scalars"]:
+        assert all(event.wall_time == event.step for event in public.Scalars(name))
