@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from privimage.errors import UserError, settled, tell
+from privimage.owner_only import close_process
 
 app = typer.Typer(
     name="privimage",
@@ -141,6 +142,7 @@ def main() -> None:
     """Entry point; the exit status is 0 done, 2 a mistake told in one line, 75 stopped with the state saved, 1 anything else."""
     if (status := settled()) is not None:
         sys.exit(status)
+    close_process()
     try:
         app()
     except UserError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from privimage import memory, preflight, sharing
+from privimage import memory, owner_only, preflight, sharing
 from privimage.config import Config
 from privimage.distributed import precision
 from privimage.distributed.preemption import stop
@@ -23,6 +23,7 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
 
     What ends a run early is told here, whichever rank it happened on. Raises UserError only where the ranks do not meet.
     """
+    owner_only.close_process()
     world = connect(config.runtime)
     stop.install(told=world.is_main)
     status = 0
@@ -54,6 +55,7 @@ def _claimed(config: Config, world: World) -> Iterator[RunDir]:
     with lock:
         try:
             if world.is_main:
+                run_dir.close_to_others()
                 run_dir.reconcile(config)
                 run_dir.note_failure(None)
             world.barrier()

@@ -11,9 +11,10 @@ import numpy as np
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from privimage import owner_only
 from privimage.config import Config, parse
 from privimage.errors import UserError
-from privimage.methods import Method
+from privimage.methods import METHODS, Method
 
 # May change between the stages of one run: they change no result and no promise.
 FREE = ("runtime.", "slurm.", "data.workers", "run.", "privacy.ledger", "privacy.budget")
@@ -22,10 +23,10 @@ PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copi
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, fsync, rename. Raises UserError when the disk is full."""
+    """Write a file, mode 0600, whole or not at all: a temporary file beside it, fsync, rename. Raises UserError when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -80,13 +81,13 @@ class RunDir:
 
     @property
     def private(self) -> Path:
-        """Keys, ledger pointer, losses of fine-tuning, metrics on sensitive data: mode 0700, never shared."""
-        return self._folder(self.path / "private", 0o700)
+        """Keys, plan, losses of fine-tuning, metrics on sensitive data: never shared."""
+        return self._folder(self.path / "private")
 
     @property
     def release(self) -> Path:
-        """The only folder that is meant to leave."""
-        return self._folder(self.path / "release")
+        """The only folder that is meant to leave; `synthesize` makes it when all that it holds is there."""
+        return self.path / "release"
 
     @property
     def tensorboard(self) -> Path:
@@ -97,12 +98,23 @@ class RunDir:
         """The folder of one stage."""
         return self._folder(self.path / name)
 
-    @staticmethod
-    def _folder(path: Path, mode: int = 0o755) -> Path:
-        if not path.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
-            path.chmod(mode)
-        return path
+    def _folder(self, path: Path) -> Path:
+        """A folder that only its owner reads. One below the run directory may also belong to whom that belongs, as on a mounted disk."""
+        return owner_only.folder(path, self._owner())
+
+    def _whole(self) -> Path:
+        """The run directory itself, which may be reached through a link."""
+        return owner_only.folder(self.path.resolve(), self._owner())
+
+    def close_to_others(self) -> None:
+        """Restrict all that is in a directory from before. Raises UserError for links in it, and for what belongs to another user."""
+        stages = {stage for method in METHODS.values() for stage in method.stages}
+        names = ("config.yaml", "failed.json", ".lock", "private", "tensorboard", *sorted(stages))
+        owner_only.restrict_all([self.path / name for name in names], self._owner())
+
+    def _owner(self) -> int | None:
+        """Whose the run directory is, where this process may read everybody's files anyway."""
+        return self.path.stat().st_uid if os.geteuid() == 0 and self.path.exists() else None
 
     def record(self, stage: str) -> dict | None:
         """What a finished stage wrote down (seconds, memory, figures); None while it is not finished."""
@@ -136,7 +148,7 @@ class RunDir:
         if reason is None:
             (self.path / "failed.json").unlink(missing_ok=True)
         else:
-            write_json(self._folder(self.path) / "failed.json", {"reason": reason})
+            write_json(self._whole() / "failed.json", {"reason": reason})
 
     @property
     def is_running(self) -> bool:
@@ -151,8 +163,8 @@ class RunDir:
 
     def lock(self):
         """Hold the run directory against a second run. Raises UserError when it is held, or cannot be written."""
+        self._whole()
         try:
-            self._folder(self.path)
             handle = open(self.path / ".lock", "w")
         except OSError as error:
             raise UserError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None

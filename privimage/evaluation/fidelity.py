@@ -97,11 +97,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     return state, hashlib.sha256(data).hexdigest()
 
 
-def _inception(state: dict[str, Tensor], features: str, path: Path) -> nn.Module:
+def _inception(state: dict[str, Tensor], features: str, path: Path, scratch: Path) -> nn.Module:
     """torch-fidelity's network with these weights; its constructor loads with weights_only=False, so it gets a copy written by us."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
+    with tempfile.NamedTemporaryFile(suffix=".pth", dir=scratch) as copy:
         torch.save(state, copy)
         copy.flush()
         try:
@@ -121,16 +121,16 @@ class _First(nn.Module):
         return self.network(images)[0]
 
 
-def choose(features: str, weights: Path | None) -> Extractor:
+def choose(features: str, weights: Path | None, scratch: Path) -> Extractor:
     """The extractor for `evaluate.features` ("auto", "2048", "768", "stand-in") and `evaluate.inception_weights`.
 
-    "auto" takes the best that the weights allow, and the stand-in without weights. Raises UserError for missing or damaged
-    weights, and for "2048" with weights that are zero beyond the 768 features.
+    "auto" takes the best that the weights allow, and the stand-in without weights. `scratch` is a folder for a temporary
+    file. Raises UserError for missing or damaged weights, and for "2048" with weights that are zero beyond the 768 features.
     """
     if (found := weights_for(features, weights)) is None:
         return Extractor("stand-in", StandIn())
     assert weights is not None  # `weights_for` has read them
-    return Extractor(found.layer, _First(_inception(found.state, found.layer, weights)), found.sha256)
+    return Extractor(found.layer, _First(_inception(found.state, found.layer, weights, scratch)), found.sha256)
 
 
 @dataclass(frozen=True)

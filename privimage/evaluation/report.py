@@ -17,6 +17,8 @@ from privimage.rundir import RunDir, read_json, write_json, write_whole
 PACKAGES = ("torch", "torchvision", "numpy", "opacus", "dp-accounting", "torch-fidelity", "scikit-learn", "ffcv", "deepspeed")
 MEASURED = ("seconds", "peak_memory_bytes", "images_per_second")
 SENSITIVE = ("accuracy", "accuracy_before", "fidelity", "fidelity_before", "semantics", "memorization")  # computed on sensitive images without noise
+# Of what can stand in a table, what no sensitive image can be told from beyond the promise; all else is marked.
+PUBLIC = ("privacy.", "selection.", "parameters", "resources.prepare.", "resources.query.", "resources.pretrain.")
 CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
 STAGES = {
     "prepare": "Prepare the public images",

@@ -56,7 +56,8 @@ def _draw_series(axes: Axes, cells: list[Cell], shift: float, colour: str, label
 
 
 def _label(axes: Axes, name: str, measure: Measure, options: list[str], theme: dict[str, str]) -> None:
-    axes.set_title(f"{name} ({measure.unit})" if measure.unit else name, fontsize=9, color=theme["ink"])
+    title = f"{name} ({measure.unit})" if measure.unit else name
+    axes.set_title(f"{title} †" if measure.sensitive else title, fontsize=9, color=theme["ink"])  # as in the table
     upright = sum(map(len, options)) > 24
     axes.set_xticks(range(len(options)), options, rotation=40 if upright else 0, ha="right" if upright else "center", fontsize=7)
     axes.set_xlim(-0.6, len(options) - 0.4)

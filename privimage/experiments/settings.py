@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from privimage.config import Config
 from privimage.config import load as load_config
 from privimage.errors import UserError
-from privimage.evaluation.report import NUMBERS
+from privimage.evaluation.report import NUMBERS, PUBLIC
 from privimage.section import Section, nearest, read_yaml, validated
 
 Choice = dict[str, str]  # axis -> the name of one of its options
@@ -65,6 +65,11 @@ class Measure(Section):
     unit: str = Field("", description="shown beside the name")
     divide_by: float = Field(1.0, gt=0, description="from the report's unit to this one")
     digits: int = Field(1, ge=0, le=6, description="digits after the point")
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether it was computed on sensitive images without noise, or follows them in time: the promise does not cover it."""
+        return not self.key.startswith(PUBLIC)
 
     @field_validator("key")
     @classmethod

@@ -11,6 +11,8 @@ from privimage.experiments.gather import Cell, Gathered, Row, gather
 from privimage.experiments.settings import Measure, load
 from privimage.rundir import write_whole
 
+MARK = "†"  # of measures that are for the owner of the data
+NOTE = f"{MARK} computed on sensitive images without noise: for the owner of the data, the promise does not cover it."
 ARROWS = {"highest": " ↑", "lowest": " ↓", None: ""}
 
 
@@ -40,6 +42,8 @@ def markdown(gathered: Gathered) -> str:
     for heading, rows in gathered.sections:
         lines += ["", f"## {heading}", ""] if heading else [""]
         lines += _section(gathered, rows)
+    if any(measure.sensitive for measure in experiment.measures.values()):
+        lines += ["", NOTE]
     if gathered.gaps:
         lines += ["", "Not there:", "", *(f"- {result.run.name}: {result.state.told}" for result in gathered.gaps)]
     return "\n".join(lines) + "\n"
@@ -56,13 +60,21 @@ def _told(gathered: Gathered) -> str:
 def _section(gathered: Gathered, rows: list[Row]) -> list[str]:
     measures = gathered.file.experiment.measures
     axis = next(iter(gathered.file.experiment.axes))
-    heads = [f"{name}{f' ({measure.unit})' if measure.unit else ''}{ARROWS[measure.best]}" for name, measure in measures.items()]
+    heads = [
+        f"{name}{f' ({measure.unit})' if measure.unit else ''}{ARROWS[measure.best]}{f' {MARK}' if measure.sensitive else ''}"
+        for name, measure in measures.items()
+    ]
     best = {name: _best(measure, [row.cells[name] for row in rows]) for name, measure in measures.items()}
     lines = [f"| {axis} | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for row in rows:
         cells = [_cell(row.cells[name], measure, row.cells[name] is best[name]) for name, measure in measures.items()]
         lines.append(f"| {next(iter(row.choice.values()))} | {' | '.join(cells)} |")
     return lines
+
+
+def _head(name: str, measure: Measure) -> str:
+    unit, mark = f" ({measure.unit})" if measure.unit else "", f" {MARK}" if measure.sensitive else ""
+    return f"{name}{unit}{ARROWS[measure.best]}{mark}"
 
 
 def _best(measure: Measure, cells: list[Cell]) -> Cell | None:
@@ -85,11 +97,20 @@ def comma_separated(gathered: Gathered) -> str:
     """A line for each combination and measure, with full precision; `values` are those of the seeds, `gaps` the reasons of the others."""
     experiment, out = gathered.file.experiment, io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow([*experiment.axes, "measure", "unit", "mean", "std", "finished", "planned", "values", "published", "gaps"])
+    lines.writerow([*experiment.axes, "measure", "unit", "mean", "std", "finished", "planned", "values", "published", "sensitive", "gaps"])
     for row in gathered.rows:
         gaps = "; ".join(f"seed {result.run.seed} {result.state.told}" for result in row.results if result.report is None)
         for name, measure in experiment.measures.items():
             cell = row.cells[name]
             numbers = [cell.mean, cell.spread, len(cell.values), cell.planned, " ".join(map(repr, cell.values)), cell.published]
-            lines.writerow([*row.choice.values(), name, measure.unit, *("" if number is None else number for number in numbers), gaps])
+            lines.writerow(
+                [
+                    *row.choice.values(),
+                    name,
+                    measure.unit,
+                    *("" if number is None else number for number in numbers),
+                    "yes" if measure.sensitive else "no",
+                    gaps,
+                ]
+            )
     return out.getvalue()

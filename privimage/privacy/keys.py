@@ -11,6 +11,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from privimage import owner_only
 from privimage.errors import UserError
 from privimage.rundir import write_whole
 
@@ -46,7 +47,7 @@ def open_root(path: Path) -> RootKey:
     """The key kept in `path`; a new one from the operating system if there is none. Raises UserError for a damaged file."""
     if not path.exists():
         replace(path)
-    path.chmod(0o600)
+    owner_only.restrict(path)
     secret = path.read_bytes()
     if len(secret) != 32:
         raise UserError(f"{path}: damaged key; the noise that was drawn with it cannot be repeated, begin again with another run.dir")
@@ -56,7 +57,6 @@ def open_root(path: Path) -> RootKey:
 def replace(path: Path) -> None:
     """Put a new key in place of one; that of another name for the same file (a hard link) stays as it is."""
     write_whole(path, os.urandom(32))
-    path.chmod(0o600)
 
 
 def destroy(path: Path) -> None:

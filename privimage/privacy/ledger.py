@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from privimage import owner_only
 from privimage.errors import UserError
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.spent import Reader, Spent
@@ -46,16 +47,14 @@ class Ledger:
 
     def __init__(self, folder: Path, fingerprint: str, head: Head | None = None):
         """`head` is what the run knows of the ledger; None begins one where there is none. Raises UserError for a folder that cannot be made."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise UserError(f"privacy.ledger: {folder}: cannot be made ({error.strerror})") from None
+        owner_only.folder(folder.resolve())
         self.path = folder / f"{fingerprint[:32]}.jsonl"
         self._head, self._reader = head, Reader()
         with self._locked(create=head is None) as handle:
             if self._reader.spent.identity is None:
                 self._append(handle, {"ledger": secrets.token_hex(8)})
                 fsync_folder(folder)
+        owner_only.restrict(self.path)
 
     @property
     def head(self) -> Head:

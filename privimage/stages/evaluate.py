@@ -59,7 +59,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     """
     started, settings = time.monotonic(), config.evaluate
     # what may be wrong with the settings is found before the long work
-    extractor = fidelity.choose(settings.features, settings.inception_weights)
+    extractor = fidelity.choose(settings.features, settings.inception_weights, run.private)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
     train = open_sensitive(config, "train", world)
     test = open_sensitive(config, "test", world) if has_test_split(config) else None

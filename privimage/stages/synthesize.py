@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from privimage import __version__
+from privimage import __version__, owner_only
 from privimage.config import Config
 from privimage.curves import Curves
 from privimage.data.sensitive import ImageDraws
@@ -131,8 +131,9 @@ def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
     strangers = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
     if strangers:
         raise RuntimeError(f"{aside}: {strangers} are not on the allow-list of a release")
-    shutil.rmtree(run.release)
-    aside.rename(run.path / "release")
+    owner_only.open_to_all(aside)
+    shutil.rmtree(run.release, ignore_errors=True)
+    aside.rename(run.release)
     keys.destroy(key_path(run))
     for name in ("after", "before"):
         shutil.rmtree(run.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
