@@ -33,20 +33,31 @@ READ_OF_RUNTIME = ("seed", "precision")
 KERNEL_SWITCHES = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "KMP_", "OPENBLAS_", "CUBLAS_")  # beginnings of variables by which libraries choose kernels
 
 
-def computation(ranks: Ranks, root: RootKey, content: bytes, config: Config, own: dict[str, Any], inputs: Iterable[bytes] = ()) -> bytes:
+def computation(
+    ranks: Ranks,
+    root: RootKey,
+    content: bytes,
+    config: Config,
+    own: dict[str, Any],
+    inputs: Iterable[bytes] = (),
+    each_rank: bool = False,
+) -> bytes:
     """The digest of all that the outputs of a stage depend on beside the state that it goes on from; the same on all ranks.
 
     `content` is that of the sensitive set, `inputs` the digests of networks that see it or of what its images vote for, `own` plain values
-    that the stage adds. On a GPU, where sums need not repeat to the bit, each start is a computation of its own. All ranks call this
+    that the stage adds. `each_rank`: the output depends on which rank does what, as where each adds noise of its own; else on the kinds
+    of machines alone, not on their number. On a GPU, where sums need not repeat to the bit, each start is a computation of its own. All ranks call this
     together.
     """
+    told = gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))
+    machines = [machine.hex() for machine in told]
     tree = {
         "content": content.hex(),
         "settings": settings_read(config),
         "inputs": [digest.hex() for digest in inputs],
         "own": own,
         "key": root.name,
-        "ranks": [digest.hex() for digest in gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))],
+        "machines": machines if each_rank else sorted(set(machines)),
         "start": secrets.token_hex(16) if ranks.device.type == "cuda" else "",
     }
     return gathered(ranks, digest_of(json.dumps(tree, sort_keys=True).encode()))[0]

@@ -1,5 +1,6 @@
 """Sets are read as they are, whatever the kind; what is wrong with one is told in one line that names it."""
 
+import dataclasses
 import gzip
 import io
 import os
@@ -25,6 +26,16 @@ def opened(kind: str, path: Path | None, resolution: int = 8, channels: int = 1,
     return read(open_source(kind, path, "train", labelled), resolution, channels, workers)
 
 
+def pairs(images: np.ndarray, labels: np.ndarray) -> list[tuple[bytes, int]]:
+    """The images (N, C, H, W) with their labels, in an order that does not depend on theirs."""
+    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def holds(found: ImageSet, images: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether a set is made of images (N, H, W, C) with these labels, in whatever order."""
+    return pairs(found.images, found.labels) == pairs(images.transpose(0, 3, 1, 2), labels)
+
+
 def told(kind: str, path: Path | None, **more) -> str:
     """The message that a bad set ends in."""
     with pytest.raises(UserError) as caught:
@@ -36,19 +47,17 @@ def told(kind: str, path: Path | None, **more) -> str:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_npz_and_folder_hold_the_same_images(tmp_path: Path, channels: int) -> None:
     images = numbered(30, channels=channels)
-    ordered = np.argsort(LABELS, kind="stable")
     from_npz = opened("npz", save_npz(tmp_path / "set.npz", images, LABELS, classes=np.array(["x", "y", "z"])), channels=channels)
     from_folder = opened("folder", save_folder(tmp_path / "set", images, LABELS), channels=channels)
-    assert (from_npz.images == images.transpose(0, 3, 1, 2)).all()
-    assert (from_folder.images == from_npz.images[ordered]).all()
-    assert (from_npz.labels == LABELS).all() and (from_folder.labels == LABELS[ordered]).all()
+    assert holds(from_npz, images, LABELS)
+    assert (from_folder.images == from_npz.images).all() and (from_folder.labels == from_npz.labels).all()
     assert from_npz.classes == ("x", "y", "z") and from_folder.classes == ("class0", "class1", "class2")
     assert from_folder.fingerprint == from_npz.fingerprint
 
 
 def test_grey_npz_without_a_channel_axis(tmp_path: Path) -> None:
     images = numbered(30)
-    assert (opened("npz", save_npz(tmp_path / "set.npz", images[..., 0], LABELS)).images == images.transpose(0, 3, 1, 2)).all()
+    assert holds(opened("npz", save_npz(tmp_path / "set.npz", images[..., 0], LABELS)), images, LABELS)
 
 
 def test_grey_and_colour_are_made_from_each_other(tmp_path: Path) -> None:
@@ -72,9 +81,21 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
 
 
 def test_workers_change_neither_images_nor_order() -> None:
-    images = numbered(300)
-    alone, shared = (read(source_of(images, np.arange(300) % 3), 8, 1, workers) for workers in (0, 3))
-    assert (alone.images == shared.images).all() and (alone.images == images.transpose(0, 3, 1, 2)).all()
+    images, labels = numbered(300), np.arange(300) % 3
+    alone, shared = (read(source_of(images, labels), 8, 1, workers) for workers in (0, 3))
+    assert (alone.images == shared.images).all() and (alone.labels == shared.labels).all() and holds(alone, images, labels)
+
+
+def test_the_order_is_that_of_the_content_then_of_the_label() -> None:
+    """Two nodes whose file systems list in another order have the same set; one label more or less is another content."""
+    images, shuffled = numbered(30), np.random.default_rng(1).permutation(30)
+    images[1] = images[0]  # with the labels 0 and 1
+    first, other = read(source_of(images, LABELS), 8, 1, 0), read(source_of(images[shuffled], LABELS[shuffled]), 8, 1, 0)
+    assert (first.images == other.images).all() and (first.labels == other.labels).all() and first.content == other.content
+    relabelled = np.where(np.arange(30) == 7, (LABELS + 1) % 3, LABELS)
+    renamed = dataclasses.replace(first, classes=("a", "b", "c"))
+    contents = {first.content, read(source_of(images, relabelled), 8, 1, 0).content, read(source_of(images[1:], LABELS[1:]), 8, 1, 0).content, renamed.content}
+    assert len(contents) == 4
 
 
 def test_train_and_test_below_one_folder(tmp_path: Path, tiny_config: Config) -> None:
@@ -139,7 +160,7 @@ def test_sensitive_classes_are_never_counted_from_the_labels(tmp_path: Path, tin
         with pytest.raises(UserError, match=r"data\.sensitive\.classes: needed, since .*set\.np"):
             read_sensitive(with_sensitive(tiny_config, kind=kind, path=path), "train")
         found = read_sensitive(with_sensitive(tiny_config, kind=kind, path=path, classes=3), "train")
-        assert found.classes == ("0", "1", "2") and (found.labels == labels).all()
+        assert found.classes == ("0", "1", "2") and holds(found, numbered(len(labels)), labels)
     with pytest.raises(UserError, match=r"labels from 0 to 2 do not fit 2 classes"):
         read_sensitive(with_sensitive(tiny_config, kind=kind, path=unnamed(kind, tmp_path, LABELS), classes=2), "train")
     assert read_sensitive(with_sensitive(tiny_config, kind=kind, path=path, labelled=False), "train").classes == ("all",)
@@ -175,7 +196,7 @@ def test_held_out_arrays_are_counted_by_the_names_of_the_training_images(tmp_pat
         more = {} if classes is None else {"classes": np.array(classes)}
         test = save_npz(tmp_path / f"{name}.npz", numbered(30), labels, **more)
         found = read_sensitive(with_sensitive(tiny_config, kind="npz", path=train, test_path=test), "test")
-        assert found.classes == tuple(NAMES) and (found.labels == LABELS).all()
+        assert found.classes == tuple(NAMES) and holds(found, numbered(30), LABELS)
     twice = save_npz(tmp_path / "twice.npz", numbered(30), LABELS, classes=np.array(["x", "x", "z"]))
     with pytest.raises(UserError, match=r"its class 'x' is not one class of the training"):
         read_sensitive(with_sensitive(tiny_config, kind="npz", path=train, test_path=twice), "test")
