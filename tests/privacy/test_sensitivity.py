@@ -136,11 +136,13 @@ EXTREME = (0.0, 1e-45, 1e-40, -1e-30, 1e-22, 1e-19, 1.0, 1e17, 9.9e17, 1.1e18, 1
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.floats(-8, 9), st.lists(st.integers(1, 2100), min_size=1, max_size=4), st.sampled_from(EXTREME), st.sampled_from(EXTREME),
-    st.sampled_from(EXTREME), st.integers(0, 3),
+    st.sampled_from(EXTREME), st.integers(0, 3), st.booleans(),
 )  # fmt: skip
-def test_no_gradient_contributes_more_than_c(exponent: float, sizes: list[int], first: float, rest: float, last: float, others: int) -> None:
+def test_no_gradient_contributes_more_than_c(exponent: float, sizes: list[int], first: float, rest: float, last: float, others: int, alone: bool) -> None:
     """Also where a norm near the largest float32 makes the factor a denormal number, and where squares underflow."""
     bound, sums = 10.0**exponent, []
+    if alone:  # the last entry is a piece of its own, and all there is
+        sizes, first, rest = [*sizes, 1024 + -sum(sizes) % 1024], 0.0, 0.0
     for count in (others, others + 1):
         parameters = [nn.Parameter(torch.zeros(size)) for size in [*sizes, 5000, 1]]
         for p in parameters:
