@@ -138,7 +138,8 @@ class Finetune(Section):
     physical_batch_size: int | Literal["auto"] = Field("auto", description="images that go through the network at once, a rank")
     steps: int = Field(152, ge=1, description="T, the number of private steps; of a GAN's discriminator")
     noise_copies: int = Field(8, ge=1, description="diffusion: K, noised copies of an image over which its gradient is averaged before clipping")
-    max_grad_norm: float = Field(1e-3, gt=0, description="C, the bound on the L2 norm of one image's gradient")
+    # Squares below 1e-38 are lost in float32: over 1e9 parameters a norm of at most 1e-14, which must be little beside C.
+    max_grad_norm: float = Field(1e-3, ge=1e-8, description="C, the bound on the L2 norm of one image's gradient")
     learning_rate: float = Field(3e-4, gt=0, description="Adam learning rate of the private steps, no weight decay")
     discriminator_steps: int = Field(5, ge=1, le=100, description="GAN: private steps for each step of the generator")
     generator_learning_rate: float = Field(2e-4, gt=0, description="GAN: Adam learning rate of the generator, no weight decay")

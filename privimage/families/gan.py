@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
+from privimage.distributed.blocks import blockwise
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
 from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
@@ -18,6 +19,7 @@ from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "label.weight"  # the label embedding of either network
+FAKES = 32  # latents that go through the generator at once: always as many, so that no fake depends on how many are made
 
 
 class Gan(Family):
@@ -230,9 +232,9 @@ class AdversarialLosses(ImageLosses):
         latents = self.draws.normal(seed, indices, self.generator.latent_size)
         labels = labels if self.n_classes else torch.zeros_like(labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            fake = self.generator(latents, labels).float()
+            fakes = [block.float() for _, block in blockwise(self.generator, latents, labels, size=FAKES)]
         real = torch.tensor([True, False], device=self.device).expand(len(images), -1)
-        return torch.stack([edm.to_unit(images), fake], 1), labels[:, None].expand(-1, 2), real
+        return torch.stack([edm.to_unit(images), torch.cat(fakes)], 1), labels[:, None].expand(-1, 2), real
 
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         """See `ImageLosses`."""

@@ -29,7 +29,8 @@ class SemanticQuery(nn.Module):
         """images (B, C, H, W) float -> (B, columns); the largest score is the class or cluster that fits best."""
         if self.centroids is None:
             return self.network(images)
-        return -torch.cdist(self.features(images), self.centroids)
+        # One by one: in a product of matrices, which it takes for many, rounding goes by an image's place among the others.
+        return -torch.cdist(self.features(images), self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def centroids_of(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_
 
 CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
+CPU_UNIT = 16  # images: in a multiple of it every place of a batch was rounded alike on the CPUs that were measured
 GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 
 
@@ -19,21 +20,28 @@ def cpu_batch_size(settings: Finetune) -> int:
     return min(CPU_IMAGES, settings.logical_batch_size) if settings.physical_batch_size == "auto" else settings.physical_batch_size
 
 
+def filled_size(images: int, device: torch.device) -> int:
+    """To how many images a physical batch of at most `images` is filled up, so that each gradient is a function of its image alone."""
+    return images if device.type == "cuda" else math.ceil(images / CPU_UNIT) * CPU_UNIT
+
+
 def physical_batch_size(
     settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device, ranks: int
 ) -> int:
-    """`finetune.physical_batch_size`; for `auto` what fits into 80 % of a GPU's free memory and fills it, or a fixed number on a CPU.
+    """`finetune.physical_batch_size`; for `auto` what fits into 80 % of a GPU's free memory and fills it, or at most 32 on a CPU.
 
     `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and clipped twice to
-    measure. On a GPU batches are filled up to this size, so there it is at most what makes the fewest batches of a rank's share even.
+    measure. Batches are filled up to this size, so it is at most what makes the fewest batches of a rank's share even; on a CPU
+    the next multiple of `CPU_UNIT`.
     """
-    if device.type != "cuda":
-        return cpu_batch_size(settings)
     given = settings.physical_batch_size
-    most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
+    if device.type != "cuda":
+        most = CPU_IMAGES if given == "auto" else given
+    else:
+        most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
     share = settings.logical_batch_size / ranks
     largest = share + 3 * math.sqrt(share)  # of a thousand Poisson samples; the one beyond takes a batch more
-    return math.ceil(largest / math.ceil(largest / most))
+    return filled_size(math.ceil(largest / math.ceil(largest / most)), device)
 
 
 def _fitting(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> int:

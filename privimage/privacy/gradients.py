@@ -11,10 +11,14 @@ import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 
+from privimage.distributed.blocks import filled, without_chance
 from privimage.privacy.folded import RULES, ConvolutionBackends, Folding
 
 Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> (n,)
 AT_ONCE = 32  # per-image gradients whose sum is float32
+# Longer gradients count as not finite. Squares of float32 overflow beyond 1.8e19, but a piece of one entry has its norm without
+# a square: C over a norm near 1e38 would be a denormal number, with few digits and a sum beyond C.
+LONGEST = 1e18
 FEW = 4096  # numbers for which an operation of its own would be all overhead
 
 
@@ -24,8 +28,8 @@ class PerImageGradients(AbstractGradSampleModule):
     def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
         """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
         repeats its predecessor to the bit. A batch of fewer images than `filled_to` is filled up with copies of the last one,
-        of which nothing is kept: libraries for GPUs choose their kernels, and so the rounding, by the number of images, and one
-        image more must not change what all others contribute.
+        of which nothing is kept: libraries choose their kernels, and so the rounding, by the number of images, and one image
+        more must not change what all others contribute. `batching.filled_size` says to how many.
         """
         super().__init__(module)
         self.convolutions, self.filled_to = ConvolutionBackends(dict(backends or {})), filled_to
@@ -42,12 +46,10 @@ class PerImageGradients(AbstractGradSampleModule):
         size and returns one loss for each. Returns the losses averaged over the copies, (B,), detached.
         """
         images = len(tensors[0])
-        missing = max(0, self.filled_to - images)
-        filled = [torch.cat([t, t[-1:].expand(missing, *t.shape[1:])]) for t in tensors] if missing else tensors
-        # On a GPU the other kernels round by the order in which they come to add, or by an image's place in the batch.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            per_image = self._fill(losses, *filled)
-        if missing:
+        short = images < self.filled_to
+        with without_chance():
+            per_image = self._fill(losses, *(filled(t, self.filled_to) for t in tensors) if short else tensors)
+        if short:
             for p in filter(lambda p: p.requires_grad, self._module.parameters()):
                 p.grad_sample = p.grad_sample[:images]
         return per_image[:images]
@@ -115,8 +117,8 @@ def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad
     """Add the clipped per-image gradients of a batch to the flat float64 `gradient_sum` (P,), in place.
 
     Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image with a gradient
-    that is not finite, or whose norm overflows, contributes exactly zero. Norms are summed up in float64, so are gradients but
-    for the `AT_ONCE` of a piece, which are summed in float32.
+    that is not finite, or longer than `LONGEST`, contributes exactly zero. C is at least 1e-8, as in the configuration.
+    Norms are summed up in float64, so are gradients but for the `AT_ONCE` of a piece, which are summed in float32.
     Returns the norms (B,) before clipping and which images were finite (B,): both private.
     """
     # Where matrix products may be TF32 or bf16, their rounding alone would carry an image past the bound.
@@ -125,7 +127,7 @@ def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad
     small = [s.float() for s in samples if s.shape[1] < FEW]
     merged = [s for s in samples if s.shape[1] >= FEW] + ([torch.cat(small, dim=1)] if small else [])
     norms = torch.cat([piece for s in merged for piece in _norms_of_pieces(s)], dim=1).double().norm(dim=1).float()
-    finite = norms.isfinite()
+    finite = norms <= LONGEST  # false for NaN
     # The rounding of these norms and of the sums must not carry an image past the bound.
     factors = torch.where(finite, (max_grad_norm * (1 - 1e-5) / norms).clamp(max=1.0), 0.0)
     if not bool(finite.all()):

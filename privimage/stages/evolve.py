@@ -11,6 +11,7 @@ from privimage.curves import Curves
 from privimage.data.sensitive import ImageDraws
 from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
+from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
@@ -117,20 +118,22 @@ class Voters:
     """The sensitive images as features of the query network, this rank's blocks of them, and their votes."""
 
     def __init__(self, config: Config, run: RunDir, world: World, sensitive: ImageSet):
-        self.world, self.size, self.count = world, config.evolve.batch_size, len(sensitive.images)
+        self.world, self.count = world, len(sensitive.images)
         self.rows = sensitive.labels
         run.require("query")
         self.network = load_query(config, run, world).network
         self.own = [(block, self._embed(torch.from_numpy(sensitive.images[block]))) for block in self._blocks(self.count)]
 
     def _blocks(self, count: int) -> list[slice]:
-        """This rank's blocks of `count` images: what is in a block does not depend on the ranks."""
-        starts = range(0, count, self.size)[self.world.rank :: self.world.size]
-        return [slice(start, min(start + self.size, count)) for start in starts]
+        """This rank's blocks of `count` images."""
+        starts = range(0, count, BLOCK)[self.world.rank :: self.world.size]
+        return [slice(start, min(start + BLOCK, count)) for start in starts]
 
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
-        return self.network.features(to_unit(images.to(self.world.device)))
+        """Features (n, F) of up to `BLOCK` images, each a function of its image alone."""
+        ((_, features),) = blockwise(lambda block: self.network.features(to_unit(block)), images.to(self.world.device))
+        return features
 
     def vote(self, population: Population) -> tuple[np.ndarray, float]:
         """Every image's vote, int64 (N, 1): a member of its own class. And the mean distance, for `private/` only."""

@@ -11,6 +11,7 @@ import torch
 from privimage.config import Config
 from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
+from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
@@ -24,8 +25,6 @@ from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import MatchPlan
 from privimage.rundir import RunDir, write_arrays
 from privimage.training import train
-
-BLOCK = 256  # images whose features are computed at once: the same on any number of ranks
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
@@ -81,7 +80,8 @@ def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
     for start in range(world.rank * BLOCK, len(sensitive.images), world.size * BLOCK):
         images, own = (torch.from_numpy(array[start : start + BLOCK]).to(world.device) for array in (sensitive.images, sensitive.labels))
-        total += embedding_sum(features(to_unit(images)), own, rows)
+        for _, embedded in blockwise(lambda block: features(to_unit(block)), images):
+            total += embedding_sum(embedded, own, rows)
     return world.all_reduce_(total).cpu().numpy()
 
 

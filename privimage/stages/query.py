@@ -120,14 +120,20 @@ def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> 
     seen = np.sort(np.random.default_rng([seed, 4]).permutation(count)[:FITTED])
     stopped = "query: the network is kept, clusters are made again"
 
-    def unit(indices: np.ndarray) -> Tensor:
-        return to_unit(torch.from_numpy(store.read(path, indices)).to(world.device))
+    def pixels(indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(store.read(path, indices))
 
-    width = query.features(unit(seen[:1])).shape[1]
-    features = in_blocks(len(seen), width, torch.float32, lambda start, end: query.features(unit(seen[start:end])), world, stopped)
+    def embed(block: Tensor) -> Tensor:
+        return query.features(to_unit(block))
+
+    def nearest_to(block: Tensor) -> Tensor:
+        return query(to_unit(block)).argmax(1, keepdim=True)
+
+    width = query.network.head.in_features
+    features = in_blocks(len(seen), width, torch.float32, lambda start, end: pixels(seen[start:end]), embed, world, stopped)
     centroids = world.broadcast_object(centroids_of(features.cpu().numpy(), config.query.clusters, seed) if world.is_main else None)
     query.centroids = torch.from_numpy(centroids).to(world.device)
-    nearest = in_blocks(count, 1, torch.int64, lambda start, end: query(unit(np.arange(start, end))).argmax(1, keepdim=True), world, stopped)
+    nearest = in_blocks(count, 1, torch.int64, lambda start, end: pixels(np.arange(start, end)), nearest_to, world, stopped)
     clusters = nearest.flatten().cpu().numpy()
     if world.is_main:
         write_arrays(clusters_path(run), {"centroids": centroids, "clusters": clusters})

@@ -84,10 +84,14 @@ def top_votes(query: SemanticQuery, images: np.ndarray, per_image: int, world: W
     The votes of an image depend on no other image and on no number of ranks.
     """
 
-    def best(start: int, end: int) -> Tensor:
-        return query(to_unit(torch.from_numpy(images[start:end]).to(world.device))).topk(per_image, dim=1).indices
+    def read(start: int, end: int) -> Tensor:
+        return torch.from_numpy(images[start:end])
 
-    return in_blocks(len(images), per_image, torch.int64, best, world, "select: nothing was drawn yet").cpu().numpy()
+    def best(block: Tensor) -> Tensor:
+        return query(to_unit(block)).topk(per_image, dim=1).indices
+
+    stopped = "select: nothing was drawn yet"
+    return in_blocks(len(images), per_image, torch.int64, read, best, world, stopped).cpu().numpy()
 
 
 def exclusive_top(counts: np.ndarray, per_class: int) -> np.ndarray:

@@ -128,3 +128,41 @@ def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(device:
         sums.append(optimizer.gradient_sum)
     assert 1 - 3e-5 <= (sums[0] - sums[1]).norm() <= 1.0
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+EXTREME = (0.0, 1e-45, 1e-40, -1e-30, 1e-22, 1e-19, 1.0, 1e17, 9.9e17, 1.1e18, 1e19, -1e30, 1e37, 1e38, 3.4e38)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.floats(-8, 9), st.lists(st.integers(1, 2100), min_size=1, max_size=4), st.sampled_from(EXTREME), st.sampled_from(EXTREME),
+    st.sampled_from(EXTREME), st.integers(0, 3), st.booleans(),
+)  # fmt: skip
+def test_no_gradient_contributes_more_than_c(exponent: float, sizes: list[int], first: float, rest: float, last: float, others: int, alone: bool) -> None:
+    """Also where a norm near the largest float32 makes the factor a denormal number, and where squares underflow."""
+    bound, sums = 10.0**exponent, []
+    if alone:  # the last entry is a piece of its own, and all there is
+        sizes, first, rest = [*sizes, 1024 + -sum(sizes) % 1024], 0.0, 0.0
+    for count in (others, others + 1):
+        parameters = [nn.Parameter(torch.zeros(size)) for size in [*sizes, 5000, 1]]
+        for p in parameters:
+            p.grad_sample = torch.full((count, len(p)), rest)
+            p.grad_sample[:, 0] = first
+        parameters[-1].grad_sample[:] = last
+        total = torch.zeros(sum(len(p) for p in parameters), dtype=torch.float64)
+        if count:
+            clip_and_sum_(total, parameters, bound)
+        sums.append(total)
+    assert torch.isfinite(sums[1]).all()
+    assert (sums[1] - sums[0]).norm() <= bound
+
+
+@pytest.mark.parametrize("bound", [1e-8, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("value", [1.0, 1e17, 1e19, 1e30, 1e37, 1e38, 3.4e38])
+def test_a_single_entry_is_clipped_or_left_out(bound: float, value: float) -> None:
+    """A piece of one entry has its norm without a square, which overflows nowhere."""
+    parameter, total = nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.float64)
+    parameter.grad_sample = torch.full((1, 1), value)
+    _, finite = clip_and_sum_(total, [parameter], bound)
+    assert bool(finite) == (value < 1e18)
+    assert (1 - 2e-5) * bound <= total.norm() <= bound if finite else total.norm() == 0
