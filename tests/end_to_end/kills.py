@@ -99,7 +99,7 @@ def problems(config: Config, undisturbed: dict[str, str]) -> list[str]:
     """What is wrong with the end of a killed run; empty if all is as it should be."""
     found = [f"{name} differs" for name, digest in fingerprints(config).items() if digest != undisturbed[name]]
     account = read_json(config.run.dir / "private" / "account.json")
-    spent = read(Path(account["ledger"]))
+    spent = read(Path(account["ledger"]["path"]))
     counts = sorted(m.count for m in spent.mechanisms(account["run"]))
     planned = [1] * ("select" in stages(config)) + [config.finetune.steps]
     if counts != planned:

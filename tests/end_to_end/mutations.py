@@ -38,6 +38,7 @@ from privimage.data.readers import open_source
 from privimage.data.sources import read as read_images
 from privimage.distributed import checkpoint
 from privimage.distributed.launch import free_port
+from privimage.privacy import identity
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.ledger import read
 from privimage.privacy.plan import make_plan, plan_from_dict
@@ -83,7 +84,8 @@ class Trial:
         self.images, self.labels = digits.images[keep, 0], digits.labels[keep]
         self.write_set(folder / "set.npz", self.images, self.labels)
         self.runs = [self.new_run(method) for method in dict.fromkeys(METHODS)]
-        for run in self.runs:  # the plans, whose noise is searched for once and inherited by all children
+        identity._software()  # once, as the plans, whose noise is searched for: all children inherit it
+        for run in self.runs:
             make_plan(self.config(run), COUNT)
 
     def write_set(self, path: Path, images: np.ndarray, labels: np.ndarray) -> None:

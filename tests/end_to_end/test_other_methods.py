@@ -54,7 +54,7 @@ def test_the_statement_names_the_mechanism_and_is_that_of_the_ledger(runs: Path,
     assert said["private"] and said["method"] == method and 9.9 < said["epsilon"] <= 10
     assert [(used["name"], used["mechanism"], used["sample_rate"], used["count"]) for used in said["mechanisms"]] == [(name, "Gaussian", 1.0, count)]
     account = read_json(runs / method / "private" / "account.json")
-    (charged,) = read(Path(account["ledger"])).mechanisms(account["run"])
+    (charged,) = read(Path(account["ledger"]["path"])).mechanisms(account["run"])
     assert (charged.noise_multiplier, charged.count) == (said["mechanisms"][0]["noise_multiplier"], count)
     assert f"- {name}: Gaussian, noise multiplier" in (runs / method / "release" / "PRIVACY.md").read_text()
 
@@ -111,7 +111,7 @@ def test_what_was_never_charged_is_not_released(runs: Path, method: str, stage: 
         if (runs / method / name).exists():
             shutil.copytree(runs / method / name, run / name)
     ended = privimage("synthesize", str(TINY), f"method={method}", f"run.dir={run}")
-    assert ended.returncode == 2 and f"the {MECHANISMS[method][0]} of this run is not in the ledger" in ended.stderr
+    assert ended.returncode == 2 and f"uses of the {MECHANISMS[method][0]} that made these weights are not in the ledger" in ended.stderr
     assert not list((run / "release").glob("*.npz")) if (run / "release").exists() else True
 
 

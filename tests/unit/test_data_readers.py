@@ -93,7 +93,7 @@ def test_the_order_is_that_of_the_content_then_of_the_label() -> None:
     first, other = read(source_of(images, LABELS), 8, 1, 0), read(source_of(images[shuffled], LABELS[shuffled]), 8, 1, 0)
     assert (first.images == other.images).all() and (first.labels == other.labels).all() and first.content == other.content
     relabelled = np.where(np.arange(30) == 7, (LABELS + 1) % 3, LABELS)
-    renamed = dataclasses.replace(first, classes=("a", "b", "c"))
+    renamed = dataclasses.replace(first, classes=("u", "v", "w"))
     contents = {first.content, read(source_of(images, relabelled), 8, 1, 0).content, read(source_of(images[1:], LABELS[1:]), 8, 1, 0).content, renamed.content}
     assert len(contents) == 4
 
