@@ -15,7 +15,7 @@ from privimage.errors import UserError
 from privimage.evaluation import report
 from privimage.experiments import execute, table
 from privimage.experiments.gather import gather, state_of
-from privimage.experiments.settings import PlannedRun, is_experiment, load
+from privimage.experiments.settings import Measure, PlannedRun, is_experiment, load
 from privimage.rundir import RunDir, write_json
 
 SHIPPED = sorted((REPOSITORY / "configs" / "experiments").glob("*.yaml"))
@@ -216,6 +216,19 @@ def test_all_numbers_of_a_report_can_be_tabulated_and_no_others() -> None:
     """The list of keys and the sections of the report, against each other; a real report is compared end to end."""
     assert {key.split(".")[0] for key in report.NUMBERS} >= {"accuracy", "fidelity", "semantics", "resources", "memorization", "privacy"}
     assert len(set(report.NUMBERS)) == len(report.NUMBERS)
+
+
+def test_what_is_computed_on_sensitive_images_is_marked_wherever_a_table_shows_it(path: Path, tmp_path: Path) -> None:
+    """Accuracy and distance are, the time of a public stage is not; what is not declared public is."""
+    text = table.write(path)
+    assert "| method | LR (%) ↑ † | FD ↓ † | time (min) |" in text and table.NOTE in text
+    with open(tmp_path / "runs" / f"{path.stem}.csv") as file:
+        marked = {line["measure"]: line["sensitive"] for line in csv.DictReader(file)}
+    assert marked == {"LR": "yes", "FD": "yes", "time": "no"}
+    assert {key for key in report.NUMBERS if not Measure(key=key).sensitive} == {
+        *(f"resources.{stage}.{name}" for stage in ("prepare", "query", "pretrain") for name in report.MEASURED),
+        *("privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
+    }
 
 
 @pytest.fixture
