@@ -163,9 +163,11 @@ class RunDir:
 
     def lock(self):
         """Hold the run directory against a second run. Raises UserError when it is held, or cannot be written."""
-        self._whole()
         try:
+            self._whole()
             handle = open(self.path / ".lock", "w")
+        except UserError as error:
+            raise UserError(f"run.dir: {error}") from None
         except OSError as error:
             raise UserError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
         try:

@@ -29,6 +29,7 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 def release(settings: Config, images: np.ndarray, labels: np.ndarray) -> RunDir:
     """A run that has got as far as its release, with these images (N, C, H, W)."""
     run = RunDir(settings.run.dir)
+    run.release.mkdir(parents=True, exist_ok=True)
     np.savez(run.release / "synthetic.npz", images=images.transpose(0, 2, 3, 1), labels=labels)
     write_json(run.release / "PRIVACY.json", SAID | {"mechanisms": [USED]})
     run.finish("synthesize", {"images": len(images), "seconds": 1.0, "peak_memory_bytes": 1, "images_per_second": 1.0})
