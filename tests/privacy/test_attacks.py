@@ -181,6 +181,14 @@ def without(*names: str) -> Callable[[Path, Path], None]:
     return delete
 
 
+def edit_checkpoint(images: Path, folder: Path) -> None:
+    path = folder / "finetune" / "checkpoint.pt"
+    state = checkpoint.load(path)
+    assert state is not None
+    next(value for value in state["module"].values() if value.is_floating_point() and value.dim() > 1)[0] += 1e-3
+    checkpoint.save(path, state)
+
+
 CHANGES = {
     "nothing": lambda images, folder: None,
     "relabelled": relabel,
@@ -190,6 +198,7 @@ CHANGES = {
     "no private files": without("private"),
     "no checkpoint": without("finetune/checkpoint.pt"),
     "no kernels": without("finetune/kernels.json"),
+    "other weights": edit_checkpoint,
 }
 
 
@@ -214,7 +223,7 @@ def test_whatever_is_changed_no_noise_hides_two_sums_and_every_step_is_stated(
     assert_honest(tmp_path / "a", draws)
     weights = checkpoint.load(tmp_path / "a" / "finetune" / "weights.pt")
     assert weights is not None
-    lost = 1 if change in ("relabelled", "no key") else 0  # the step that cannot be repeated
+    lost = 1 if change in ("relabelled", "no key", "other weights") else 0  # the step that cannot be repeated
     assert weights["steps"] == STEPS - lost or change == "no kernels"  # which are found anew by the clock
 
 
