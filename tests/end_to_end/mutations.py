@@ -130,6 +130,8 @@ class Trial:
             self.write_set(self.folder / "set.npz", self.images, self.labels)
         elif what == "delete":
             path = run.path / self.random.choice(PRIVATE)
+            if path.name == "checkpoint.pt" and (path.parent / "done.json").exists():
+                path = run.path / PRIVATE[0]  # the truth is walked back from the last checkpoint
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         elif what == "order on one rank":
             second = "second.npz"
@@ -267,6 +269,8 @@ def trial(folder: Path, kills: int, seed: int = 0, longest: float = 4.0) -> Tria
     found, fallen = Trial(folder, seed), 0
     while fallen < kills:
         fallen += found.killed(found.random.choice(found.runs), longest)
+        if sum(found.done.values()) % 100 == 0:
+            print(f"{fallen} kills, {len(found.draws())} draws, {len(found.problems)} problems", file=sys.stderr, flush=True)
     for run in list(found.runs):
         while run in found.runs:
             found.killed(run, 1000.0)
