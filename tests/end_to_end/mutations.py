@@ -41,7 +41,7 @@ from privimage.distributed.launch import free_port
 from privimage.privacy import identity
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.ledger import read
-from privimage.privacy.plan import make_plan, plan_from_dict
+from privimage.privacy.plan import make_plan
 from privimage.rundir import read_json
 from privimage.stages import finetune, match, pretrain, query, select, synthesize  # noqa: F401  imported before the first fork
 
@@ -197,7 +197,10 @@ class Trial:
         """Judge a start that ended by itself."""
         if statuses == [0] * len(statuses):
             self.ends["released"] += 1
-            self.problems += self.wrong_with(run)
+            try:
+                self.problems += self.wrong_with(run)
+            except Exception as error:  # the trial goes on
+                self.problems.append(f"{run.path.name} ({run.method}) cannot be judged: {error!r}")
             self.retire(run)
             return
         said = "".join(path.read_text() for path in self.folder.glob("said-*") if int(path.name[-1]) < len(statuses))
@@ -226,7 +229,7 @@ class Trial:
     def wrong_with(self, run: Run) -> list[str]:
         """What is wrong with a release."""
         said, draws = read_json(run.path / "release" / "PRIVACY.json"), self.draws()
-        plan = plan_from_dict(read_json(run.path / "private" / "account.json")["plan"])
+        plan = make_plan(self.config(run), COUNT)
         behind = {"finetune": self.steps_behind(run, draws), "match": int(run.method == "dp-merf"), "select": int(run.method == "privimage+d")}
         spent = [Mechanism(p.mechanism.noise_multiplier, p.mechanism.sample_rate, behind[p.stage]) for p in plan.parts]
         found = []
