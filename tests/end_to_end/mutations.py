@@ -269,9 +269,12 @@ class Trial:
 
 def trial(folder: Path, kills: int, seed: int = 0, longest: float = 4.0) -> Trial:
     """Kill until `kills` kills have fallen, let what is left go on to its end, and judge."""
-    found, fallen = Trial(folder, seed), 0
+    found, fallen, told = Trial(folder, seed), 0, 0
     while fallen < kills:
         fallen += found.killed(found.random.choice(found.runs), longest)
+        for problem in found.problems[told:]:
+            print(problem, file=sys.stderr, flush=True)
+        told = len(found.problems)
         if sum(found.done.values()) % 100 == 0:
             print(f"{fallen} kills, {len(found.draws())} draws, {len(found.problems)} problems", file=sys.stderr, flush=True)
     for run in list(found.runs):
