@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=["privimage", "privimage.*"]),
     package_data={"privimage": ["py.typed", "evaluation/*.j2"]},
     entry_points={"console_scripts": ["privimage = privimage.cli:main"]},
-    # The upper bound on torch decides between builds: where a CPU wheel is at hand pip takes it, elsewhere the CUDA build.
+    # The upper bound on torch decides between builds: where a CPU wheel is at hand pip takes it, elsewhere
+    # the CUDA build.
     install_requires=[
         "torch>=2.6,<2.14",
         "torchvision>=0.21,<0.29",
@@ -44,8 +45,20 @@ setup(
         "jinja2>=3.1,<4",
     ],
     extras_require={
-        "cluster": ["deepspeed>=0.17,<0.20", "mpi4py>=4.0,<5", "openmpi>=5.0.8,<6; platform_system == 'Linux'"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "pre-commit>=3.7", "types-PyYAML"],
+        "cluster": [
+            "deepspeed>=0.17,<0.20",
+            "mpi4py>=4.0,<5",
+            "openmpi>=5.0.8,<6; platform_system == 'Linux'",
+        ],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "pre-commit>=3.7",
+            "types-PyYAML",
+        ],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -1,9 +1,12 @@
-"""Per-image weight gradients of each kind of convolution: the ways of `privacy/folded.py` in turn, beside the ordinary gradient.
+"""Per-image weight gradients of each kind of convolution.
+
+The ways of `privacy/folded.py` in turn, beside the ordinary gradient.
 
     python benchmarks/convolutions.py [--device cuda --images 512] [--precision bf16] [--rounds 8]
 
-Prints, for every convolution of another shape in the 1.75M DDPM++ of CIFAR-10, the median over interleaved rounds of the
-ordinary weight gradient and of each way's as a multiple of it; at the end all layers together, also with the best way for each.
+Prints, for every convolution of another shape in the 1.75M DDPM++ of CIFAR-10, the median over interleaved
+rounds of the ordinary weight gradient and of each way's as a multiple of it; at the end all layers together,
+also with the best way for each.
 """
 
 import argparse
@@ -20,7 +23,10 @@ from privimage.privacy.folded import WAYS, Folding
 
 
 def shapes(network: nn.Module) -> tuple[Counter, dict[tuple, nn.Conv2d]]:
-    """How often each kind of convolution occurs: (inputs, outputs, kernel, side of its input); and one layer of each kind."""
+    """How often each kind of convolution occurs: (inputs, outputs, kernel, side of its input).
+
+    And one layer of each kind.
+    """
     found, layers = Counter(), {}
 
     def note(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -38,12 +44,26 @@ def shapes(network: nn.Module) -> tuple[Counter, dict[tuple, nn.Conv2d]]:
 
 def ordinary(layer: nn.Conv2d, x: Tensor, g: Tensor) -> None:
     """The weight gradient of the whole batch."""
-    torch.ops.aten.convolution_backward(g, x, layer.weight.to(x.dtype), None, layer.stride, layer.padding, [1, 1], False, [0, 0], 1, [False, True, False])
+    torch.ops.aten.convolution_backward(
+        g,
+        x,
+        layer.weight.to(x.dtype),
+        None,
+        layer.stride,
+        layer.padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, False],
+    )
 
 
 def main() -> None:
     """Run and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--images", type=int, default=8)
@@ -56,7 +76,10 @@ def main() -> None:
     device, dtype = arguments.device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     folding, all_of = Folding(arguments.images, arguments.copies), arguments.images * arguments.copies
     found, layers = shapes(edm.Denoiser(DDPMpp(32, 3, 10)))
-    print(f"{arguments.images} images x {arguments.copies} copies, {device}, {arguments.precision}; milliseconds, then multiples of the ordinary gradient")
+    print(
+        f"{arguments.images} images x {arguments.copies} copies, {device}, {arguments.precision}; "
+        "milliseconds, then multiples of the ordinary gradient"
+    )
     total: Counter = Counter()
     for kind, often in sorted(found.items()):
         inputs, outputs, kernel, side = kind
@@ -71,7 +94,13 @@ def main() -> None:
             total[name] += often * value
         total["best"] += often * min(took[name] for name in WAYS)
         told = ", ".join(f"{name} {took[name] / took['ordinary']:.2f}" for name in WAYS)
-        print(f"{often:3d} of {inputs:3d} -> {outputs:3d}, {kernel}x{kernel} at {side:2d}: {took['ordinary']:.3f} ms; {told}", flush=True)
+        print(
+            (
+                f"{often:3d} of {inputs:3d} -> {outputs:3d}, {kernel}x{kernel} at {side:2d}: "
+                f"{took['ordinary']:.3f} ms; {told}"
+            ),
+            flush=True,
+        )
     told = ", ".join(f"{name} {total[name] / total['ordinary']:.2f}" for name in (*WAYS, "best"))
     print(f"all: {total['ordinary']:.2f} ms; {told}")
 

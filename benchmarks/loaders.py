@@ -1,9 +1,12 @@
-"""Images a second: the public stream (FFCV) against torchvision's ImageFolder and DataLoader on the same 20,000 JPEGs of 32x32.
+"""Images a second.
+
+The public stream (FFCV) against torchvision's ImageFolder and DataLoader on the same 20,000 JPEGs of 32x32.
 
     python benchmarks/loaders.py [--images FOLDER] [--rounds 7] [--workers 2]
 
-FOLDER has a sub-folder of images for each class; without it, rendered characters are used. Both deliver shuffled batches of float32 in
-[-1, 1] with labels. Epochs of the two alternate in one run, after a first one of each that is not counted (FFCV compiles in it).
+FOLDER has a sub-folder of images for each class; without it, rendered characters are used. Both deliver
+shuffled batches of float32 in [-1, 1] with labels. Epochs of the two alternate in one run, after a first one
+of each that is not counted (FFCV compiles in it).
 """
 
 import argparse
@@ -27,7 +30,11 @@ RESOLUTION = 32
 
 def as_jpegs(images: Path | None, folder: Path, count: int) -> None:
     """Write `count` images of the set as 32x32 JPEGs in class sub-folders."""
-    source = open_source("folder", images, "train") if images else glyph_source(RESOLUTION, -(-count // len(character_classes())))
+    source = (
+        open_source("folder", images, "train")
+        if images
+        else glyph_source(RESOLUTION, -(-count // len(character_classes())))
+    )
     for position in range(count):
         index = position * len(source) // count
         pixels, _ = source.image(index, RESOLUTION, 3)
@@ -59,13 +66,17 @@ def torchvision_epoch(folder: Path, batch_size: int, workers: int) -> Callable[[
 
     to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     dataset = datasets.ImageFolder(str(folder), to_float)
-    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: sum(len(targets) for _, targets in loader)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, help="folder with a sub-folder of images for each class")
     parser.add_argument("--count", type=int, default=20_000, help="images (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=512, help="default %(default)s")
@@ -77,16 +88,29 @@ def main() -> None:
         folder.mkdir()
         as_jpegs(given.images, folder, given.count)
         store.write(open_source("folder", folder, "train"), path, RESOLUTION, 3, given.workers)
-        epochs = {"ImageFolder": torchvision_epoch(folder, given.batch_size, given.workers), "stream": stream_epoch(path, given.batch_size, given.workers)}
+        epochs = {
+            "ImageFolder": torchvision_epoch(folder, given.batch_size, given.workers),
+            "stream": stream_epoch(path, given.batch_size, given.workers),
+        }
         rates: dict[str, list[float]] = {name: [] for name in epochs}
         for _ in range(1 + given.rounds):
             for name, epoch in epochs.items():
                 begun = time.perf_counter()
                 rates[name].append(epoch() / (time.perf_counter() - begun))
-    print(f"{given.count} JPEGs of {RESOLUTION}x{RESOLUTION}, batches of {given.batch_size}, {given.workers} workers, {given.rounds} rounds")
+    print(
+        f"{given.count} JPEGs of {RESOLUTION}x{RESOLUTION}, batches of {given.batch_size}, {given.workers} "
+        f"workers, {given.rounds} rounds"
+    )
     for name, (first, *rest) in rates.items():
-        print(f"{name:12} first epoch {first:9,.0f} images/s   later, median {statistics.median(rest):9,.0f}   from {min(rest):,.0f} to {max(rest):,.0f}")
-    print(f"ratio of the medians {statistics.median(rates['stream'][1:]) / statistics.median(rates['ImageFolder'][1:]):.1f} (goal: at least 8)")
+        print(
+            f"{name:12} first epoch {first:9,.0f} images/s   later, median {statistics.median(rest):9,.0f}  "
+            f" from {min(rest):,.0f} to {max(rest):,.0f}"
+        )
+    print(
+        "ratio of the medians "
+        f"{statistics.median(rates['stream'][1:]) / statistics.median(rates['ImageFolder'][1:]):.1f} (goal: "
+        "at least 8)"
+    )
 
 
 if __name__ == "__main__":

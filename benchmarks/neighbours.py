@@ -2,10 +2,11 @@
 
     python benchmarks/neighbours.py [--device cuda --images 256] [--copies 2]
 
-One image more must move the sum of a private step by its own gradient alone: rounding that goes by the other images, their
-number, or an image's place among them would add to it. Prints, for fp32 and bf16, the largest relative difference of an
-image's gradient, and for how many images it was equal to the bit: computed once more, with other images beside it, at other
-places, in smaller batches that are filled up (as fine-tuning on GPUs does) and in smaller ones that are not.
+One image more must move the sum of a private step by its own gradient alone: rounding that goes by the other
+images, their number, or an image's place among them would add to it. Prints, for fp32 and bf16, the largest
+relative difference of an image's gradient, and for how many images it was equal to the bit: computed once
+more, with other images beside it, at other places, in smaller batches that are filled up (as fine-tuning on
+GPUs does) and in smaller ones that are not.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from privimage.privacy.gradients import FoldedGradients
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--copies", type=int, default=1)
@@ -60,8 +63,16 @@ def main() -> None:
         for name, (chosen, filled_to) in batches.items():
             found = gradients(chosen, filled_to)
             shared = [(place, index) for place, index in enumerate(chosen) if index < images]
-            apart = torch.stack([(found[place] - first[index]).norm() / first[index].norm() for place, index in shared])
-            print(f"    {name}: at most {apart.max().item():.1e}, equal for {(apart == 0).sum().item()} of {len(shared)}", flush=True)
+            apart = torch.stack(
+                [(found[place] - first[index]).norm() / first[index].norm() for place, index in shared]
+            )
+            print(
+                (
+                    f"    {name}: at most {apart.max().item():.1e}, equal for {(apart == 0).sum().item()} of "
+                    f"{len(shared)}"
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

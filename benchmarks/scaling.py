@@ -1,11 +1,12 @@
-"""Strong scaling of pretraining and private fine-tuning from one rank to more, and what 64 or 512 GPUs would take.
+"""Strong scaling of pretraining and private fine-tuning from one rank to more, and what 64 or 512 GPUs would
+take.
 
     python benchmarks/scaling.py [--device cuda] [--ranks 2] [--rounds 5]
 
-The same global batch on 1 rank and on `--ranks` ranks, one thread each on a CPU, in turn in one run; medians. Beside them
-the machine's own limit: as many processes that share the work and nothing else, since cores share memory. Also counts the
-all-reduces of a logical step and their bytes, and models the time on clusters from the measured computing and stated figures
-of a network.
+The same global batch on 1 rank and on `--ranks` ranks, one thread each on a CPU, in turn in one run; medians.
+Beside them the machine's own limit: as many processes that share the work and nothing else, since cores share
+memory. Also counts the all-reduces of a logical step and their bytes, and models the time on clusters from
+the measured computing and stated figures of a network.
 """
 
 import argparse
@@ -30,20 +31,36 @@ from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.plan import FinetunePlan
 
-BATCH, COPIES, PHYSICAL, COUNT = 128, 2, 16, 1280  # images of a step over all ranks, noise copies, images at once, images of the set
+BATCH, COPIES, PHYSICAL, COUNT = (
+    128,
+    2,
+    16,
+    1280,
+)  # images of a step over all ranks, noise copies, images at once, images of the set
 
 # A node of 8 GPUs on NVLink, nodes on one 400 Gb/s InfiniBand port a GPU: what their makers state, halved.
 NODE_BANDWIDTH, NETWORK_BANDWIDTH, HOP_SECONDS, NODE_GPUS = 225e9, 25e9, 10e-6, 8
 
 
 def pretraining(world: World, batch: int):
-    """A function that takes one step on this rank's share of the batch and returns the images of all ranks."""
-    config = parse({"run": {"dir": "none"}, "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "digits"}}})
+    """A function that takes one step on this rank's share and returns the number of images of all ranks."""
+    config = parse(
+        {
+            "run": {"dir": "none"},
+            "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "digits"}},
+        }
+    )
     torch.manual_seed(0)
     engine = make_engine(config, edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device), world)
     own = batch // world.size
-    images, labels = torch.randn(own, 3, 32, 32, device=world.device), torch.randint(0, 10, (own,), device=world.device)
-    sigma, noise = torch.rand(own, device=world.device) + 0.1, torch.randn(own, 3, 32, 32, device=world.device)
+    images, labels = (
+        torch.randn(own, 3, 32, 32, device=world.device),
+        torch.randint(0, 10, (own,), device=world.device),
+    )
+    sigma, noise = (
+        torch.rand(own, device=world.device) + 0.1,
+        torch.randn(own, 3, 32, 32, device=world.device),
+    )
 
     def step() -> None:
         engine.backward_and_step(edm.loss(engine.forward, images, labels, sigma, noise).mean())
@@ -52,7 +69,10 @@ def pretraining(world: World, batch: int):
 
 
 def finetuning(world: World, batch: int):
-    """A function that takes one private step: Poisson sample, per-image gradients, clip, noise, one all-reduce, update."""
+    """A function that takes one private step.
+
+    Poisson sample, per-image gradients, clip, noise, one all-reduce, update.
+    """
     torch.manual_seed(0)
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device)
     count = COUNT * batch // BATCH
@@ -77,11 +97,21 @@ def finetuning(world: World, batch: int):
 class NoisedCopies:
     """EDM's loss of copies with noise that costs next to nothing to draw."""
 
-    def draw(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+    def draw(
+        self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, seed: int
+    ) -> tuple[torch.Tensor, ...]:
         """Images (B, C, H, W) -> images, labels, noise levels and noise, (B, K, ...) each."""
         shape = (len(images), COPIES)
-        sigma, noise = torch.rand(shape, device=images.device) + 0.1, torch.randn(*shape, 3, 32, 32, device=images.device)
-        return edm.to_unit(images)[:, None].expand(-1, COPIES, -1, -1, -1), labels[:, None].expand(shape), sigma, noise
+        sigma, noise = (
+            torch.rand(shape, device=images.device) + 0.1,
+            torch.randn(*shape, 3, 32, 32, device=images.device),
+        )
+        return (
+            edm.to_unit(images)[:, None].expand(-1, COPIES, -1, -1, -1),
+            labels[:, None].expand(shape),
+            sigma,
+            noise,
+        )
 
     def __call__(self, module, *tensors: torch.Tensor) -> torch.Tensor:
         """Losses (n,)."""
@@ -89,7 +119,10 @@ class NoisedCopies:
 
 
 def serve(work: str) -> None:
-    """One rank: take a step whenever the parent writes a line; print its seconds, and the bytes that it all-reduced."""
+    """One rank: take a step whenever the parent writes a line.
+
+    Print its seconds, and the bytes that it all-reduced.
+    """
     world = connect(Runtime(device=os.environ["DEVICE"], threads=1))
     step = {"pretrain": pretraining, "finetune": finetuning}[work](world, int(os.environ["BATCH"]))
     sent = [0, 0]
@@ -111,7 +144,10 @@ def serve(work: str) -> None:
 
 
 class Ranks:
-    """`size` ranks that share the batch and wait for their turn; strangers share it without knowing of each other."""
+    """`size` ranks that share the batch and wait for their turn.
+
+    Strangers share it without knowing of each other.
+    """
 
     def __init__(self, work: str, size: int, device: str, strangers: bool = False):
         port = free_port()
@@ -131,7 +167,9 @@ class Ranks:
                 place["CUDA_VISIBLE_DEVICES"] = rank
             env = os.environ | {key: str(value) for key, value in place.items()}
             command = [sys.executable, __file__, "--serve", work]
-            self.processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            self.processes.append(
+                subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
 
     def step(self) -> tuple[float, int, int]:
         """Seconds of the slowest rank, all-reduces and bytes of one."""
@@ -149,19 +187,25 @@ class Ranks:
 
 
 def model(compute_seconds: float, size: int, gradient_bytes: int) -> tuple[float, float]:
-    """Seconds of computing and of the all-reduce of a step on `size` GPUs: a ring in each node, a ring between the nodes.
+    """Seconds of computing and of the all-reduce of a step on `size` GPUs.
+
+    A ring in each node, a ring between the nodes.
 
     `compute_seconds` is the time of the whole batch on one GPU.
     """
     inside, nodes = min(size, NODE_GPUS), max(1, size // NODE_GPUS)
     seconds = 2 * (inside - 1) / inside * gradient_bytes / NODE_BANDWIDTH + 2 * (inside - 1) * HOP_SECONDS
-    seconds += 2 * (nodes - 1) / nodes * gradient_bytes / inside / NETWORK_BANDWIDTH + 2 * (nodes - 1) * HOP_SECONDS
+    seconds += (
+        2 * (nodes - 1) / nodes * gradient_bytes / inside / NETWORK_BANDWIDTH + 2 * (nodes - 1) * HOP_SECONDS
+    )
     return compute_seconds / size, seconds
 
 
 def main() -> None:
     """Run and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--serve", choices=("pretrain", "finetune"), help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--ranks", type=int, default=2)
@@ -170,8 +214,14 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve)
         return
-    print(f"1.75M DDPM++, {BATCH} images a step ({COPIES} copies each in fine-tuning), {arguments.device}, medians of {arguments.rounds} interleaved rounds")
-    print(f"{'':10}{'1 rank, s':>12}{f'{arguments.ranks} ranks, s':>12}{'efficiency':>12}{'the limit':>12}{'all-reduces':>13}{'bytes':>12}")
+    print(
+        f"1.75M DDPM++, {BATCH} images a step ({COPIES} copies each in fine-tuning), {arguments.device}, "
+        f"medians of {arguments.rounds} interleaved rounds"
+    )
+    print(
+        f"{'':10}{'1 rank, s':>12}{f'{arguments.ranks} ranks, s':>12}{'efficiency':>12}{'the limit':>12}"
+        f"{'all-reduces':>13}{'bytes':>12}"
+    )
     for work in ("pretrain", "finetune"):
         worlds = [Ranks(work, 1, arguments.device), Ranks(work, arguments.ranks, arguments.device)]
         worlds.append(Ranks(work, arguments.ranks, arguments.device, strangers=True))
@@ -182,11 +232,19 @@ def main() -> None:
         finally:
             for world in worlds:
                 world.close()
-        alone, together, apart = (statistics.median(step[number][0] for step in rounds) for number in range(3))
+        alone, together, apart = (
+            statistics.median(step[number][0] for step in rounds) for number in range(3)
+        )
         _, calls, count = rounds[0][1]
         traffic = f"{calls:>13}{count:>12,}" if work == "finetune" else f"{'by DDP':>13}{'':>12}"
-        print(f"{work:10}{alone:12.3f}{together:12.3f}{alone / together / arguments.ranks:12.2f}{alone / apart / arguments.ranks:12.2f}{traffic}", flush=True)
-    print("\nmodel of a private step of 16,384 images x 8 copies, 100 us an image and copy on one GPU; seconds")
+        print(
+            f"{work:10}{alone:12.3f}{together:12.3f}{alone / together / arguments.ranks:12.2f}"
+            f"{alone / apart / arguments.ranks:12.2f}{traffic}",
+            flush=True,
+        )
+    print(
+        "\nmodel of a private step of 16,384 images x 8 copies, 100 us an image and copy on one GPU; seconds"
+    )
     print(f"{'GPUs':>6}{'computing':>12}{'all-reduce':>12}{'efficiency':>12}")
     for size in (1, 8, 64, 512):
         compute, network = model(16_384 * 8 * 100e-6, size, 1_754_499 * 4)

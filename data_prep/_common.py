@@ -1,4 +1,7 @@
-"""What the scripts of this folder share: arguments, and the way from a set of a kind to a store with its sidecar."""
+"""What the scripts of this folder share.
+
+Arguments, and the way from a set of a kind to a store with its sidecar.
+"""
 
 import argparse
 import sys
@@ -10,23 +13,64 @@ from privimage.data.readers import open_source
 from privimage.errors import UserError
 
 
-def main(kind: str, description: str, channels: int, resolutions: tuple[int, ...] | None = None, default: int | None = None, labelled: bool = True) -> None:
-    """Read the arguments and write the store. Ends with status 2 and one line if something is wrong with the input."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    kind: str,
+    description: str,
+    channels: int,
+    resolutions: tuple[int, ...] | None = None,
+    default: int | None = None,
+    labelled: bool = True,
+) -> None:
+    """Read the arguments and write the store.
+
+    Ends with status 2 and one line if something is wrong with the input.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="where the set is")
-    parser.add_argument("output", type=Path, help="the file to write: .beton, or .npy where FFCV is missing; a sidecar .json is put beside it")
-    parser.add_argument("--resolution", type=int, choices=resolutions, default=default, required=default is None, help="pixels of a side")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=channels, help="1 grey, 3 RGB (default %(default)s)")
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="which part of the set (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode (default %(default)s; 0: this one)")
-    parser.add_argument("--skip-bad", action="store_true", help="count images that do not decode and go on, instead of stopping at the first")
+    parser.add_argument(
+        "output",
+        type=Path,
+        help="the file to write: .beton, or .npy where FFCV is missing; a sidecar .json is put beside it",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        choices=resolutions,
+        default=default,
+        required=default is None,
+        help="pixels of a side",
+    )
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), default=channels, help="1 grey, 3 RGB (default %(default)s)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "test"),
+        default="train",
+        help="which part of the set (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that decode (default %(default)s; 0: this one)"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="count images that do not decode and go on, instead of stopping at the first",
+    )
     given = parser.parse_args()
     try:
         if given.resolution < 1 or given.workers < 0:
             raise UserError("--resolution must be at least 1, --workers at least 0")
         source = open_source(kind, given.source, given.split, labelled)
-        sidecar = store.write(source, given.output, given.resolution, given.channels, given.workers, given.skip_bad)
+        sidecar = store.write(
+            source, given.output, given.resolution, given.channels, given.workers, given.skip_bad
+        )
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{given.output}: {sidecar.count} images {sidecar.shape}, {len(sidecar.classes)} classes, {sidecar.size} bytes, sha256 {sidecar.sha256}")
+    print(
+        f"{given.output}: {sidecar.count} images {sidecar.shape}, {len(sidecar.classes)} classes, "
+        f"{sidecar.size} bytes, sha256 {sidecar.sha256}"
+    )

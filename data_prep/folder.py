@@ -1,4 +1,7 @@
-"""A folder with a sub-folder of images for each class to a .beton: centre crop of the shorter side, antialiased resize."""
+"""A folder with a sub-folder of images for each class to a .beton.
+
+Centre crop of the shorter side, antialiased resize.
+"""
 
 from _common import main
 

@@ -1,6 +1,8 @@
-"""ImageNet or a set laid out like it (CLASS/*.jpg or train/CLASS/*.jpg) to a .beton of 32x32 or 64x64 RGB images.
+"""ImageNet or a set laid out like it (CLASS/*.jpg or train/CLASS/*.jpg) to a .beton of 32x32 or 64x64 RGB
+images.
 
-Centre crop of the shorter side, antialiased resize; the class index is the place of the folder in alphabetical order, as usual.
+Centre crop of the shorter side, antialiased resize; the class index is the place of the folder in
+alphabetical order, as usual.
 """
 
 from _common import main

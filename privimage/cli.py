@@ -11,14 +11,20 @@ from privimage.owner_only import close_process
 
 app = typer.Typer(
     name="privimage",
-    help="Differentially private image synthesis: a private image set in, a synthetic one with a proof of its privacy out.",
+    help=(
+        "Differentially private image synthesis: a private image set in, a synthetic one with a proof of "
+        "its privacy out."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of settings")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that replace those of the file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that replace those of the file"),
+]
 STAGES = {
     "prepare": "Bring the public set to its resolution and write it in the form that training streams.",
     "query": "Train the semantic query function on the public labels.",
@@ -26,7 +32,10 @@ STAGES = {
     "pretrain": "Pretrain the generator on the selected public images.",
     "finetune": "Fine-tune the generator on the sensitive set with differential privacy.",
     "match": "Train a generator towards the noisy mean embedding of the sensitive set (DP-MERF).",
-    "evolve": "Let the sensitive set vote, with noise, for synthetic images of the public model, and vary those with votes (Private Evolution).",
+    "evolve": (
+        "Let the sensitive set vote, with noise, for synthetic images of the public model, and vary "
+        "those with votes (Private Evolution)."
+    ),
     "synthesize": "Sample the synthetic set into release/.",
     "evaluate": "Measure the synthetic set and write the report.",
 }
@@ -59,7 +68,7 @@ for _name, _description in STAGES.items():
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Show the budget, noise, steps, parameters, and the time and memory to ask for, without touching data."""
+    """Show budget, noise, steps, parameters, and the time and memory to ask for, without touching data."""
     from privimage.config import load
     from privimage.planning import show
 
@@ -70,10 +79,20 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 def audit(
     config: ConfigFile,
     overrides: Overrides = None,
-    canaries: Annotated[int, typer.Option(min=100, max=1_000_000, help="how many; more give a tighter bound, and take time by their square")] = 5000,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.999999, help="probability with which the bound holds")] = 0.95,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            min=100, max=1_000_000, help="how many; more give a tighter bound, and take time by their square"
+        ),
+    ] = 5000,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.999999, help="probability with which the bound holds")
+    ] = 0.95,
 ) -> None:
-    """Attack the private training with canaries: a lower bound on epsilon beside the claim, without touching data."""
+    """Attack the private training with canaries.
+
+    A lower bound on epsilon beside the claim, without touching data.
+    """
     from privimage.config import load
     from privimage.planning import public_size
     from privimage.privacy.audit import run
@@ -84,8 +103,12 @@ def audit(
 
 @app.command()
 def privacy(
-    path: Annotated[Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")],
-    budget: Annotated[float | None, typer.Option(min=0, help="replace the budget that the ledger holds by this epsilon")] = None,
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|LEDGER", help="run directory, or ledger of a sensitive set")
+    ],
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="replace the budget that the ledger holds by this epsilon")
+    ] = None,
     delta: Annotated[float, typer.Option(min=0, max=1, help="delta of the new budget")] = 1e-5,
 ) -> None:
     """Compose what was spent on a sensitive set, from its ledger; or set the budget of all runs on it."""
@@ -105,7 +128,9 @@ def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="run directo
     rebuild(RunDir(path))
 
 
-ExperimentFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of an experiment, see configs/experiments")]
+ExperimentFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="YAML file of an experiment, see configs/experiments")
+]
 
 
 @app.command()
@@ -134,12 +159,22 @@ def methods() -> None:
 
     table = Table("method", "", "pretraining data", "generator", "private", "stages")
     for name, method in METHODS.items():
-        table.add_row(name, method.title, method.pretraining, method.generator, "yes" if method.private else "no", " ".join(method.stages))
+        table.add_row(
+            name,
+            method.title,
+            method.pretraining,
+            method.generator,
+            "yes" if method.private else "no",
+            " ".join(method.stages),
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def main() -> None:
-    """Entry point; the exit status is 0 done, 2 a mistake told in one line, 75 stopped with the state saved, 1 anything else."""
+    """Entry point.
+
+    The exit status is 0 done, 2 a mistake told in one line, 75 stopped with the state saved, 1 anything else.
+    """
     if (status := settled()) is not None:
         sys.exit(status)
     close_process()

@@ -10,9 +10,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Curves:
-    """Scalars and pictures of one stage that has done `step` steps; does nothing on ranks other than the main one.
+    """Scalars and pictures of one stage that has done `step` steps.
 
-    Where the time of a step depends on sensitive data (`timed` false), points carry the number of their step in place of their time.
+    Does nothing on ranks other than the main one.
+
+    Where the time of a step depends on sensitive data (`timed` false), points carry the number of their step
+    in place of their time.
     """
 
     def __init__(self, folder: Path, stage: str, step: int, shown: bool, timed: bool = True):
@@ -31,7 +34,12 @@ class Curves:
         if self.writer:
             from torchvision.utils import make_grid
 
-            self.writer.add_image(name, make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5)), pad_value=64), step, walltime=self._time(step))
+            self.writer.add_image(
+                name,
+                make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5)), pad_value=64),
+                step,
+                walltime=self._time(step),
+            )
 
     def _time(self, step: int) -> float | None:
         return None if self.timed else float(step)
@@ -53,7 +61,10 @@ class Curves:
 
 
 def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a curve as written so far, without those that a restart replaced; empty where there is none."""
+    """Steps and values of a curve as written so far, without those that a restart replaced.
+
+    Empty where there is none.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not folder.is_dir():

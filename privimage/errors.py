@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in the configuration or the input, told in one line that names the key or the file (exit status 2)."""
+    """A mistake in the configuration or the input, told in one line that names the key or the file (exit
+    status 2).
+    """
 
     status = 2
 
@@ -45,7 +47,8 @@ def tell(message: str, status: int | None) -> None:
 
 
 def leave_status(status: int) -> None:
-    """Write a final exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that end with one of their own.
+    """Write a final exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that end with one
+    of their own.
 
     Ranks that vanish leave none: launchers start all ranks again then.
     """

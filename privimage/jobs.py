@@ -6,7 +6,9 @@ from pydantic import Field, field_validator
 
 from privimage.section import Section
 
-Stage = Literal["prepare", "query", "select", "pretrain", "finetune", "match", "evolve", "synthesize", "evaluate"]
+Stage = Literal[
+    "prepare", "query", "select", "pretrain", "finetune", "match", "evolve", "synthesize", "evaluate"
+]
 
 
 class Job(Section):
@@ -15,9 +17,15 @@ class Job(Section):
     nodes: int | None = Field(None, ge=1, description="nodes; unset: 1")
     gpus: int | None = Field(None, ge=0, description="GPUs a node; unset: none")
     ranks: int | None = Field(None, ge=1, description="ranks a node; unset: one a GPU, or one")
-    cpus: int | None = Field(None, ge=1, description="CPU cores a rank; unset: the cluster's default, as for memory and time")
+    cpus: int | None = Field(
+        None, ge=1, description="CPU cores a rank; unset: the cluster's default, as for memory and time"
+    )
     memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, as 200G")
-    time: str | None = Field(None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="limit of one job, as 2-00:00:00; what is unfinished is queued again")
+    time: str | None = Field(
+        None,
+        pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
+        description="limit of one job, as 2-00:00:00; what is unfinished is queued again",
+    )
 
     @field_validator("time", mode="before")
     @classmethod
@@ -28,9 +36,21 @@ class Job(Section):
 
 
 class Slurm(Job):
-    """Jobs of slurm/pipeline.sh and slurm/sweep.sh: what all stages ask for, and what single ones ask for instead."""
+    """Jobs of slurm/pipeline.sh and slurm/sweep.sh.
 
-    options: tuple[str, ...] = Field((), description="more options of sbatch, as --partition=gpu --account=NAME --constraint=a100")
-    setup: str = Field("", description="shell commands before a stage, on its first node: module load ..., source .../activate")
-    container: str = Field("", description="words in front of the command of each rank: apptainer exec --nv image.sif")
-    stages: dict[Stage, Job] = Field({}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}")
+    What all stages ask for, and what single ones ask for instead.
+    """
+
+    options: tuple[str, ...] = Field(
+        (), description="more options of sbatch, as --partition=gpu --account=NAME --constraint=a100"
+    )
+    setup: str = Field(
+        "",
+        description="shell commands before a stage, on its first node: module load ..., source .../activate",
+    )
+    container: str = Field(
+        "", description="words in front of the command of each rank: apptainer exec --nv image.sif"
+    )
+    stages: dict[Stage, Job] = Field(
+        {}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}"
+    )

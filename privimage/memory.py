@@ -8,7 +8,10 @@ import torch
 
 
 def keep_freed() -> None:
-    """Tell glibc to keep what a step frees for the next one: per-image gradients are large, and fresh pages cost time."""
+    """Tell glibc to keep what a step frees for the next one.
+
+    Per-image gradients are large, and fresh pages cost time.
+    """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -20,9 +23,13 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(AttributeError, OSError):  # what was freed before and the C library keeps is not counted
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # what was freed before and the C library keeps is not counted
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the whole process
+        with contextlib.suppress(
+            OSError
+        ):  # not allowed in some containers: the peak is then that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,7 @@
-"""The methods of the paper as settings of one pipeline (METHOD table: what is pretrained on, which generator, private or not)."""
+"""The methods of the paper as settings of one pipeline (METHOD table.
+
+What is pretrained on, which generator, private or not).
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +17,9 @@ class Method:
     pretraining: Literal["selected", "random", "all", "none"]
     generator: Literal["diffusion", "gan", "matching", "evolution", "none"]
     private: bool
-    training: Literal["finetune", "match", "evolve"] = "finetune"  # the stage in which the synthetic set is shaped by the sensitive one
+    training: Literal["finetune", "match", "evolve"] = (
+        "finetune"  # the stage in which the synthetic set is shaped by the sensitive one
+    )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -34,7 +39,7 @@ class Method:
 
     @property
     def public_stages(self) -> tuple[str, ...]:
-        """Those that depend on public images alone, neither on the sensitive set nor on a stage that saw it."""
+        """Stages that depend on public images alone, not on the sensitive set or a stage that saw it."""
         public = ("prepare", "query", "pretrain") if self.pretraining == "all" else ("prepare", "query")
         return tuple(stage for stage in self.stages if stage in public)
 
@@ -54,7 +59,8 @@ METHODS: dict[str, Method] = {
     "nonpriv": Method("NonPriv", "none", "none", False),
 }
 
-# Defaults of the settings where the generator is not a diffusion model, for CIFAR-10 (Table 6 of the paper: 20,000 and 30 steps of the generator).
+# Defaults of the settings where the generator is not a diffusion model, for CIFAR-10 (Table 6 of the paper:
+# 20,000 and 30 steps of the generator).
 DEFAULTS: dict[str, dict] = {
     "gan": {
         "pretrain": {"batch_size": 64, "steps": 100_000, "learning_rate": 2e-4},
@@ -69,7 +75,9 @@ def with_defaults(tree: dict) -> dict:
 
 
 def for_method(tree: dict, given: Any) -> dict:
-    """What a file with a section `gan` says for its method: see `privimage.config.load`. `given` is the tree of the overrides.
+    """What a file with a section `gan` says for its method: see `privimage.config.load`.
+
+    `given` is the tree of the overrides.
 
     Raises UserError where `gan` holds no sections.
     """
@@ -87,11 +95,18 @@ def _generator(tree: dict) -> str:
 
 def _over(low: dict, high: dict) -> dict:
     """Two nested dicts in one; where both have a value it is that of `high`."""
-    both = {key: _over(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value for key, value in high.items()}
+    both = {
+        key: _over(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value
+        for key, value in high.items()
+    }
     return low | both
 
 
 def _without(tree: dict, given: dict) -> dict:
     """A nested dict without the values that `given` has too."""
-    nested = {key: _without(value, given[key]) for key, value in tree.items() if isinstance(value, dict) and isinstance(given.get(key), dict)}
+    nested = {
+        key: _without(value, given[key])
+        for key, value in tree.items()
+        if isinstance(value, dict) and isinstance(given.get(key), dict)
+    }
     return {key: value for key, value in tree.items() if key not in given} | nested

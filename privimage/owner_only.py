@@ -1,4 +1,7 @@
-"""Nobody but the owner reads what a run leaves: modes of files and folders, core dumps, and what a release is opened to."""
+"""Nobody but the owner reads what a run leaves.
+
+Modes of files and folders, core dumps, and what a release is opened to.
+"""
 
 import ctypes
 import os
@@ -14,10 +17,12 @@ PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 
 
 def close_process() -> None:
-    """From here on this process and its children write files of mode 0600, and leave no core: it would hold images and the key.
+    """From here on this process and its children write files of mode 0600, and leave no core.
 
-    A limit of 1 byte keeps the kernel from writing a core file and, other than 0, from piping one to a crash handler (core(5)). Where the
-    limit may not be raised to it, the process is made not dumpable.
+    It would hold images and the key.
+
+    A limit of 1 byte keeps the kernel from writing a core file and, other than 0, from piping one to a crash
+    handler (core(5)). Where the limit may not be raised to it, the process is made not dumpable.
     """
     os.umask(OTHERS)
     try:
@@ -30,8 +35,8 @@ def close_process() -> None:
 def folder(path: Path, owner: int | None = None) -> Path:
     """Make a folder of mode 0700 where there is none; restrict the one that is there.
 
-    `owner` is one more user whose folder it may be beside this process's. Raises UserError for a symbolic link, a folder of another user, or a
-    file system that keeps no modes.
+    `owner` is one more user whose folder it may be beside this process's. Raises UserError for a symbolic
+    link, a folder of another user, or a file system that keeps no modes.
     """
     if path.is_symlink():
         raise UserError(f"{path}: a symbolic link, behind which anybody may read; put the folder itself here")
@@ -44,27 +49,41 @@ def folder(path: Path, owner: int | None = None) -> Path:
 
 
 def restrict(path: Path, owner: int | None = None) -> None:
-    """Take all rights on a file or folder from all but its owner. Raises UserError where that cannot be done; see `folder`."""
+    """Take all rights on a file or folder from all but its owner. Raises UserError where that cannot be done.
+
+    See `folder`.
+    """
     found = path.lstat()
     if found.st_uid not in (os.geteuid(), owner):
-        raise UserError(f"{path}: belongs to another user (id {found.st_uid}), who could read what is written there")
+        raise UserError(
+            f"{path}: belongs to another user (id {found.st_uid}), who could read what is written there"
+        )
     if not found.st_mode & OTHERS:
         return
     try:
         path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
     except OSError as error:
-        raise UserError(f"{path}: may be read by others, and that cannot be changed ({error.strerror})") from None
+        raise UserError(
+            f"{path}: may be read by others, and that cannot be changed ({error.strerror})"
+        ) from None
     if path.lstat().st_mode & OTHERS:
-        raise UserError(f"{path}: may be read by others; its file system keeps no modes, choose a folder on another one")
+        raise UserError(
+            f"{path}: may be read by others; its file system keeps no modes, choose a folder on another one"
+        )
 
 
 def restrict_all(places: Iterable[Path], owner: int | None = None) -> None:
-    """`restrict` files, and folders with all that is below them. Raises UserError for a symbolic link there too."""
+    """`restrict` files, and folders with all that is below them.
+
+    Raises UserError for a symbolic link there too.
+    """
     for place in places:
         below = [place, *place.rglob("*")] if place.is_dir() and not place.is_symlink() else [place]
         for path in below:
             if path.is_symlink():
-                raise UserError(f"{path}: a symbolic link, behind which anybody may read; put what it leads to here")
+                raise UserError(
+                    f"{path}: a symbolic link, behind which anybody may read; put what it leads to here"
+                )
             if path.exists():
                 restrict(path, owner)
 

@@ -19,9 +19,12 @@ from privimage.rundir import RunDir, read_json, write_json
 
 
 def run(config: Config, stages: Sequence[str] = ()) -> int:
-    """Run `stages`, or all stages of the method, and return the exit status: 0 done, 2, 75 or 1 (see `privimage.errors`).
+    """Run `stages`, or all stages of the method, and return the exit status.
 
-    What ends a run early is told here, whichever rank it happened on. Raises UserError only where the ranks do not meet.
+    0 done, 2, 75 or 1 (see `privimage.errors`).
+
+    What ends a run early is told here, whichever rank it happened on. Raises UserError only where the ranks
+    do not meet.
     """
     owner_only.close_process()
     world = connect(config.runtime)
@@ -49,7 +52,8 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
 
 @contextlib.contextmanager
 def _claimed(config: Config, world: World) -> Iterator[RunDir]:
-    # The main rank holds the directory and answers for its settings; where it fails, the others end in this barrier.
+    # The main rank holds the directory and answers for its settings; where it fails, the others end in this
+    # barrier.
     run_dir = RunDir(config.run.dir)
     lock = run_dir.lock() if world.is_main else contextlib.nullcontext()
     with lock:
@@ -71,7 +75,9 @@ def _known(stages: Sequence[str], config: Config) -> Sequence[str]:
     """`stages`, or all of the method where none are named. Raises UserError for one that it does not have."""
     for name in stages:
         if name not in config.spec.stages:
-            raise UserError(f"method: {config.method} has no stage {name}; it runs {', '.join(config.spec.stages)}")
+            raise UserError(
+                f"method: {config.method} has no stage {name}; it runs {', '.join(config.spec.stages)}"
+            )
     return stages or config.spec.stages
 
 
@@ -98,7 +104,12 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
     with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
         record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)
         taken = seconds()
-    measured = {"seconds": taken, "peak_memory_bytes": _peak(world), "ranks": world.size, "images_per_second": record["images"] / taken}
+    measured = {
+        "seconds": taken,
+        "peak_memory_bytes": _peak(world),
+        "ranks": world.size,
+        "images_per_second": record["images"] / taken,
+    }
     if world.is_main:
         run_dir.finish(name, {**record, **measured})
         sharing.keep(name, config, run_dir, world)

@@ -16,7 +16,13 @@ from privimage.config import Config
 from privimage.data import store
 from privimage.data.decode import Source
 from privimage.data.readers import ONE_CLASS
-from privimage.data.sources import has_test_split, held_out_source, open_sensitive, public_source, sensitive_source
+from privimage.data.sources import (
+    has_test_split,
+    held_out_source,
+    open_sensitive,
+    public_source,
+    sensitive_source,
+)
 from privimage.distributed.engine import deepspeed_settings
 from privimage.distributed.world import World
 from privimage.errors import Mistakes, UserError
@@ -99,8 +105,8 @@ Check = Callable[[Visit], Iterable[str] | None]
 def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> None:
     """Look for whatever would end one of `stages` that is not finished yet. All ranks call it together.
 
-    Makes no folder and spends nothing. Raises UserError, the same on all ranks, with one line for each mistake
-    that names the key or the file, and the ranks where the main one has not met it.
+    Makes no folder and spends nothing. Raises UserError, the same on all ranks, with one line for each
+    mistake that names the key or the file, and the ranks where the main one has not met it.
     """
     unfinished = frozenset(stage for stage in stages if run.record(stage) is None)
     visit = Visit(config, run, world, world.broadcast_object(unfinished))
@@ -272,8 +278,10 @@ def _account(visit: Visit) -> None:
 
 
 def _whole_set(visit: Visit) -> None:
-    """Decode the sensitive set where public stages come before it, which take longer: an image that is damaged, a rank with another
-    copy and a budget that is spent are told now. All ranks call it together.
+    """Decode the sensitive set where public stages come before it, which take longer.
+
+    An image that is damaged, a rank with another copy and a budget that is spent are told now. All ranks call
+    it together.
     """
     if not visit.opens_account or not visit.needs(PUBLIC):
         return

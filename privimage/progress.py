@@ -17,9 +17,12 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Progress of long work: ``with Progress("pretrain", total=steps, start=done) as bar: bar.advance(loss="0.31")``.
+    """Progress of long work: ``with Progress("pretrain", total=steps, start=done) as bar.
 
-    `shown` is true on the main rank only. Numbers given to `advance` are shown beside the bar and in the lines.
+    Bar.advance(loss="0.31")``.
+
+    `shown` is true on the main rank only. Numbers given to `advance` are shown beside the bar and in the
+    lines.
     """
 
     def __init__(self, label: str, total: int, start: int = 0, shown: bool = True):
@@ -29,7 +32,13 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[extra]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[extra]}"),
+            )
             self.bar = RichProgress(*columns, console=console)
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total, completed=self.done, extra="")

@@ -1,4 +1,7 @@
-"""The prepared public set as stages see it: its labels, what each image counts as for the query, and the trained query function."""
+"""The prepared public set as stages see it.
+
+Its labels, what each image counts as for the query, and the trained query function.
+"""
 
 import zipfile
 from dataclasses import dataclass
@@ -27,7 +30,10 @@ class Semantics:
 
 
 def public_labels(run: RunDir) -> Semantics:
-    """The labels of the public set; a single one for all images of an unlabelled set. Raises UserError if `prepare` is not finished."""
+    """The labels of the public set; a single one for all images of an unlabelled set.
+
+    Raises UserError if `prepare` is not finished.
+    """
     classes, labels = run.require("prepare")["classes"], store.labels(run.public_store)
     return Semantics(tuple(classes), labels if len(classes) > 1 else np.zeros_like(labels), "public classes")
 
@@ -43,12 +49,17 @@ def public_semantics(config: Config, run: RunDir) -> Semantics:
 
 
 def clusters_path(run: RunDir) -> Path:
-    """Where `query` keeps `centroids` float32 (clusters, features) and `clusters` int64 (N,), that of each public image."""
+    """Where `query` keeps `centroids` float32 (clusters, features) and `clusters` int64 (N,), that of each
+    public image.
+    """
     return run.path / "query" / "clusters.npz"
 
 
 def query_task(config: Config, public: Semantics) -> Task:
-    """What the query function learns by: the public labels, or nothing but the images where there is one class."""
+    """What the query function learns by.
+
+    The public labels, or nothing but the images where there is one class.
+    """
     return Labels(config.query.flip, len(public.names)) if len(public.names) > 1 else Views(config.query.flip)
 
 
@@ -66,7 +77,10 @@ def load_query(config: Config, run: RunDir, world: World) -> SemanticQuery:
 
 
 def load_scores(config: Config, run: RunDir, world: World) -> SemanticQuery:
-    """The trained query function with a score for each of `public_semantics`. Raises UserError if a part of it is not there."""
+    """The trained query function with a score for each of `public_semantics`.
+
+    Raises UserError if a part of it is not there.
+    """
     query = load_query(config, run, world)
     if config.query.semantics == "clusters":
         query.centroids = torch.from_numpy(_clusters(run)["centroids"]).to(world.device)
@@ -79,4 +93,6 @@ def _clusters(run: RunDir) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in ("centroids", "clusters")}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        raise UserError(f"{path}: missing or damaged; delete the folder {path.parent} to have it made again") from None
+        raise UserError(
+            f"{path}: missing or damaged; delete the folder {path.parent} to have it made again"
+        ) from None

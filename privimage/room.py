@@ -16,7 +16,8 @@ from privimage.rundir import RunDir
 
 LOGS = 16 << 20  # bytes of curves, figures and reports
 # Bytes a parameter. A checkpoint holds weights, two moments and the average in float32, and the old one stays
-# until the new one is whole; beside it lie the weights that are kept. The query's has one moment and no average.
+# until the new one is whole; beside it lie the weights that are kept. The query's has one moment and no
+# average.
 TRAINING, QUERY = 2 * 16 + 8, 2 * 8 + 2 * 4
 
 

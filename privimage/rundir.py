@@ -19,11 +19,21 @@ from privimage.methods import METHODS, Method
 # May change between the stages of one run: they change no result and no promise.
 FREE = ("runtime.", "slurm.", "data.workers", "run.", "privacy.ledger", "privacy.budget")
 # The plan couples these with the query: they are settled when the first stage draws from sensitive data.
-PLANNED = ("finetune.logical_batch_size", "finetune.steps", "finetune.noise_copies", "finetune.max_grad_norm", "match.features", "evolve.iterations")
+PLANNED = (
+    "finetune.logical_batch_size",
+    "finetune.steps",
+    "finetune.noise_copies",
+    "finetune.max_grad_norm",
+    "match.features",
+    "evolve.iterations",
+)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, mode 0600, whole or not at all: a temporary file beside it, fsync, rename. Raises UserError when the disk is full."""
+    """Write a file, mode 0600, whole or not at all: a temporary file beside it, fsync, rename.
+
+    Raises UserError when the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -33,7 +43,10 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error.strerror}); what was there before is kept, make room and run again") from None
+        raise UserError(
+            f"{path}: could not be written ({error.strerror}); what was there before is kept, make room and "
+            "run again"
+        ) from None
     fsync_folder(path.parent)
 
 
@@ -99,7 +112,10 @@ class RunDir:
         return self._folder(self.path / name)
 
     def _folder(self, path: Path) -> Path:
-        """A folder that only its owner reads. One below the run directory may also belong to whom that belongs, as on a mounted disk."""
+        """A folder that only its owner reads.
+
+        One below the run directory may also belong to whom that belongs, as on a mounted disk.
+        """
         return owner_only.folder(path, self._owner())
 
     def _whole(self) -> Path:
@@ -107,7 +123,10 @@ class RunDir:
         return owner_only.folder(self.path.resolve(), self._owner())
 
     def close_to_others(self) -> None:
-        """Restrict all that is in a directory from before. Raises UserError for links in it, and for what belongs to another user."""
+        """Restrict all that is in a directory from before.
+
+        Raises UserError for links in it, and for what belongs to another user.
+        """
         stages = {stage for method in METHODS.values() for stage in method.stages}
         names = ("config.yaml", "failed.json", ".lock", "private", "tensorboard", *sorted(stages))
         owner_only.restrict_all([self.path / name for name in names], self._owner())
@@ -122,10 +141,13 @@ class RunDir:
         return read_json(path) if path.exists() else None
 
     def require(self, stage: str) -> dict:
-        """The record of a stage that must have been finished before. Raises UserError that says what to run."""
+        """Record of a stage that must be finished by now. Raises UserError that says what to run."""
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.path}: stage {stage} is not finished; run `privimage {stage}` first, or `privimage run`")
+            raise UserError(
+                f"{self.path}: stage {stage} is not finished; run `privimage {stage}` first, or `privimage "
+                "run`"
+            )
         return record
 
     def finish(self, stage: str, record: dict) -> None:
@@ -162,7 +184,10 @@ class RunDir:
         return False
 
     def lock(self):
-        """Hold the run directory against a second run. Raises UserError when it is held, or cannot be written."""
+        """Hold the run directory against a second run.
+
+        Raises UserError when it is held, or cannot be written.
+        """
         try:
             self._whole()
             handle = open(self.path / ".lock", "w")
@@ -173,11 +198,15 @@ class RunDir:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.path}: another run is using this directory; wait for it, or choose another run.dir") from None
+            raise UserError(
+                f"{self.path}: another run is using this directory; wait for it, or choose another run.dir"
+            ) from None
         return handle
 
     def reconcile(self, config: Config) -> None:
-        """Write `config.yaml`, or compare with the one that is there: settings of stages already begun must be the same.
+        """Write `config.yaml`, or compare with the one that is there.
+
+        Settings of stages already begun must be the same.
 
         Raises UserError that names each setting that differs and says how to go on.
         """
@@ -185,20 +214,26 @@ class RunDir:
         if clashes := self.clashes(config):
             told = "; ".join(f"{key} was {a!r}, now {b!r}" for key, a, b in clashes)
             raise UserError(
-                f"{path}: this run was made with other settings ({told}); choose another run.dir, or go on with the old values"
+                f"{path}: this run was made with other settings ({told}); choose another run.dir, or go on "
+                "with the old values"
                 f" (`privimage run {path}`), or delete the folders of the stages that should be done again"
             )
         write_whole(path, config.to_yaml().encode())
 
     def clashes(self, config: Config) -> list[tuple[str, object, object]]:
-        """The settings, as (key, old value, new value), that stages of this run were begun with and that `config` has otherwise.
+        """The settings, as (key, old value, new value), that stages of this run were begun with and that
+        `config` has otherwise.
 
         Raises UserError for a damaged config.yaml.
         """
         path = self.path / "config.yaml"
         if not path.exists():
             return []
-        return [clash for clash in differences(_plain(path), config.model_dump(mode="json")) if not self._may_change(clash[0], config.spec)]
+        return [
+            clash
+            for clash in differences(_plain(path), config.model_dump(mode="json"))
+            if not self._may_change(clash[0], config.spec)
+        ]
 
     def _may_change(self, key: str, method: Method) -> bool:
         """A setting may change while no stage that reads it has begun."""
@@ -218,7 +253,9 @@ def _plain(path: Path) -> dict:
     except (YAMLError, OSError, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{path}: damaged, not readable as YAML; put back the settings that the run was made with")
+        raise UserError(
+            f"{path}: damaged, not readable as YAML; put back the settings that the run was made with"
+        )
     with contextlib.suppress(UserError):  # settings that are younger than the run had their defaults in it
         return parse(tree).model_dump(mode="json")
     return tree

@@ -23,7 +23,7 @@ S = TypeVar("S", bound=Section)
 
 
 def validated(model: type[S], tree: dict, origin: str) -> S:
-    """Validate a nested dict of settings. Raises UserError with one line that names the key, after `origin`."""
+    """Validate a nested dict of settings. Raises UserError with one line: `origin` and the key."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -31,7 +31,10 @@ def validated(model: type[S], tree: dict, origin: str) -> S:
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
-    """The sections of a YAML file as plain values, after ``section.key=value`` overrides. Raises UserError that names the file."""
+    """The sections of a YAML file as plain values, after ``section.key=value`` overrides.
+
+    Raises UserError that names the file.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     for item in overrides:
@@ -41,7 +44,9 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
         tree = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ValueError("expected sections with settings at the top level")
-        plain = OmegaConf.to_container(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        plain = OmegaConf.to_container(
+            OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))), resolve=True
+        )
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
@@ -65,7 +70,9 @@ def _one_line(model: type[Section], error: ValidationError) -> str:
     if not key:
         return message
     value = first.get("input")
-    return f"{key}: {message[0].lower()}{message[1:]}" + (f", not {value!r}" if not isinstance(value, dict | BaseModel) else "")
+    return f"{key}: {message[0].lower()}{message[1:]}" + (
+        f", not {value!r}" if not isinstance(value, dict | BaseModel) else ""
+    )
 
 
 def _known_keys(model: type[Section], location: tuple) -> list[str]:

@@ -1,7 +1,10 @@
-"""Public stages that several runs have in common are done once: `run.shared` is the folder where they are kept.
+"""Public stages that several runs have in common are done once.
 
-Only what depends on public images alone is ever kept or taken (`Method.public_stages`); the selection and all that follows from
-it saw the sensitive set, and each run makes its own. What is kept goes by a digest of everything that its content depends on.
+`run.shared` is the folder where they are kept.
+
+Only what depends on public images alone is ever kept or taken (`Method.public_stages`); the selection and all
+that follows from it saw the sensitive set, and each run makes its own. What is kept goes by a digest of
+everything that its content depends on.
 """
 
 import hashlib
@@ -77,11 +80,20 @@ def keep(stage: str, config: Config, run: RunDir, world: World) -> None:
 
 
 def _place(stage: str, config: Config, run: RunDir, world: World) -> Path | None:
-    """Where a stage of this run is kept; None for one that may not be shared, and where nothing is to be shared."""
+    """Where a stage of this run is kept.
+
+    None for one that may not be shared, and where nothing is to be shared.
+    """
     if config.run.shared is None or stage not in config.spec.public_stages:
         return None
-    # ranks draw their own augmentations and noise, and sums on another device or version are rounded otherwise
-    made = {"ranks": world.size, "device": world.device.type, "torch": torch.__version__, "privimage": __version__}
+    # ranks draw their own augmentations and noise, and sums on another device or version are rounded
+    # otherwise
+    made = {
+        "ranks": world.size,
+        "device": world.device.type,
+        "torch": torch.__version__,
+        "privimage": __version__,
+    }
     images = _stamps(config.data.public.path) if stage == "prepare" else store.verify(run.public_store).sha256
     return config.run.shared / name_of(stage, config, made=made, images=images)
 
@@ -95,7 +107,10 @@ def _stamps(path: Path | None) -> list:
 
 
 def _link_tree(source: Path, destination: Path) -> None:
-    """A copy that shares its files' blocks where the file system can do that. Runs replace files, they do not rewrite them."""
+    """A copy that shares its files' blocks where the file system can do that.
+
+    Runs replace files, they do not rewrite them.
+    """
 
     def link(old: str, new: str) -> None:
         try:

@@ -1,4 +1,7 @@
-"""The loop of every training that sees no sensitive image: resume, step, curves, checkpoints, and a stop that loses nothing."""
+"""The loop of every training that sees no sensitive image.
+
+Resume, step, curves, checkpoints, and a stop that loses nothing.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -16,7 +19,7 @@ from privimage.rundir import RunDir
 
 
 class Trained(Protocol):
-    """What is trained. All ranks call `losses`, `state` and `load` together, one rank calls `samples` alone."""
+    """What is trained. All ranks call `losses`, `state` and `load`; one rank calls `samples` alone."""
 
     def losses(self) -> dict[str, float]:
         """Figures for TensorBoard."""
@@ -32,12 +35,19 @@ class Trained(Protocol):
 
 
 def train(
-    stage: str, settings: Pretrain | Match, images: int, trained: Trained, steps: Callable[[int], Iterator[None]], run: RunDir, world: World, text: str = ""
+    stage: str,
+    settings: Pretrain | Match,
+    images: int,
+    trained: Trained,
+    steps: Callable[[int], Iterator[None]],
+    run: RunDir,
+    world: World,
+    text: str = "",
 ) -> None:
     """Take `settings.steps` steps of `images` images over all ranks, from the last checkpoint on.
 
-    `steps(first)` takes one step each time that it is asked for the next, the first being number `first`. `text` is shown beside the
-    curves. Raises Stopped when a stop was requested, with the state saved.
+    `steps(first)` takes one step each time that it is asked for the next, the first being number `first`.
+    `text` is shown beside the curves. Raises Stopped when a stop was requested, with the state saved.
     """
     file, first = run.stage(stage) / "checkpoint.pt", 0
     if (state := checkpoint.load(file, world.device)) is not None:
@@ -51,7 +61,11 @@ def train(
             bar.advance()
             wanted = stop.agreed(world)
             if step % settings.log_every == 0:
-                shown = {"images per second": bar.rate * images, "memory": memory(world.device), "learning rate": settings.learning_rate}
+                shown = {
+                    "images per second": bar.rate * images,
+                    "memory": memory(world.device),
+                    "learning rate": settings.learning_rate,
+                }
                 curves.scalars(step, trained.losses() | shown)
             if step % settings.checkpoint_every == 0 or wanted:
                 state = trained.state() | {"step": step}

@@ -1,4 +1,4 @@
-"""What all tests share: the data beside the repository, root, one thread a process, and a tiny configuration."""
+"""Shared by all tests: data beside the repository, root, one thread per process, a tiny configuration."""
 
 import atexit
 import os
@@ -17,7 +17,8 @@ from privimage.distributed.preemption import SIGNALS, stop
 from privimage.rundir import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="privimage-state-")  # no test writes into a user's ledgers
+# No test writes into a user's ledgers.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="privimage-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 
@@ -27,7 +28,9 @@ def shared_data() -> Path:
     """The folder with real data sets beside the repository, or a visible skip."""
     path = REPOSITORY.parent / "shared" / "data"
     if not path.is_dir():
-        pytest.skip(f"needs the real data sets in {path.relative_to(REPOSITORY.parent)} beside the repository")
+        pytest.skip(
+            f"needs the real data sets in {path.relative_to(REPOSITORY.parent)} beside the repository"
+        )
     return path
 
 
@@ -46,9 +49,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """Signal handlers as they were before the test, and no request to stop left behind."""
+    """Leave signal handlers as they were before the test, and no request to stop behind."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -58,13 +61,19 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Config:
-    """The whole pipeline on embedded 8x8 images with the smallest networks: seconds on one thread. The run is in `tmp_path/run`."""
+    """The whole pipeline on embedded 8x8 images with the smallest networks: seconds on one thread.
+
+    The run is in `tmp_path/run`.
+    """
     return load(TINY, [f"run.dir={tmp_path / 'run'}"])
 
 
 @pytest.fixture(scope="session")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with prepare, query and select finished, with a fixed key, and no evaluation to come; its ledger is beside it."""
+    """A run directory with prepare, query and select finished, with a fixed key, and no evaluation to come.
+
+    Its ledger is beside it.
+    """
     made = tmp_path_factory.mktemp("selected") / "made"
     run_stages(made, ("prepare", "query", "select"), *SMALL)
     (made / "evaluate").mkdir()

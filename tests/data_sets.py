@@ -10,7 +10,9 @@ from privimage.data.decode import Source
 
 def numbered(count: int, resolution: int = 8, channels: int = 1) -> np.ndarray:
     """Images uint8 (N, H, W, C) of noise, of which the first two pixels say which one it is."""
-    images = np.random.default_rng(0).integers(0, 256, (count, resolution, resolution, channels), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (count, resolution, resolution, channels), dtype=np.uint8
+    )
     images[:, 0, 0], images[:, 0, 1] = (np.arange(count) // 256)[:, None], (np.arange(count) % 256)[:, None]
     return images
 
@@ -24,7 +26,9 @@ def source_of(images: np.ndarray, labels: np.ndarray) -> Source:
     """A source of images (N, H, W, C) with classes named by letters."""
     squeezed = images[..., 0] if images.shape[3] == 1 else images
     classes = tuple(chr(ord("a") + i) for i in range(int(labels.max()) + 1))
-    return Source(lambda i: Image.fromarray(squeezed[i]), [f"image {i}" for i in range(len(images))], labels, classes)
+    return Source(
+        lambda i: Image.fromarray(squeezed[i]), [f"image {i}" for i in range(len(images))], labels, classes
+    )
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Path:

@@ -1,7 +1,8 @@
 """Real processes as ranks: a Python script started once a rank, with torchrun's variables.
 
-The processes are forked from a server that has torch and privimage loaded, which makes a rank start in no time. Commands
-(launchers, `privimage` itself) are started as they are, by `subprocess` with `clean_environment`.
+The processes are forked from a server that has torch and privimage loaded, which makes a rank start in no
+time. Commands (launchers, `privimage` itself) are started as they are, by `subprocess` with
+`clean_environment`.
 """
 
 import multiprocessing
@@ -31,10 +32,27 @@ SMALL = (
     "synthesize.samples=20",
     "privacy.insecure_fixed_key=7",
 )
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "PRIVIMAGE_STATUS_FILE")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PRIVIMAGE_STATUS_FILE",
+)
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "torch.distributed", "privimage.distributed.world", "privimage.privacy.optimizer", "privimage.privacy.gradients"])
+server.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "privimage.distributed.world",
+        "privimage.privacy.optimizer",
+        "privimage.privacy.gradients",
+    ]
+)
 
 
 @dataclass
@@ -67,10 +85,16 @@ class Rank:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher would set, one thread a process, the package and its commands at hand."""
+    """This process's environment without what a launcher would set, one thread a process, the package and its
+    commands at hand.
+    """
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     path = f"{Path(sys.executable).parent}:{env.get('PATH', '')}"
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "PATH": path} | more
+    return (
+        env
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "PATH": path}
+        | more
+    )
 
 
 def run_stages(folder: Path, stages: Iterable[str], *overrides: str) -> None:
@@ -100,11 +124,20 @@ def start_ranks(script: str, size: int, *arguments: str, **env: str) -> list[Ran
     """Start a Python script (its text) once a rank on this machine; the caller waits with `wait_ranks`."""
     port, ranks = str(free_port()), []
     for rank in range(size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+        }
         folder = Path(tempfile.mkdtemp(prefix="rank"))
         for name in ("out", "err"):
             (folder / name).touch()
-        process = server.Process(target=_be_a_rank, args=(script, arguments, clean_environment(**place, MASTER_PORT=port, **env), folder))
+        process = server.Process(
+            target=_be_a_rank,
+            args=(script, arguments, clean_environment(**place, MASTER_PORT=port, **env), folder),
+        )
         process.start()
         ranks.append(Rank(process, folder))
     return ranks
@@ -119,7 +152,12 @@ def wait_ranks(ranks: list[Rank], seconds: float = 120) -> list[Ended]:
     for rank in ranks:
         rank.process.kill()
         rank.process.join()
-    ended = [Ended(rank.process.exitcode or 0, (rank.folder / "out").read_text(), (rank.folder / "err").read_text()) for rank in ranks]
+    ended = [
+        Ended(
+            rank.process.exitcode or 0, (rank.folder / "out").read_text(), (rank.folder / "err").read_text()
+        )
+        for rank in ranks
+    ]
     assert not late, f"ranks {late} did not end within {seconds} s: {ended}"
     return ended
 
@@ -127,6 +165,7 @@ def wait_ranks(ranks: list[Rank], seconds: float = 120) -> list[Ended]:
 def run_ranks(script: str, size: int, *arguments: str, seconds: float = 120, **env: str) -> list[Ended]:
     """Run a Python script (its text) on `size` ranks and return how each ended.
 
-    The script usually begins with ``world = connect(Runtime(device="cpu"))`` and prints what the test looks at.
+    The script usually begins with ``world = connect(Runtime(device="cpu"))`` and prints what the test looks
+    at.
     """
     return wait_ranks(start_ranks(script, size, *arguments, **env), seconds)

@@ -24,12 +24,22 @@ class Draw:
 
 
 def digest(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:24]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[
+        :24
+    ]
 
 
 def install(note: Callable[[Draw], None], replace: Callable[[object, str, object], None] = setattr) -> None:
-    """Let each noise draw of this process be noted, just before it is used; `replace` is setattr or that of a MonkeyPatch."""
-    prepare, step, histogram, embedding = NoiseStream.prepare, PrivateOptimizer.step, select.noisy_histogram, match.noisy_mean_embedding
+    """Let each noise draw of this process be noted, just before it is used.
+
+    `replace` is setattr or that of a MonkeyPatch.
+    """
+    prepare, step, histogram, embedding = (
+        NoiseStream.prepare,
+        PrivateOptimizer.step,
+        select.noisy_histogram,
+        match.noisy_mean_embedding,
+    )
 
     def prepared(self: NoiseStream, key: bytes) -> None:
         self.spied = key.hex()  # type: ignore[attr-defined]
@@ -80,5 +90,7 @@ def one_noise_for_two(draws: Iterable[Draw]) -> list[str]:
 
 
 def uses(draws: Iterable[Draw], stage: str) -> int:
-    """How many different noises were drawn in a stage, by ranks that all draw (DP-SGD) or by the main rank alone."""
+    """How many different noises were drawn in a stage, by ranks that all draw (DP-SGD) or by the main rank
+    alone.
+    """
     return len({draw.key for draw in draws if draw.stage == stage})

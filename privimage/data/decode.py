@@ -20,7 +20,10 @@ NOT_8_BIT = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow would cut these off a
 
 @dataclass(frozen=True)
 class Source:
-    """An image set on disk or in memory: `whole(i)` is the i-th image, `names[i]` says which it is, `labels[i]` its class."""
+    """An image set on disk or in memory.
+
+    `whole(i)` is the i-th image, `names[i]` says which it is, `labels[i]` its class.
+    """
 
     whole: Callable[[int], Image.Image]
     names: list[str]
@@ -32,7 +35,8 @@ class Source:
         return len(self.names)
 
     def image(self, index: int, resolution: int, channels: int) -> tuple[np.ndarray, bytes]:
-        """The image as uint8 (C, resolution, resolution), and the SHA-256 of its size and RGB pixels before crop and resize.
+        """The image as uint8 (C, resolution, resolution), and the SHA-256 of its size and RGB pixels before
+        crop and resize.
 
         Raises UserError that names an image which does not decode or has not 8 bits a channel.
         """
@@ -44,14 +48,20 @@ class Source:
             colour = whole.convert("RGB")
             side = self.side(whole)
         except Exception as error:  # decoders raise whatever they like on damaged files
-            raise UserError(f"{self.names[index]}: not readable as an image ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+            raise UserError(
+                f"{self.names[index]}: not readable as an image "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from None
         digest = hashlib.sha256(f"{colour.size}".encode() + colour.tobytes()).digest()
         return transforms.to_array(colour if channels == 3 else whole.convert("L"), side, resolution), digest
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The `index`-th image and its digest, see `Source.image`; or, where it does not decode, no image and the problem in one line."""
+    """The `index`-th image and its digest, see `Source.image`.
+
+    Or, where it does not decode, no image and the problem in one line.
+    """
 
     index: int
     image: np.ndarray | None
@@ -78,7 +88,10 @@ _inherited: list[Task] = []  # in a worker process: what it was forked with
 
 
 def decoded(source: Source, resolution: int, channels: int, workers: int) -> Iterator[Decoded]:
-    """All images in order. `workers` processes decode ahead; 0 decodes in this one. Raises UserError when a worker process dies."""
+    """All images in order. `workers` processes decode ahead; 0 decodes in this one.
+
+    Raises UserError when a worker process dies.
+    """
     task = Task(source, resolution, channels)
     if workers == 0:
         yield from map(task.one, range(len(source)))
@@ -95,7 +108,9 @@ def decoded(source: Source, resolution: int, channels: int, workers: int) -> Ite
             while pending:
                 yield from pending.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a process that decodes images was killed (out of memory?); try fewer workers") from None
+            raise UserError(
+                "a process that decodes images was killed (out of memory?); try fewer workers"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,8 +1,9 @@
 """Letters and digits drawn from the fonts inside matplotlib: a public set that needs no download.
 
-Handwriting differs from print by weight, slant and smooth distortion, so these are what is varied (Simard, Steinkraus and Platt, "Best
-practices for convolutional neural networks applied to visual document analysis", 2003). The frame is that of the UCI digits: a bitmap
-four times as large as the image, filled from top to bottom, averaged over blocks of 4x4.
+Handwriting differs from print by weight, slant and smooth distortion, so these are what is varied (Simard,
+Steinkraus and Platt, "Best practices for convolutional neural networks applied to visual document analysis",
+2003). The frame is that of the UCI digits: a bitmap four times as large as the image, filled from top to
+bottom, averaged over blocks of 4x4.
 """
 
 import string
@@ -22,28 +23,45 @@ MARGIN = 16  # room around it, for thick strokes
 WAVES = 4  # cosines along each axis that make up the smooth distortion
 WIDEST = 0.85  # of the frame; a wider character is made narrower
 ALIKE = ("0Oo", "1Il", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Yy", "Zz")  # one shape, one class
-STYLES = ("SANS-SERIF", "SANS-SERIF ITALIC", "MONOSPACE", "SCRIPT", "BOLD SCRIPT")  # faces among STIX's mathematical letters
-AMPLITUDES = 0.15 / np.maximum(1, np.add.outer(np.arange(WAVES), np.arange(WAVES)))  # long waves are stronger than short ones
+STYLES = (
+    "SANS-SERIF",
+    "SANS-SERIF ITALIC",
+    "MONOSPACE",
+    "SCRIPT",
+    "BOLD SCRIPT",
+)  # faces among STIX's mathematical letters
+AMPLITUDES = 0.15 / np.maximum(
+    1, np.add.outer(np.arange(WAVES), np.arange(WAVES))
+)  # long waves are stronger than short ones
 
 
 def character_classes() -> tuple[str, ...]:
-    """The classes, each as the string of its characters: digits first, then letters; characters of one shape share a class."""
+    """The classes, each as the string of its characters: digits first, then letters.
+
+    Characters of one shape share a class.
+    """
     merged = {character: group for group in ALIKE for character in group}
     return tuple(dict.fromkeys(merged.get(c, c) for c in string.digits + string.ascii_letters))
 
 
 @lru_cache(maxsize=1)
 def faces() -> tuple[tuple[Path, dict[str, str]], ...]:
-    """All faces, each as its font file and, for the characters that it holds, the code points that draw them."""
+    """All faces, each as its font file and the code points that draw the characters it has."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
     characters = string.digits + string.ascii_letters
     found = []
     for file in sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")):
-        if file.stem == "cmsy10":  # calligraphic capitals; other signs in the places of digits and small letters
+        if (
+            file.stem == "cmsy10"
+        ):  # calligraphic capitals; other signs in the places of digits and small letters
             found.append((file, {c: c for c in string.ascii_uppercase}))
-        elif file.stem.startswith(("DejaVu", "STIXGeneral", "cm")) and not file.stem.endswith("Display") and file.stem != "cmex10":
+        elif (
+            file.stem.startswith(("DejaVu", "STIXGeneral", "cm"))
+            and not file.stem.endswith("Display")
+            and file.stem != "cmex10"
+        ):
             found.append((file, {c: c for c in characters}))
         if file.stem == "STIXGeneral":
             held = [chr(code) for code in FT2Font(str(file)).get_charmap() if 0x1D400 <= code <= 0x1D7FF]
@@ -79,19 +97,33 @@ COARSE_WAVES = _waves(COARSE)
 
 
 def render(characters: str, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """One of `characters` in a random face, distorted: uint8 (resolution, resolution), bright strokes on black."""
+    """One of `characters` in a random face, distorted.
+
+    Uint8 (resolution, resolution), bright strokes on black.
+    """
     character = characters[rng.integers(len(characters))]
     holders = _holders(character)
     outline = _outline(holders[rng.integers(len(holders))], character)
     height, width = outline.shape
     radius = max(height, width) / 2 - MARGIN
-    angle, shear, aspect = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.3, 0.3), np.exp(rng.uniform(-0.4, 0.4))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array([[1, shear], [0, 1]])
+    angle, shear, aspect = (
+        np.deg2rad(rng.uniform(-12, 12)),
+        rng.uniform(-0.3, 0.3),
+        np.exp(rng.uniform(-0.4, 0.4)),
+    )
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array(
+        [[1, shear], [0, 1]]
+    )
     bend = rng.normal(0, 1, (2, WAVES, WAVES)) * AMPLITUDES
     weight = rng.uniform(0, 0.1) * radius
 
-    def place(y: np.ndarray, x: np.ndarray, waves_y: np.ndarray, waves_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in `outline` the rows y and columns x of the distorted character come from; they count from its centre in radii."""
+    def place(
+        y: np.ndarray, x: np.ndarray, waves_y: np.ndarray, waves_x: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `outline` the rows y and columns x of the distorted character come from.
+
+        They count from its centre in radii.
+        """
         from_x = turn[0, 0] * x + turn[0, 1] * y[:, None] + waves_y @ bend[0] @ waves_x.T
         from_y = turn[1, 0] * x + turn[1, 1] * y[:, None] + waves_y @ bend[1] @ waves_x.T
         return from_y * radius + (height - 1) / 2, from_x * (radius / aspect) + (width - 1) / 2
@@ -112,7 +144,10 @@ def render(characters: str, resolution: int, rng: np.random.Generator) -> np.nda
 
 
 def glyph_source(resolution: int, images_per_class: int) -> Source:
-    """The whole set, the same every time, rendered when asked for; more images of a class begin with the same ones."""
+    """The whole set, the same every time, rendered when asked for.
+
+    More images of a class begin with the same ones.
+    """
     classes = character_classes()
 
     def drawn(index: int) -> Image.Image:
@@ -120,4 +155,9 @@ def glyph_source(resolution: int, images_per_class: int) -> Source:
         return Image.fromarray(render(classes[label], resolution, np.random.default_rng([label, number])))
 
     count = images_per_class * len(classes)
-    return Source(drawn, [f"glyphs: image {i}" for i in range(count)], np.repeat(np.arange(len(classes)), images_per_class), classes)
+    return Source(
+        drawn,
+        [f"glyphs: image {i}" for i in range(count)],
+        np.repeat(np.arange(len(classes)), images_per_class),
+        classes,
+    )

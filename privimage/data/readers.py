@@ -24,10 +24,12 @@ ONE_CLASS = ("all",)  # the class of sets without labels
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a set's classes without its images: names, or their number, or that the data name them.
+    """What is known of a set's classes without its images.
 
-    Given for sensitive sets. There one image must not decide whether a class exists, so a class may have no image,
-    and classes are never counted from the labels.
+    Names, or their number, or that the data name them.
+
+    Given for sensitive sets. There one image must not decide whether a class exists, so a class may have no
+    image, and classes are never counted from the labels.
     """
 
     names: tuple[str, ...] | None = None
@@ -43,8 +45,8 @@ def open_source(
 ) -> Source:
     """Open a set by kind and path; without labels there is one class.
 
-    Raises UserError, in one line that names the file or folder (or the missing setting), for whatever is wrong with
-    it. Without `known` each class must have an image.
+    Raises UserError, in one line that names the file or folder (or the missing setting), for whatever is
+    wrong with it. Without `known` each class must have an image.
     """
     if kind == "digits":
         source = _digits(split, known)
@@ -114,23 +116,43 @@ def _from_arrays(
     name: str,
     known: Known | None,
 ) -> Source:
-    """Images uint8 (N, H, W) or (N, H, W, C) in memory, and labels (N,). Raises UserError for what does not fit."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise UserError(f"{name}: images must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} {images.shape}")
+    """Images uint8 (N, H, W) or (N, H, W, C) in memory, and labels (N,).
+
+    Raises UserError for what does not fit.
+    """
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or (images.ndim == 4 and images.shape[3] not in (1, 3))
+    ):
+        raise UserError(
+            f"{name}: images must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} "
+            f"{images.shape}"
+        )
     if len(images) == 0:
         raise UserError(f"{name}: holds no image")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise UserError(f"{name}: {len(images)} images need as many labels, whole numbers; found {labels.dtype} {labels.shape}")
+        raise UserError(
+            f"{name}: {len(images)} images need as many labels, whole numbers; found {labels.dtype} "
+            f"{labels.shape}"
+        )
     if classes is None:
         classes = _unnamed(labels, name, known)
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f"{name}: labels from {labels.min()} to {labels.max()} do not fit {len(classes)} classes")
+        raise UserError(
+            f"{name}: labels from {labels.min()} to {labels.max()} do not fit {len(classes)} classes"
+        )
     empty = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=len(classes)) == 0)
     if len(empty) and known is None:
         raise UserError(f"{name}: class {classes[empty[0]]!r} has no image")
     grey = images.ndim == 4 and images.shape[3] == 1
     pixels = images[..., 0] if grey else images
-    return Source(lambda i: Image.fromarray(pixels[i]), [f"{name}: image {i}" for i in range(len(images))], labels.astype(np.int64), classes)
+    return Source(
+        lambda i: Image.fromarray(pixels[i]),
+        [f"{name}: image {i}" for i in range(len(images))],
+        labels.astype(np.int64),
+        classes,
+    )
 
 
 def _unnamed(labels: np.ndarray, name: str, known: Known | None) -> tuple[str, ...]:
@@ -151,7 +173,10 @@ def _npz(path: Path, labelled: bool, known: Known | None) -> Source:
         try:
             return file[name]
         except ValueError:
-            raise UserError(f"{path}: {name} are objects, not one array (images of mixed sizes?); bring them to one size first") from None
+            raise UserError(
+                f"{path}: {name} are objects, not one array (images of mixed sizes?); bring them to one "
+                "size first"
+            ) from None
 
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -162,7 +187,9 @@ def _npz(path: Path, labelled: bool, known: Known | None) -> Source:
             images = array("images")
             labels = array("labels") if labelled else np.zeros(len(images), np.int64)
             named = labelled and "classes" in file.files
-            classes = tuple(str(name) for name in array("classes")) if named else None if labelled else ONE_CLASS
+            classes = (
+                tuple(str(name) for name in array("classes")) if named else None if labelled else ONE_CLASS
+            )
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy each have their own for a damaged file
@@ -181,7 +208,10 @@ def _folder(root: Path, labelled: bool, known: Known | None) -> Source:
     if not labelled:
         folders = [root]
     if not folders:
-        raise UserError(f"{root}: expected a sub-folder of images for each class; a set without classes is read with labelled: false")
+        raise UserError(
+            f"{root}: expected a sub-folder of images for each class; a set without classes is read with "
+            "labelled: false"
+        )
     files, labels = [], []
     for label, folder in enumerate(folders):
         inside = _images_below(folder)
@@ -191,7 +221,9 @@ def _folder(root: Path, labelled: bool, known: Known | None) -> Source:
         labels += [label] * len(inside)
     if not files:
         raise UserError(f"{root}: holds no image")
-    return Source(lambda i: Image.open(files[i]), files, np.array(labels), tuple(folder.name for folder in folders))
+    return Source(
+        lambda i: Image.open(files[i]), files, np.array(labels), tuple(folder.name for folder in folders)
+    )
 
 
 def _celeba(path: Path) -> Source:
@@ -206,13 +238,17 @@ def _celeba(path: Path) -> Source:
     if not files:
         _fetch("celeba", path, lambda: CelebA(str(path), split="all", download=True))
         files = faces()
-    return Source(lambda i: Image.open(files[i]), files, np.zeros(len(files), np.int64), ONE_CLASS, celeba_side)
+    return Source(
+        lambda i: Image.open(files[i]), files, np.zeros(len(files), np.int64), ONE_CLASS, celeba_side
+    )
 
 
 def _torchvision(kind: str, path: Path, split: Split, known: Known | None) -> Source:
     from torchvision import datasets
 
-    dataset = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[kind]
+    dataset = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[
+        kind
+    ]
     try:
         found = dataset(str(path), train=split == "train")
     except RuntimeError:  # not there, or not whole
@@ -230,18 +266,25 @@ def _fetch(kind: str, path: Path, download: Callable):
             return download()
     except Exception as error:  # no network, no space, damaged archives: each its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: {kind} is not there as torchvision keeps it, and cannot be downloaded ({reason})") from None
+        raise UserError(
+            f"{path}: {kind} is not there as torchvision keeps it, and cannot be downloaded ({reason})"
+        ) from None
 
 
 def _digits(split: Split, known: Known | None) -> Source:
-    """The UCI handwritten digits inside scikit-learn: 8x8, 1437 to train on and 360 to test on, divided by digest."""
+    """The UCI handwritten digits inside scikit-learn.
+
+    8x8, 1437 to train on and 360 to test on, divided by digest.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     order = np.array(sorted(range(len(images)), key=lambda i: sha256(images[i].tobytes()).digest()))
     chosen = np.sort(order[:1437] if split == "train" else order[1437:])
-    return _from_arrays(images[chosen], digits.target[chosen], tuple("0123456789"), f"UCI digits, {split}", known)
+    return _from_arrays(
+        images[chosen], digits.target[chosen], tuple("0123456789"), f"UCI digits, {split}", known
+    )
 
 
 def _stored(path: Path, labelled: bool, known: Known | None) -> Source:
@@ -249,6 +292,8 @@ def _stored(path: Path, labelled: bool, known: Known | None) -> Source:
     images = store.read(path, np.arange(sidecar.count)).transpose(0, 2, 3, 1)
     if not labelled:
         return _from_arrays(images, np.zeros(sidecar.count, np.int64), ONE_CLASS, str(path), known)
-    numbers = tuple(str(i) for i in range(len(sidecar.classes)))  # a set that did not name its classes was stored
+    numbers = tuple(
+        str(i) for i in range(len(sidecar.classes))
+    )  # a set that did not name its classes was stored
     classes = None if known and sidecar.classes == numbers else sidecar.classes
     return _from_arrays(images, store.labels(path), classes, str(path), known)

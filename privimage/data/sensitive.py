@@ -1,4 +1,6 @@
-"""The sensitive set in device memory, for Poisson batches, and the per-image randomness of its training losses."""
+"""The sensitive set in device memory, for Poisson batches, and the per-image randomness of its training
+losses.
+"""
 
 import statistics
 
@@ -30,7 +32,9 @@ class SensitiveSet(Dataset):
 
 
 class ImageDraws:
-    """Random numbers that belong to an image: the same whatever the batch or the rank in which it is processed.
+    """Random numbers that belong to an image.
+
+    The same whatever the batch or the rank in which it is processed.
 
     One generator is set anew for each (seed, index); the seed changes with every step.
     """
@@ -57,4 +61,8 @@ def _mix(seed: int, index: int) -> int:
 
 def dropped(normal: Tensor, probability: float) -> Tensor:
     """Which of some standard normal draws fall into the lower tail of `probability`."""
-    return normal < statistics.NormalDist().inv_cdf(probability) if probability else torch.zeros_like(normal, dtype=torch.bool)
+    return (
+        normal < statistics.NormalDist().inv_cdf(probability)
+        if probability
+        else torch.zeros_like(normal, dtype=torch.bool)
+    )

@@ -30,8 +30,8 @@ from privimage.progress import Progress
 class ImageSet:
     """A whole set in memory: images uint8 (N, C, H, W), labels int64 (N,).
 
-    `fingerprint` is that of the images before crop and resize: the same for any order, resolution, file format or labels. It names
-    the ledger of the set.
+    `fingerprint` is that of the images before crop and resize: the same for any order, resolution, file
+    format or labels. It names the ledger of the set.
     """
 
     images: np.ndarray
@@ -41,7 +41,10 @@ class ImageSet:
 
     @cached_property
     def content(self) -> bytes:
-        """SHA-256 of pixels, labels and class names, in order: whatever is computed from the set is a function of it."""
+        """SHA-256 of pixels, labels and class names, in order.
+
+        Whatever is computed from the set is a function of it.
+        """
         shape = json.dumps([self.images.shape, self.classes]).encode()
         digest = hashlib.sha256(shape)
         for array in (self.images, self.labels):
@@ -50,10 +53,12 @@ class ImageSet:
 
 
 def read(source: Source, resolution: int, channels: int, workers: int, shown: bool = False) -> ImageSet:
-    """Decode all images; `shown` shows a progress bar. Raises UserError that names the first one that does not decode.
+    """Decode all images; `shown` shows a progress bar.
 
-    The order is that of the images' contents, then of their labels: the same for any names of files, and for any order in which a
-    file system lists them.
+    Raises UserError that names the first one that does not decode.
+
+    The order is that of the images' contents, then of their labels: the same for any names of files, and for
+    any order in which a file system lists them.
     """
     images = np.empty((len(source), channels, resolution, resolution), np.uint8)
     digests = [b""] * len(source)
@@ -84,28 +89,35 @@ def has_test_split(config: Config) -> bool:
     """Whether there are held-out sensitive images to evaluate on."""
     sensitive = config.data.sensitive
     return (
-        sensitive.test_path is not None or sensitive.kind in OWN_TEST_SPLIT or (sensitive.path is not None and holds_test_split(sensitive.kind, sensitive.path))
+        sensitive.test_path is not None
+        or sensitive.kind in OWN_TEST_SPLIT
+        or (sensitive.path is not None and holds_test_split(sensitive.kind, sensitive.path))
     )
 
 
 def open_sensitive(config: Config, split: Split, world: World, shown: bool = False) -> ImageSet:
     """`read_sensitive` on all ranks, which must have equal copies of the set: images, labels and classes.
 
-    Two ranks with different copies would take one image into the same sum twice, or two images for one. Raises UserError on all
-    ranks that names those whose copy differs.
+    Two ranks with different copies would take one image into the same sum twice, or two images for one.
+    Raises UserError on all ranks that names those whose copy differs.
     """
     found = read_sensitive(config, split, shown)
     path = config.data.sensitive.path or config.data.sensitive.kind
-    all_the_same(world, found.content, f"data.sensitive: {path}: the {split} images or labels", "copy the set to them again")
+    all_the_same(
+        world,
+        found.content,
+        f"data.sensitive: {path}: the {split} images or labels",
+        "copy the set to them again",
+    )
     return found
 
 
 def sensitive_source(config: Config, split: Split) -> Source:
     """The sensitive set of a configuration, one split of it; its images are not decoded yet.
 
-    Its classes are named by the data, or their number is `data.sensitive.classes`; those of the held-out images are
-    found by their names among those of the training images. Raises UserError for anything that is wrong with it, or if
-    it has not the number of images or classes that were stated.
+    Its classes are named by the data, or their number is `data.sensitive.classes`; those of the held-out
+    images are found by their names among those of the training images. Raises UserError for anything that is
+    wrong with it, or if it has not the number of images or classes that were stated.
     """
     sensitive = config.data.sensitive
     if split == "test":

@@ -1,7 +1,10 @@
-"""The prepared public set: one file in FFCV's format, or a memory-mapped .npy where FFCV's compiled part is missing.
+"""The prepared public set.
 
-Both hold uint8 (C, H, W) images of one shape with their labels, and stand beside a sidecar NAME.json. They are written whole or not at all,
-and checked before they are used: FFCV itself reads a damaged file without a word.
+One file in FFCV's format, or a memory-mapped .npy where FFCV's compiled part is missing.
+
+Both hold uint8 (C, H, W) images of one shape with their labels, and stand beside a sidecar NAME.json. They
+are written whole or not at all, and checked before they are used: FFCV itself reads a damaged file without a
+word.
 """
 
 import errno
@@ -29,7 +32,10 @@ Put = Callable[[np.ndarray, int], None]
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known of a store without opening it: images, their shape (C, H, W), class names, bytes and digest of the file."""
+    """What is known of a store without opening it.
+
+    Images, their shape (C, H, W), class names, bytes and digest of the file.
+    """
 
     count: int
     shape: tuple[int, int, int]
@@ -39,7 +45,10 @@ class Sidecar:
 
 
 def import_ffcv() -> None:
-    """Import FFCV, by which this process keeps its threads: when it is first imported it leaves torch a single one. Raises ImportError or OSError."""
+    """Import FFCV, by which this process keeps its threads.
+
+    When it is first imported it leaves torch a single one. Raises ImportError or OSError.
+    """
     threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401
@@ -63,11 +72,15 @@ def ffcv_missing() -> str:
     return ""
 
 
-def write(source: Source, path: Path, resolution: int, channels: int, workers: int, skip_bad: bool = False) -> Sidecar:
-    """Write a store, whose format its suffix (.beton or .npy) says, and its sidecar. What was there before is kept until the end.
+def write(
+    source: Source, path: Path, resolution: int, channels: int, workers: int, skip_bad: bool = False
+) -> Sidecar:
+    """Write a store, whose format its suffix (.beton or .npy) says, and its sidecar.
 
-    Raises UserError for an image that does not decode, unless `skip_bad` (they are counted and named), for a class that is left without
-    an image, for a full disk, and for a .beton where FFCV is missing.
+    What was there before is kept until the end.
+
+    Raises UserError for an image that does not decode, unless `skip_bad` (they are counted and named), for a
+    class that is left without an image, for a full disk, and for a .beton where FFCV is missing.
     """
     if path.suffix not in (".beton", ".npy"):
         raise UserError(f"{path}: a store ends in .beton or .npy")
@@ -78,7 +91,10 @@ def write(source: Source, path: Path, resolution: int, channels: int, workers: i
     bad: list[str] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with Progress(path.name, len(source)) as bar, _writer(temporary, path.suffix, len(source), shape) as put:
+        with (
+            Progress(path.name, len(source)) as bar,
+            _writer(temporary, path.suffix, len(source), shape) as put,
+        ):
             for found in decoded(source, resolution, channels, workers):
                 if found.image is not None:
                     put(found.image, int(source.labels[found.index]))
@@ -92,7 +108,10 @@ def write(source: Source, path: Path, resolution: int, channels: int, workers: i
         before, left = (np.bincount(labels, minlength=classes) for labels in (given, given[kept]))
         empty = np.flatnonzero((before > 0) & (left == 0))
         if len(empty):
-            raise UserError(f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad one: {bad[0]}")
+            raise UserError(
+                f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad "
+                f"one: {bad[0]}"
+            )
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
         _sidecar_path(path).unlink(missing_ok=True)  # never a new file beside an old sidecar
         temporary.replace(path)
@@ -116,7 +135,9 @@ def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int])
 
 @contextmanager
 def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
-    """FFCV's writer without its worker processes, which wait for each other for ever when one of them raises or is killed."""
+    """FFCV's writer without its worker processes, which wait for each other for ever when one of them raises
+    or is killed.
+    """
     from ffcv.fields import IntField, NDArrayField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
@@ -128,7 +149,9 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
     writer.metadata_sm.close()
     writer.metadata_sm.unlink()
     metadata = np.zeros(capacity, writer.metadata_type)
-    writer.metadata_sm = SimpleNamespace(buf=metadata.view(np.uint8))  # in place of the memory that its processes would share
+    writer.metadata_sm = SimpleNamespace(
+        buf=metadata.view(np.uint8)
+    )  # in place of the memory that its processes would share
     allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE_BYTES)
     written = 0
 
@@ -142,7 +165,9 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
     writer.header["num_samples"] = written
     writer.finalize([allocator.allocations])
     if writer.header["alloc_table_ptr"] != allocator.offset + (allocator.my_page + 1) * PAGE_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # FFCV takes no notice of a write that was cut short
+        raise OSError(
+            errno.ENOSPC, os.strerror(errno.ENOSPC)
+        )  # FFCV takes no notice of a write that was cut short
 
 
 @contextmanager
@@ -164,7 +189,10 @@ def _npy_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Itera
 
 
 def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
-    """The sidecar of a store, which is not read. Raises UserError for a missing or truncated one, or another `shape`."""
+    """The sidecar of a store, which is not read.
+
+    Raises UserError for a missing or truncated one, or another `shape`.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not _sidecar_path(path).is_file():
@@ -172,7 +200,9 @@ def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
         raise UserError(f"{path}: {told}; prepare it again")
     known = _sidecar(path)
     if (found := path.stat().st_size) != known.size:
-        raise UserError(f"{path}: truncated or altered ({found} bytes, {known.size} were written); prepare it again")
+        raise UserError(
+            f"{path}: truncated or altered ({found} bytes, {known.size} were written); prepare it again"
+        )
     if shape and known.shape != shape:
         told = f"data.channels and data.resolution ask for {shape}"
         raise UserError(f"{path}: holds images of shape {known.shape}, {told}")
@@ -180,7 +210,10 @@ def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
 
 
 def verify(path: Path) -> Sidecar:
-    """The sidecar of a store that is as it was written. Raises UserError for a missing, truncated or altered file."""
+    """The sidecar of a store that is as it was written.
+
+    Raises UserError for a missing, truncated or altered file.
+    """
     known, status = described(path), path.stat()
     if _digest_of_version(path, status.st_mtime_ns, status.st_ino) != known.sha256:
         raise UserError(f"{path}: altered (its SHA-256 is not the one in its sidecar); prepare it again")
@@ -215,7 +248,10 @@ def _metadata(path: Path) -> np.ndarray:
 
 def _need_ffcv(path: Path) -> None:
     if path.suffix == ".beton" and (missing := ffcv_missing()):
-        raise UserError(f"{path}: {missing}; install it (tools/install_ffcv.sh), or use data.store=npy, which needs no compiled part")
+        raise UserError(
+            f"{path}: {missing}; install it (tools/install_ffcv.sh), or use data.store=npy, which needs no "
+            "compiled part"
+        )
 
 
 def _sidecar_path(path: Path) -> Path:
@@ -225,7 +261,13 @@ def _sidecar_path(path: Path) -> Path:
 def _sidecar(path: Path) -> Sidecar:
     found = read_json(_sidecar_path(path))
     try:
-        return Sidecar(int(found["count"]), tuple(found["shape"]), tuple(found["classes"]), int(found["size"]), found["sha256"])
+        return Sidecar(
+            int(found["count"]),
+            tuple(found["shape"]),
+            tuple(found["classes"]),
+            int(found["size"]),
+            found["sha256"],
+        )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{_sidecar_path(path)}: damaged, not the sidecar of a store") from None
 

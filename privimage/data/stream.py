@@ -14,35 +14,61 @@ from torch import Tensor
 from privimage.data import store
 from privimage.errors import UserError
 
-SPAN = 256  # batches of one pass of FFCV's loader: starting a pass takes milliseconds, short epochs would feel it
+# batches of one pass of FFCV's loader: starting a pass takes milliseconds, short epochs would feel it
+SPAN = 256
 
 
 class PublicStream:
-    """An endless sequence of batches over the images at `indices` of a store, with `labels` given by the caller.
+    """An endless sequence of batches over the images at `indices` of a store, with `labels` given by the
+    caller.
 
-    The images are visited in one random permutation after another, derived from (seed, epoch). Step t takes the next global batch; rank r of
-    W takes the r-th part of it. So within an epoch no image is left out or repeated, a global batch does not depend on how the work is
-    shared, sets smaller than a batch need no special case, and any step can be returned to.
+    The images are visited in one random permutation after another, derived from (seed, epoch). Step t takes
+    the next global batch; rank r of W takes the r-th part of it. So within an epoch no image is left out or
+    repeated, a global batch does not depend on how the work is shared, sets smaller than a batch need no
+    special case, and any step can be returned to.
     """
 
     def __init__(
-        self, path: Path, indices: np.ndarray, labels: np.ndarray, batch_size: int, rank: int, size: int, device: torch.device, seed: int, workers: int
+        self,
+        path: Path,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        rank: int,
+        size: int,
+        device: torch.device,
+        seed: int,
+        workers: int,
     ):
         """`labels` int64 has one label for each of `indices`; `batch_size` is that of one rank.
 
-        Raises UserError for a store that is missing, truncated or altered, and for indices that it does not hold.
+        Raises UserError for a store that is missing, truncated or altered, and for indices that it does not
+        hold.
         """
         count = store.verify(path).count
         if len(indices) == 0 or np.min(indices) < 0 or np.max(indices) >= count:
-            raise UserError(f"{path}: holds {count} images, and {len(indices)} were asked for that are not all among them")
+            raise UserError(
+                f"{path}: holds {count} images, and {len(indices)} were asked for that are not all among them"
+            )
         if len(labels) != len(indices):
             raise ValueError(f"{len(indices)} indices with {len(labels)} labels")
-        self.path, self.indices, self.labels = path, np.asarray(indices), torch.as_tensor(np.asarray(labels, dtype=np.int64))
-        self.batch_size, self.rank, self.size, self.device, self.seed, self.workers = batch_size, rank, size, device, seed, workers
+        self.path, self.indices, self.labels = (
+            path,
+            np.asarray(indices),
+            torch.as_tensor(np.asarray(labels, dtype=np.int64)),
+        )
+        self.batch_size, self.rank, self.size, self.device, self.seed, self.workers = (
+            batch_size,
+            rank,
+            size,
+            device,
+            seed,
+            workers,
+        )
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 
     def batches(self, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from `step` on, without end: images uint8 (B, C, H, W) and labels int64 (B,) on the device."""
+        """Yield batches from `step` on, forever: images uint8 (B, C, H, W), labels int64 (B,), on device."""
         images = self._from_npy(step) if self.path.suffix == ".npy" else self._from_beton(step)
         for at, batch in enumerate(images, step):
             yield batch.to(self.device), self.labels[self.positions(at)].to(self.device)
@@ -52,7 +78,9 @@ class PublicStream:
         start = (step * self.size + self.rank) * self.batch_size
         place = np.arange(start, start + self.batch_size)
         epochs, within = np.divmod(place, len(self.indices))
-        return np.concatenate([self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
+        return np.concatenate(
+            [self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.indices))
@@ -66,7 +94,9 @@ class PublicStream:
     def _from_beton(self, step: int) -> Iterator[Tensor]:
         loader = _loader(self.path, self.batch_size, self.workers)
         while True:
-            loader.traversal_order.order = np.concatenate([self.indices[self.positions(at)] for at in range(step, step + SPAN)])
+            loader.traversal_order.order = np.concatenate(
+                [self.indices[self.positions(at)] for at in range(step, step + SPAN)]
+            )
             batches = iter(loader)
             try:
                 for _ in range(SPAN):
@@ -113,14 +143,26 @@ def _loader(path: Path, batch_size: int, workers: int):
     threads = min(max(workers, 1), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     # No transform of ours: one that raises, or that is compiled and comes after ToTensor, would never return.
     pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": None}
-    return Loader(str(path), batch_size=batch_size, num_workers=threads, os_cache=True, order=Order(), pipelines=pipelines)
+    return Loader(
+        str(path),
+        batch_size=batch_size,
+        num_workers=threads,
+        os_cache=True,
+        order=Order(),
+        pipelines=pipelines,
+    )
 
 
 def _end(batches) -> None:
-    """End a pass that may have been left early: FFCV's thread would stay for ever with the batches that nobody takes."""
+    """End a pass that may have been left early.
+
+    FFCV's thread would stay for ever with the batches that nobody takes.
+    """
     batches.iter_ixes = iter(())
     batches.close()
-    for _ in range(25):  # bounded: when Python itself ends, the thread no longer runs and is still called alive
+    for _ in range(
+        25
+    ):  # bounded: when Python itself ends, the thread no longer runs and is still called alive
         if not batches.is_alive():
             return
         with suppress(Empty):
@@ -128,7 +170,10 @@ def _end(batches) -> None:
 
 
 def _wait(batches) -> None:
-    """Wait for the next batch. Raises RuntimeError when FFCV's thread has ended early; FFCV itself would wait for ever."""
+    """Wait for the next batch. Raises RuntimeError when FFCV's thread has ended early.
+
+    FFCV itself would wait for ever.
+    """
     while batches.output_queue.empty():
         if not batches.is_alive() and batches.output_queue.empty():
             raise RuntimeError("FFCV's loader stopped early; its error is above")

@@ -23,13 +23,21 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class RanksBatchNorm2d(nn.BatchNorm2d):
-    """In training, batch norm whose mean and variance are those of all ranks' images, equally many on each; else as ever."""
+    """In training, batch norm whose mean and variance are those of all ranks' images, equally many on each.
+
+    Else as ever.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), float32 in training."""
         if not self.training:
             return super().forward(images)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None and self.momentum is not None
+        assert (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+            and self.momentum is not None
+        )
         images = images.float()
         mean = self._mean(images)
         centred = images - mean[:, None, None]
@@ -54,6 +62,8 @@ def over_ranks(module: nn.Module, world: World) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d:
-                wide = RanksBatchNorm2d(child.num_features, child.eps, child.momentum, child.affine).to(world.device)
+                wide = RanksBatchNorm2d(child.num_features, child.eps, child.momentum, child.affine).to(
+                    world.device
+                )
                 wide.load_state_dict(child.state_dict())
                 setattr(parent, name, wide)

@@ -1,4 +1,6 @@
-"""Work on many images that the ranks share, with results that depend on no other image and on no number of ranks."""
+"""Work on many images that the ranks share, with results that depend on no other image and on no number of
+ranks.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,8 +12,8 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
 
-# A multiple of what kernels take at once (16 rows on the CPUs that were measured). Larger ones are hardly faster; smaller ones
-# waste less on a short last block.
+# A multiple of what kernels take at once (16 rows on the CPUs that were measured). Larger ones are hardly
+# faster; smaller ones waste less on a short last block.
 BLOCK = 128
 
 
@@ -23,16 +25,22 @@ def without_chance() -> AbstractContextManager:
 def filled(images: Tensor, size: int) -> Tensor:
     """`images` (n, ...), 1 <= n <= size, filled up with copies of the last one to (size, ...).
 
-    A library chooses its kernels, and so the rounding, by the number of images: what is computed for an image beside `size` - 1
-    others, whatever they show, is the same only if their number is. Callers drop what comes out for the copies.
+    A library chooses its kernels, and so the rounding, by the number of images: what is computed for an image
+    beside `size` - 1 others, whatever they show, is the same only if their number is. Callers drop what comes
+    out for the copies.
     """
     if not 1 <= len(images) <= size:
         raise ValueError(f"{len(images)} images do not fill a block of {size}")
     return torch.cat([images, images[-1:].expand(size - len(images), *images.shape[1:])])
 
 
-def blockwise(compute: Callable[..., Tensor], *tensors: Tensor, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
-    """Which images of `tensors` (n, ...) each block holds, and the results for these; `compute` takes (size, ...) to (size, ...)."""
+def blockwise(
+    compute: Callable[..., Tensor], *tensors: Tensor, size: int = BLOCK
+) -> Iterator[tuple[slice, Tensor]]:
+    """Which images of `tensors` (n, ...) each block holds, and the results for these.
+
+    `compute` takes (size, ...) to (size, ...).
+    """
     for start in range(0, len(tensors[0]), size):
         parts = [tensor[start : start + size] for tensor in tensors]
         with without_chance():
@@ -51,8 +59,9 @@ def in_blocks(
 ) -> Tensor:
     """What `compute` gives for the images from 0 to `count`, (count, width), on every rank.
 
-    `read(start, stop)` gives the images from start to stop (stop - start, ...), and `compute` takes `BLOCK` images, always as
-    many, to (BLOCK, width). Rank r takes every W-th block. Raises Stopped with the message `stopped` when a stop was requested.
+    `read(start, stop)` gives the images from start to stop (stop - start, ...), and `compute` takes `BLOCK`
+    images, always as many, to (BLOCK, width). Rank r takes every W-th block. Raises Stopped with the message
+    `stopped` when a stop was requested.
     """
     found = torch.zeros(count, width, dtype=dtype, device=world.device)
     for first in range(0, count, BLOCK * world.size):

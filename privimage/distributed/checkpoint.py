@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a digest in front of what torch.save wrote, a rename at the end."""
+"""Atomic checkpoints: a digest in front of what torch.save wrote, a rename at the end."""
 
 import hashlib
 import io
@@ -33,12 +33,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict | None:
     data = path.read_bytes()
     head, digest, payload = data[: len(MAGIC)], data[len(MAGIC) : len(MAGIC) + 32], data[len(MAGIC) + 32 :]
     if head != MAGIC or hashlib.sha256(payload).digest() != digest:
-        raise UserError(f"{path}: damaged checkpoint (its digest does not match); delete it to begin this stage again")
+        raise UserError(
+            f"{path}: damaged checkpoint (its digest does not match); delete it to begin this stage again"
+        )
     return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
 
 
 def required(path: Path, stage: str, device: torch.device | str = "cpu") -> dict:
-    """`load` of what `stage` must have left at `path`. Raises UserError that says what to run where it is not there."""
+    """`load` of what `stage` must have left at `path`.
+
+    Raises UserError that says what to run where it is not there.
+    """
     state = load(path, device)
     if state is None:
         raise UserError(f"{path}: no such file; run `privimage {stage}` first")

@@ -1,7 +1,8 @@
 """The engines of public pretraining behind one interface: torch DDP, or DeepSpeed ZeRO 0, 1 and 2.
 
-Both train with Adam (betas 0.9 and 0.999 unless told otherwise, no weight decay), keep the weights in fp32, and give the same state: full
-tensors by parameter name. A run may therefore go on with another number of ranks or with the other engine.
+Both train with Adam (betas 0.9 and 0.999 unless told otherwise, no weight decay), keep the weights in fp32,
+and give the same state: full tensors by parameter name. A run may therefore go on with another number of
+ranks or with the other engine.
 """
 
 import json
@@ -42,8 +43,8 @@ class Engine(ABC):
     def state(self) -> dict:
         """Weights and optimizer as full fp32 tensors, in one form for every engine and number of ranks.
 
-        Returns {"module": state dict, "step": updates done, "exp_avg": {name: tensor}, "exp_avg_sq": {name: tensor}}. All
-        ranks must call it together; any of them may write it.
+        Returns {"module": state dict, "step": updates done, "exp_avg": {name: tensor}, "exp_avg_sq": {name:
+        tensor}}. All ranks must call it together; any of them may write it.
         """
 
     @abstractmethod
@@ -51,17 +52,30 @@ class Engine(ABC):
         """Take over what `state` returned; on all ranks, before the first update."""
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        return [
+            (name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad
+        ]
 
 
 class DDPEngine(Engine):
     """torch DistributedDataParallel; with one rank the bare module."""
 
-    def __init__(self, module: nn.Module, learning_rate: float, world: World, bf16: bool, betas: tuple[float, float] = BETAS):
+    def __init__(
+        self,
+        module: nn.Module,
+        learning_rate: float,
+        world: World,
+        bf16: bool,
+        betas: tuple[float, float] = BETAS,
+    ):
         super().__init__(module, learning_rate, betas)
         self.bf16, self.device = bf16, world.device
         devices = [world.device.index] if world.device.type == "cuda" else None
-        self.wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True) if world.size > 1 else module
+        self.wrapped = (
+            DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+            if world.size > 1
+            else module
+        )
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """See `Engine.forward`; in bf16 by autocast where runtime.precision asks for it."""
@@ -76,9 +90,17 @@ class DDPEngine(Engine):
 
     def state(self) -> dict:
         """See `Engine.state`."""
-        slots = {name: self.optimizer.state[parameter] for name, parameter in self._named() if parameter in self.optimizer.state}
+        slots = {
+            name: self.optimizer.state[parameter]
+            for name, parameter in self._named()
+            if parameter in self.optimizer.state
+        }
         step = int(next(iter(slots.values()))["step"]) if slots else 0
-        return {"module": self.module.state_dict(), "step": step, **{key: {name: slot[key] for name, slot in slots.items()} for key in MOMENTS}}
+        return {
+            "module": self.module.state_dict(),
+            "step": step,
+            **{key: {name: slot[key] for name, slot in slots.items()} for key in MOMENTS},
+        }
 
     def load(self, state: dict) -> None:
         """See `Engine.load`."""
@@ -93,14 +115,20 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, module: nn.Module, learning_rate: float, world: World, settings: dict):
         super().__init__(module, learning_rate)
-        os.environ.update(world.variables() | {"DS_ACCELERATOR": world.device.type})  # which DeepSpeed reads, whatever the launcher
+        os.environ.update(
+            world.variables() | {"DS_ACCELERATOR": world.device.type}
+        )  # which DeepSpeed reads, whatever the launcher
         try:
             import deepspeed
             from deepspeed.ops import __compatible_ops__
         except ImportError as error:
-            raise UserError(f"pretrain.engine: deepspeed does not load ({error}); pip install 'privimage[cluster]', or choose ddp") from None
+            raise UserError(
+                f"pretrain.engine: deepspeed does not load ({error}); pip install 'privimage[cluster]', or "
+                "choose ddp"
+            ) from None
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Its shared-memory all-reduce between CPUs would be compiled at the first start, for a minute and more.
+        # Its shared-memory all-reduce between CPUs would be compiled at the first start, for a minute and
+        # more.
         __compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(world.backend, verbose=False)
         self.wrapped, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
@@ -123,7 +151,11 @@ class DeepSpeedEngine(Engine):
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in self._named() if step else []:
             for key in MOMENTS:
-                moments[key][name] = safe_get_full_optimizer_state(parameter, key) if self.sharded else self.optimizer.state[parameter][key]
+                moments[key][name] = (
+                    safe_get_full_optimizer_state(parameter, key)
+                    if self.sharded
+                    else self.optimizer.state[parameter][key]
+                )
         return {"module": self.module.state_dict(), "step": step, **moments}
 
     def load(self, state: dict) -> None:
@@ -131,13 +163,20 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if state["step"] and self.sharded:
-            # The shards of the moments exist after the first update: this one has zero gradients and changes nothing.
-            self.backward_and_step(0.0 * torch.stack([parameter.sum() for _, parameter in self._named()]).sum())
+            # The shards of the moments exist after the first update: this one has zero gradients and changes
+            # nothing.
+            self.backward_and_step(
+                0.0 * torch.stack([parameter.sum() for _, parameter in self._named()]).sum()
+            )
         self.module.load_state_dict(state["module"])
         self.wrapped.global_steps = state["step"]
         step = torch.tensor(float(state["step"]))
         for name, parameter in self._named():
-            moments = {key: state[key][name].to(parameter.device, torch.float32, copy=True) for key in MOMENTS if state["step"]}
+            moments = {
+                key: state[key][name].to(parameter.device, torch.float32, copy=True)
+                for key in MOMENTS
+                if state["step"]
+            }
             if self.sharded:
                 safe_set_full_fp32_param(parameter, parameter.detach())
                 for key, value in moments.items():
@@ -150,11 +189,16 @@ class DeepSpeedEngine(Engine):
 
 
 def deepspeed_settings(path: Path | None, images: int, bf16: bool) -> dict:
-    """DeepSpeed's settings from its JSON file, or ZeRO stage 1 where there is none; `images` is the batch of one rank.
+    """DeepSpeed's settings from its JSON file, or ZeRO stage 1 where there is none.
+
+    `images` is the batch of one rank.
 
     Raises UserError that names the file for settings that would change what is trained or split the weights.
     """
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"}}
+    settings: dict[str, Any] = {
+        "zero_optimization": {"stage": 1},
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+    }
     if path is not None:
         try:
             settings = json.loads(path.read_text())
@@ -162,12 +206,31 @@ def deepspeed_settings(path: Path | None, images: int, bf16: bool) -> dict:
             raise UserError(f"pretrain.deepspeed_config: {path}: {error}") from None
         stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 0)
         if stage not in (0, 1, 2):
-            raise UserError(f"{path}: zero_optimization.stage: 0, 1 and 2 keep the weights whole, {stage!r} is not supported")
-        for key in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping", "train_batch_size", "gradient_accumulation_steps"):
+            raise UserError(
+                f"{path}: zero_optimization.stage: 0, 1 and 2 keep the weights whole, {stage!r} is not "
+                "supported"
+            )
+        for key in (
+            "optimizer",
+            "scheduler",
+            "bf16",
+            "fp16",
+            "gradient_clipping",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+        ):
             if key in settings:
-                instead = "torch_autocast, which keeps the weights in fp32" if key in ("bf16", "fp16") else "the section `pretrain` of the configuration"
+                instead = (
+                    "torch_autocast, which keeps the weights in fp32"
+                    if key in ("bf16", "fp16")
+                    else "the section `pretrain` of the configuration"
+                )
                 raise UserError(f"{path}: {key}: leave it out; it is set by {instead}")
-    ours = {"train_micro_batch_size_per_gpu": images, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    ours = {
+        "train_micro_batch_size_per_gpu": images,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
     return settings | ours | {"gradient_clipping": 0.0}  # unset, recent versions clip to a norm of 1
 
 
@@ -182,4 +245,6 @@ def make_engine(config: Config, module: nn.Module, world: World) -> Engine:
         return DDPEngine(module, settings.learning_rate, world, bf16)
     images = -(-settings.batch_size // world.size)
     bf16 = bf16 or world.device.type == "cuda"
-    return DeepSpeedEngine(module, settings.learning_rate, world, deepspeed_settings(settings.deepspeed_config, images, bf16))
+    return DeepSpeedEngine(
+        module, settings.learning_rate, world, deepspeed_settings(settings.deepspeed_config, images, bf16)
+    )

@@ -1,7 +1,9 @@
-"""How ranks end together: whoever fails first says so in the store, and every rank ends with the same status at once.
+"""How ranks end together.
 
-Without this a rank that meets a mistake (a missing file on one node, a full disk) leaves the others in a collective
-operation until its time-out, and each of them then tells a story of its own.
+Whoever fails first says so in the store, and every rank ends with the same status at once.
+
+Without this a rank that meets a mistake (a missing file on one node, a full disk) leaves the others in a
+collective operation until its time-out, and each of them then tells a story of its own.
 """
 
 import os
@@ -16,11 +18,15 @@ from privimage.errors import tell
 
 LOOK_SECONDS = 0.5
 LEFT_SECONDS = 3.0  # how long the main rank, which serves the store, waits until all others have left
-GONE_SECONDS = 20.0  # how long the main rank may be out of reach before this one gives up; a short cut of the network only stalls
+# how long the main rank may be out of reach before this one gives up; a short cut of the network only stalls
+GONE_SECONDS = 20.0
 
 
 class Watch(threading.Thread):
-    """A thread of each rank that looks for the failure of another one. It has a connection to the store of its own."""
+    """A thread of each rank that looks for the failure of another one.
+
+    It has a connection to the store of its own.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         super().__init__(name="privimage-watch", daemon=True)
@@ -37,19 +43,31 @@ class Watch(threading.Thread):
             except RuntimeError:
                 failed = False
                 if time.monotonic() - last_answer > GONE_SECONDS:
-                    tell(f"rank {self.rank}: the main rank is gone; start all ranks again to go on from the last checkpoint", None)
+                    tell(
+                        (
+                            f"rank {self.rank}: the main rank is gone; start all ranks again to go on from "
+                            "the "
+                            "last checkpoint"
+                        ),
+                        None,
+                    )
                     self._leave(1)
             if failed:
                 self._follow(int(self.store.get("failed").decode().split()[1]))
 
     def fail(self, message: str, status: int | None) -> NoReturn:
-        """End this process with `status` (see `tell`), telling `message`; with that of another rank where it was first."""
+        """End this process with `status` (see `tell`), telling `message`.
+
+        With that of another rank where it was first.
+        """
         self.closing.set()
         try:
             mine = f"{self.rank} {status or 1}"
             first = self.store.compare_set("failed", "", mine).decode()
             if first == mine:
-                tell(message, status)  # before the others end: their launcher may kill this rank as soon as it sees that
+                tell(
+                    message, status
+                )  # before the others end: their launcher may kill this rank as soon as it sees that
             self._follow(int(first.split()[1]))
         except RuntimeError:  # the store went with the main rank
             tell(message, status)
@@ -72,7 +90,8 @@ class Watch(threading.Thread):
 
     @staticmethod
     def _leave(status: int) -> NoReturn:
-        # The main thread may be inside a collective operation that never returns: no exception reaches it there.
+        # The main thread may be inside a collective operation that never returns: no exception reaches it
+        # there.
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(status)

@@ -1,7 +1,7 @@
 """Who am I: rank, size and master from the variables of whatever launcher started this process.
 
-Asked in this order: torchrun (and the deepspeed launcher, which sets the same variables), SLURM's srun, Open MPI and PMI,
-and mpi4py where an MPI launcher is at work that sets none of those.
+Asked in this order: torchrun (and the deepspeed launcher, which sets the same variables), SLURM's srun, Open
+MPI and PMI, and mpi4py where an MPI launcher is at work that sets none of those.
 """
 
 import os
@@ -32,7 +32,8 @@ class Place:
         """Refuse what cannot be: a rank beyond the size, more local ranks than ranks. Raises UserError."""
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
             raise UserError(
-                f"{self.launcher}: rank {self.rank} of {self.size}, local rank {self.local_rank} of {self.local_size} cannot be;"
+                f"{self.launcher}: rank {self.rank} of {self.size}, local rank {self.local_rank} of "
+                f"{self.local_size} cannot be;"
                 " check the variables that the launcher sets"
             )
 
@@ -54,17 +55,25 @@ def _number(environ: Mapping[str, str], launcher: str, name: str, default: int |
     if not value and default is not None:
         return default
     if not value:
-        raise UserError(f"{launcher}: {name} is not set; start every rank with the same launcher, or unset its other variables")
+        raise UserError(
+            f"{launcher}: {name} is not set; start every rank with the same launcher, or unset its other "
+            "variables"
+        )
     if not re.fullmatch(r"\d+", value):
         raise UserError(f"{launcher}: {name} must be a number, not {value!r}")
     return int(value)
 
 
-def _master(environ: Mapping[str, str], launcher: str, address: str | None, port: int | None) -> tuple[str, int]:
+def _master(
+    environ: Mapping[str, str], launcher: str, address: str | None, port: int | None
+) -> tuple[str, int]:
     # MASTER_ADDR and MASTER_PORT win over what was derived: a script may know a better interface.
     address = environ.get("MASTER_ADDR") or address
     if address is None:
-        raise UserError(f"{launcher}: the ranks are on several nodes and MASTER_ADDR is not set; set it to the host name of rank 0's node")
+        raise UserError(
+            f"{launcher}: the ranks are on several nodes and MASTER_ADDR is not set; set it to the host "
+            "name of rank 0's node"
+        )
     port = _number(environ, launcher, "MASTER_PORT", port)
     if not 0 < port < 65_536:
         raise UserError(f"{launcher}: MASTER_PORT must be between 1 and 65535, not {port}")
@@ -83,10 +92,22 @@ def _torchrun(environ: Mapping[str, str]) -> Place | None:
     size = _number(environ, launcher, "WORLD_SIZE")
     rank = _number(environ, launcher, "RANK")
     local_rank = _number(environ, launcher, "LOCAL_RANK")
-    local_size = _number(environ, launcher, "LOCAL_WORLD_SIZE", _number(environ, launcher, "LOCAL_SIZE", size))
+    local_size = _number(
+        environ, launcher, "LOCAL_WORLD_SIZE", _number(environ, launcher, "LOCAL_SIZE", size)
+    )
     if size > 1 and not environ.get("MASTER_ADDR"):
-        raise UserError(f"{launcher}: MASTER_ADDR is not set; start every rank with the same launcher, or unset its other variables")
-    return Place(launcher, rank, size, local_rank, local_size, *_master(environ, launcher, "127.0.0.1", None if size > 1 else FIRST_PORT))
+        raise UserError(
+            f"{launcher}: MASTER_ADDR is not set; start every rank with the same launcher, or unset its "
+            "other variables"
+        )
+    return Place(
+        launcher,
+        rank,
+        size,
+        local_rank,
+        local_size,
+        *_master(environ, launcher, "127.0.0.1", None if size > 1 else FIRST_PORT),
+    )
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
@@ -98,15 +119,24 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     node = _number(environ, launcher, "SLURM_NODEID")
     tasks = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
     if node >= len(tasks):
-        raise UserError(f"{launcher}: SLURM_NODEID {node} is beyond SLURM_STEP_TASKS_PER_NODE {environ['SLURM_STEP_TASKS_PER_NODE']!r}")
-    job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+        raise UserError(
+            f"{launcher}: SLURM_NODEID {node} is beyond SLURM_STEP_TASKS_PER_NODE "
+            f"{environ['SLURM_STEP_TASKS_PER_NODE']!r}"
+        )
+    names = {"SLURM_JOB_ID": "", "SLURM_STEP_ID": "", "SLURM_RESTART_COUNT": "0"}
+    job = ".".join(environ.get(name, default) for name, default in names.items())
     address = first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")) if len(tasks) > 1 else "127.0.0.1"
     rank, local_rank = _number(environ, launcher, "SLURM_PROCID"), _number(environ, launcher, "SLURM_LOCALID")
-    return Place(launcher, rank, size, local_rank, tasks[node], *_master(environ, launcher, address, _port_of(job)))
+    return Place(
+        launcher, rank, size, local_rank, tasks[node], *_master(environ, launcher, address, _port_of(job))
+    )
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Tasks of each node from SLURM's short form: ``2(x3),1`` is [2, 2, 2, 1]. Raises UserError for anything else."""
+    """Tasks of each node from SLURM's short form: ``2(x3),1`` is [2, 2, 2, 1].
+
+    Raises UserError for anything else.
+    """
     tasks: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -127,36 +157,61 @@ def first_host(nodes: str) -> str:
 def _open_mpi(environ: Mapping[str, str]) -> Place | None:
     if not environ.get("OMPI_COMM_WORLD_SIZE"):
         return None
-    names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    names = (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    )
     return _mpi(environ, "Open MPI", names, environ.get("PMIX_NAMESPACE", ""))
 
 
 def _pmi(environ: Mapping[str, str]) -> Place | None:
     if not environ.get("PMI_SIZE"):
         return None
-    return _mpi(environ, "PMI", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"), environ.get("PMI_JOBID", environ.get("PMI_FD", "")))
+    return _mpi(
+        environ,
+        "PMI",
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        environ.get("PMI_JOBID", environ.get("PMI_FD", "")),
+    )
 
 
 def _mpi(environ: Mapping[str, str], launcher: str, names: tuple[str, str, str, str], job: str) -> Place:
     rank, size, local_rank, local_size = (_number(environ, launcher, name) for name in names)
     address = "127.0.0.1" if local_size == size else None
-    return Place(launcher, rank, size, local_rank, local_size, *_master(environ, launcher, address, _port_of(job)))
+    return Place(
+        launcher, rank, size, local_rank, local_size, *_master(environ, launcher, address, _port_of(job))
+    )
 
 
 def _mpi4py(environ: Mapping[str, str]) -> Place | None:
     # Importing mpi4py starts MPI, so a plain process does it only where an MPI launcher has left a trace.
-    if not any(name.startswith(("PMI_", "PMIX_", "MPI_LOCALRANKID", "HYDI_", "PALS_", "MPIRUN_", "MV2_COMM_")) for name in environ):
+    if not any(
+        name.startswith(("PMI_", "PMIX_", "MPI_LOCALRANKID", "HYDI_", "PALS_", "MPIRUN_", "MV2_COMM_"))
+        for name in environ
+    ):
         return None
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise UserError(f"an MPI launcher is at work and mpi4py does not load ({error}); pip install 'privimage[cluster]', or use torchrun") from None
+        raise UserError(
+            f"an MPI launcher is at work and mpi4py does not load ({error}); pip install "
+            "'privimage[cluster]', or use torchrun"
+        ) from None
     everyone = MPI.COMM_WORLD
     if everyone.size == 1:
         return None
     local = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     address, port = everyone.bcast((MPI.Get_processor_name(), free_port()) if everyone.rank == 0 else None)
-    return Place("mpi4py", everyone.rank, everyone.size, local.rank, local.size, *_master(environ, "mpi4py", address, port))
+    return Place(
+        "mpi4py",
+        everyone.rank,
+        everyone.size,
+        local.rank,
+        local.size,
+        *_master(environ, "mpi4py", address, port),
+    )
 
 
 def free_port() -> int:

@@ -11,7 +11,8 @@ PROCESSOR = Path("/proc/cpuinfo")
 
 
 def settled(config: Config, world: World) -> Config:
-    """The settings with `auto` of `runtime.precision` and `finetune.precision` replaced by what suits the main rank's device.
+    """The settings with `auto` of `runtime.precision` and `finetune.precision` replaced by what suits the
+    main rank's device.
 
     All ranks get the main rank's answer, so that a result does not depend on which of them computed it.
     """
@@ -25,7 +26,10 @@ def settled(config: Config, world: World) -> Config:
 
 
 def faster_in_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 by instructions of its own: GPUs since Ampere, CPUs with AMX or AVX-512 BF16."""
+    """Whether the device multiplies bf16 by instructions of its own.
+
+    GPUs since Ampere, CPUs with AMX or AVX-512 BF16.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

@@ -1,4 +1,7 @@
-"""A request to stop: signals set a flag, the ranks agree on it, all save the same step and end with status 75."""
+"""A request to stop.
+
+Signals set a flag, the ranks agree on it, all save the same step and end with status 75.
+"""
 
 import signal
 from types import FrameType
@@ -8,7 +11,11 @@ import torch
 from privimage.distributed.world import World
 from privimage.progress import say
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # SLURM's end of time and preemption; --signal=USR2; Ctrl-C
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR2,
+    signal.SIGINT,
+)  # SLURM's end of time and preemption; --signal=USR2; Ctrl-C
 
 
 class StopFlag:
@@ -18,7 +25,10 @@ class StopFlag:
         self.requested, self.told = False, False
 
     def install(self, told: bool = True) -> None:
-        """Let the signals set the flag, from now on in this process (main thread only); `told`: say so when one arrives."""
+        """Let the signals set the flag, from now on in this process (main thread only); `told`.
+
+        Say so when one arrives.
+        """
         self.requested, self.told = False, told
         for number in SIGNALS:
             signal.signal(number, self._note)

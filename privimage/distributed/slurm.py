@@ -1,6 +1,9 @@
-"""The pipeline as SLURM jobs: ``python -m privimage.distributed.slurm pipeline|sweep|summary``, behind slurm/*.sh.
+"""The pipeline as SLURM jobs.
 
-The jobs all run slurm/stage.sbatch, which starts one rank a task and queues itself again where it was stopped.
+``python -m privimage.distributed.slurm pipeline|sweep|summary``, behind slurm/*.sh.
+
+The jobs all run slurm/stage.sbatch, which starts one rank a task and queues itself again where it was
+stopped.
 """
 
 import itertools
@@ -22,54 +25,102 @@ from privimage.rundir import RunDir
 
 HOME = Path(__file__).resolve().parent.parent.parent
 SCRIPT = HOME / "slurm" / "stage.sbatch"
-WARNING_SECONDS = 180  # before the limit of time: SLURM may send the signal a minute early, and looks every half minute
+WARNING_SECONDS = (
+    180  # before the limit of time: SLURM may send the signal a minute early, and looks every half minute
+)
 USAGE = """usage: slurm/pipeline.sh CONFIG [section.key=value ...]
        slurm/sweep.sh CONFIG [CONFIG ...] [section.key=value,value,... ...]
        slurm/sweep.sh EXPERIMENT [section.key=value ...]"""
 
 
 def job_request(config: Config, stage: str, environ: Mapping[str, str]) -> Job:
-    """What the job of a stage asks for: STAGE_NODES and the like in the environment, then NODES, then the configuration.
+    """What the job of a stage asks for.
+
+    STAGE_NODES and the like in the environment, then NODES, then the configuration.
 
     Raises UserError that names a variable whose value cannot be.
     """
     fields: dict[str, object] = {}
     for name in Job.model_fields:
         single = config.slurm.stages.get(stage)  # type: ignore[call-overload]
-        wanted = [environ.get(f"{stage}_{name}".upper()), environ.get(name.upper()), getattr(single, name, None), getattr(config.slurm, name)]
+        wanted = [
+            environ.get(f"{stage}_{name}".upper()),
+            environ.get(name.upper()),
+            getattr(single, name, None),
+            getattr(config.slurm, name),
+        ]
         fields[name] = next((value for value in wanted if value not in (None, "")), None)
     try:
         return Job.model_validate(fields)
     except ValueError:
-        raise UserError(f"{stage}: what is asked for cannot be: {', '.join(f'{k}={v}' for k, v in fields.items() if v is not None)}") from None
+        raise UserError(
+            f"{stage}: what is asked for cannot be: "
+            f"{', '.join(f'{k}={v}' for k, v in fields.items() if v is not None)}"
+        ) from None
 
 
 def sbatch_options(config: Config, stage: str, environ: Mapping[str, str]) -> list[str]:
     """The options of sbatch for one stage."""
     job = job_request(config, stage, environ)
     ranks = job.ranks or job.gpus or 1
-    options = [f"--nodes={job.nodes or 1}", f"--ntasks-per-node={ranks}", "--requeue", "--open-mode=append", f"--signal=USR2@{WARNING_SECONDS}"]
-    for option, value in (("gpus-per-node", job.gpus), ("cpus-per-task", job.cpus), ("mem", job.memory), ("time", job.time)):
+    options = [
+        f"--nodes={job.nodes or 1}",
+        f"--ntasks-per-node={ranks}",
+        "--requeue",
+        "--open-mode=append",
+        f"--signal=USR2@{WARNING_SECONDS}",
+    ]
+    for option, value in (
+        ("gpus-per-node", job.gpus),
+        ("cpus-per-task", job.cpus),
+        ("mem", job.memory),
+        ("time", job.time),
+    ):
         options += [f"--{option}={value}"] if value else []
     return [*options, *config.slurm.options]
 
 
-def submit(config: Config, name: str, log: Path, options: Sequence[str], arguments: Sequence[str], script: Path = SCRIPT) -> str:
+def submit(
+    config: Config,
+    name: str,
+    log: Path,
+    options: Sequence[str],
+    arguments: Sequence[str],
+    script: Path = SCRIPT,
+) -> str:
     """Submit a job and return its id. Raises UserError with what sbatch says."""
-    settings = {"PRIVIMAGE_HOME": HOME, "SETUP": config.slurm.setup, "CONTAINER": config.slurm.container, "STATUS_FOLDER": log.parent.resolve()}
+    settings = {
+        "PRIVIMAGE_HOME": HOME,
+        "SETUP": config.slurm.setup,
+        "CONTAINER": config.slurm.container,
+        "STATUS_FOLDER": log.parent.resolve(),
+    }
     environ = os.environ | {key: str(value) for key, value in settings.items()}
-    command = ["sbatch", "--parsable", f"--job-name=privimage-{name}", f"--output={log}", *options, str(script), *arguments]
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--job-name=privimage-{name}",
+        f"--output={log}",
+        *options,
+        str(script),
+        *arguments,
+    ]
     try:
         answer = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError("sbatch: no such command; run this on a machine that submits to SLURM") from None
     if answer.returncode:
-        raise UserError(f"{name}: {answer.stderr.strip().splitlines()[-1] if answer.stderr else 'sbatch failed'} ({shlex.join(command)})")
+        raise UserError(
+            f"{name}: {answer.stderr.strip().splitlines()[-1] if answer.stderr else 'sbatch failed'} "
+            f"({shlex.join(command)})"
+        )
     return answer.stdout.strip().split(";")[0]
 
 
 def pipeline(path: Path, overrides: Sequence[str]) -> None:
-    """Submit the stages that are not finished as a chain of jobs, print their ids, and a last one that sums up."""
+    """Submit the stages that are not finished as a chain of jobs, print their ids, and a last one that sums
+    up.
+    """
     config = load(path, tuple(overrides))
     run = RunDir(config.run.dir)
     jobs: list[str] = []
@@ -80,13 +131,23 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
             continue
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         log = logs / f"{stage}-%j.out"
-        jobs.append(submit(config, stage, log, [*sbatch_options(config, stage, os.environ), *after], [stage, str(path), *overrides]))
+        jobs.append(
+            submit(
+                config,
+                stage,
+                log,
+                [*sbatch_options(config, stage, os.environ), *after],
+                [stage, str(path), *overrides],
+            )
+        )
         print(f"{stage:12} job {jobs[-1]}  {str(log).replace('%j', jobs[-1])}", flush=True)
     _submit_summary(config, jobs, logs, [run])
 
 
 def sweep(words: Sequence[str]) -> None:
-    """Submit an array of whole pipelines: all runs of an experiment, or each configuration with each combination of comma-separated values.
+    """Submit an array of whole pipelines.
+
+    All runs of an experiment, or each configuration with each combination of comma-separated values.
 
     Runs whose public stages others of the sweep do as well wait for those, to share them.
     """
@@ -94,7 +155,10 @@ def sweep(words: Sequence[str]) -> None:
     configs = [load(path, overrides) for path, overrides in variants]
     runs = [RunDir(config.run.dir) for config in configs]
     if len({run.path for run in runs}) < len(runs):
-        raise UserError("run.dir: several runs of the sweep would share a directory; give configurations of different run.dir")
+        raise UserError(
+            "run.dir: several runs of the sweep would share a directory; give configurations of different "
+            "run.dir"
+        )
     logs = _logs(RunDir(runs[0].path.parent))
     jobs: list[str] = []
     for part in waves(configs):
@@ -109,7 +173,9 @@ def sweep(words: Sequence[str]) -> None:
 
 
 def waves(configs: Sequence[Config]) -> list[list[int]]:
-    """The places of the runs that may begin at once, and of those that then find all their public stages done by others."""
+    """The places of the runs that may begin at once, and of those that then find all their public stages done
+    by others.
+    """
     known: set[str] = set()
     first: list[int] = []
     second: list[int] = []
@@ -121,10 +187,12 @@ def waves(configs: Sequence[Config]) -> list[list[int]]:
 
 
 def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
-    """Configurations and their overrides from the words of sweep.sh; those of its runs for the file of an experiment.
+    """Configurations and their overrides from the words of sweep.sh.
 
-    ``a.yaml privacy.epsilon=1,5`` gives a.yaml twice, with a run.dir of its own for each: ``runs/a-epsilon1`` and so on.
-    Commas inside brackets separate nothing. Raises UserError where there is no configuration.
+    Those of its runs for the file of an experiment.
+
+    ``a.yaml privacy.epsilon=1,5`` gives a.yaml twice, with a run.dir of its own for each: ``runs/a-epsilon1``
+    and so on. Commas inside brackets separate nothing. Raises UserError where there is no configuration.
     """
     paths = [Path(word) for word in words if "=" not in word]
     if not paths:
@@ -134,11 +202,18 @@ def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
             raise UserError(f"{paths[1]}: an experiment is submitted alone")
         runs = load_experiment(paths[0]).all_runs([word for word in words if "=" in word])
         return [(run.path, run.overrides) for run in runs]
-    choices = [[(key, value) for value in re.split(r",(?![^\[]*\])", values)] for key, values in (word.split("=", 1) for word in words if "=" in word)]
+    choices = [
+        [(key, value) for value in re.split(r",(?![^\[]*\])", values)]
+        for key, values in (word.split("=", 1) for word in words if "=" in word)
+    ]
     variants = []
     for path, combination in itertools.product(paths, itertools.product(*choices)):
         overrides = tuple(f"{key}={value}" for key, value in combination)
-        varied = [f"{key.split('.')[-1]}{value}" for (key, value), options in zip(combination, choices, strict=True) if len(options) > 1]
+        varied = [
+            f"{key.split('.')[-1]}{value}"
+            for (key, value), options in zip(combination, choices, strict=True)
+            if len(options) > 1
+        ]
         if varied:
             directory = load(path, overrides).run.dir
             overrides += (f"run.dir={directory.with_name('-'.join([directory.name, *varied]))}",)
@@ -147,17 +222,30 @@ def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def summary(paths: Sequence[str]) -> None:
-    """Print how far each run came and what to do about those that did not come to their end; runs as the last job."""
+    """Print how far each run came and what to do about those that did not come to their end.
+
+    Runs as the last job.
+    """
     unfinished = []
     for path in map(Path, paths):
         config = load(path / "config.yaml") if (path / "config.yaml").exists() else None
         run = RunDir(path)
-        left = [stage for stage in config.spec.stages if run.record(stage) is None] if config else ["the first stage"]
+        left = (
+            [stage for stage in config.spec.stages if run.record(stage) is None]
+            if config
+            else ["the first stage"]
+        )
         print(f"{path}: {'finished' if not left else f'ended before {left[0]} was finished'}")
         unfinished += [path] if left else []
     if unfinished:
-        print("The last lines of the jobs' logs say why (nothing there: the job was killed, for time or memory; see `scontrol show job`).")
-        print("When it is mended, submit again: finished stages are skipped, and a stage that was stopped goes on from its last checkpoint.")
+        print(
+            "The last lines of the jobs' logs say why (nothing there: the job was killed, for time or "
+            "memory; see `scontrol show job`)."
+        )
+        print(
+            "When it is mended, submit again: finished stages are skipped, and a stage that was stopped "
+            "goes on from its last checkpoint."
+        )
         sys.exit(1)
 
 
@@ -172,7 +260,9 @@ def _submit_summary(config: Config, jobs: Sequence[str], logs: Path, runs: Seque
         return
     log = logs / "summary-%j.out"
     options = [*config.slurm.options, f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1"]
-    job = submit(config, "summary", log, options, [str(run.path) for run in runs], SCRIPT.with_name("summary.sbatch"))
+    job = submit(
+        config, "summary", log, options, [str(run.path) for run in runs], SCRIPT.with_name("summary.sbatch")
+    )
     print(f"{'summary':12} job {job}  {str(log).replace('%j', job)}")
 
 

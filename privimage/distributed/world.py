@@ -21,7 +21,9 @@ from privimage.distributed.failure import Watch
 from privimage.distributed.launch import Place, find_place, free_port
 from privimage.errors import UserError, status_of, tell
 
-CONNECT_MINUTES = 5.0  # how long a rank waits for the others to appear; nodes of one job start within seconds of each other
+CONNECT_MINUTES = (
+    5.0  # how long a rank waits for the others to appear; nodes of one job start within seconds of each other
+)
 POLL_SECONDS = 0.05
 
 
@@ -57,7 +59,10 @@ class World:
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main rank's `value` (any picklable object), on every rank; the others wait for it as long as it takes."""
+        """The main rank's `value` (any picklable object), on every rank.
+
+        The others wait for it as long as it takes.
+        """
         if self.size == 1:
             return value
         self.barrier()
@@ -66,7 +71,10 @@ class World:
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The `value` (any picklable object) of each rank, in order, on every rank; all wait as long as it takes."""
+        """The `value` (any picklable object) of each rank, in order, on every rank.
+
+        All wait as long as it takes.
+        """
         if self.size == 1:
             return [value]
         self.barrier()
@@ -77,7 +85,8 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks as long as it takes: the main rank may be preparing data for hours.
 
-        The time-out of collectives does not apply here. A rank that fails meanwhile ends the wait, through its `Watch`.
+        The time-out of collectives does not apply here. A rank that fails meanwhile ends the wait, through
+        its `Watch`.
         """
         if self.store is None:
             return
@@ -89,13 +98,23 @@ class World:
 
     def variables(self) -> dict[str, str]:
         """This rank's place as torchrun would state it, for libraries that read the environment."""
-        names = {"RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_RANK": self.local_rank, "LOCAL_WORLD_SIZE": self.local_size}
-        return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port or free_port())}
+        names = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.size,
+            "LOCAL_RANK": self.local_rank,
+            "LOCAL_WORLD_SIZE": self.local_size,
+        }
+        return {name: str(value) for name, value in names.items()} | {
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port or free_port()),
+        }
 
     def fail(self, error: BaseException) -> int:
-        """Tell the user why this rank ends early, in one line where `error` was foreseen, and end the other ranks too.
+        """Tell the user why this rank ends early, in one line where `error` was foreseen, and end the other
+        ranks too.
 
-        Returns the exit status where this rank is alone. Of several, only the first to fail tells; all end here, with its status.
+        Returns the exit status where this rank is alone. Of several, only the first to fail tells; all end
+        here, with its status.
         """
         status: int | None = status_of(error)
         message = str(error) if status != 1 else "".join(traceback.format_exception(error))
@@ -103,7 +122,10 @@ class World:
             message = "interrupted"
         elif self.size > 1 and _is_lost_contact(error):
             cause = re.sub(r"^\[\S+\] ", "", str(error).split(". ")[0].splitlines()[0])
-            message = f"rank {self.rank} lost contact with the others ({cause}); start all ranks again to go on from the last checkpoint"
+            message = (
+                f"rank {self.rank} lost contact with the others ({cause}); start all ranks again to go "
+                "on from the last checkpoint"
+            )
             status = None
         if self.watch:
             self.watch.fail(message, status)
@@ -111,10 +133,15 @@ class World:
         return status or 1
 
     def close(self) -> None:
-        """Leave the process group together; tensors are collected first, since gloo may abort at exit otherwise."""
+        """Leave the process group together.
+
+        Tensors are collected first, since gloo may abort at exit otherwise.
+        """
         if self.watch:
             self.watch.close()
-            with contextlib.suppress(RuntimeError):  # the main rank, which serves the store, may be gone already
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the main rank, which serves the store, may be gone already
                 self.barrier()
         if dist.is_initialized():
             gc.collect()
@@ -124,7 +151,8 @@ class World:
 def connect(runtime: Runtime) -> World:
     """Find this rank's place, take a device, and join the process group.
 
-    Raises UserError, in one line, for half-set variables, a device that is not there, or ranks that do not meet.
+    Raises UserError, in one line, for half-set variables, a device that is not there, or ranks that do not
+    meet.
     """
     place = find_place()
     device = _device(runtime, place)
@@ -136,22 +164,39 @@ def connect(runtime: Runtime) -> World:
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     timeout = timedelta(minutes=runtime.timeout_minutes)
     try:
-        meeting = dist.rendezvous("env://", place.rank, place.size, timeout=min(timeout, timedelta(minutes=CONNECT_MINUTES)))
+        meeting = dist.rendezvous(
+            "env://", place.rank, place.size, timeout=min(timeout, timedelta(minutes=CONNECT_MINUTES))
+        )
         store, *_ = next(meeting)
         watch = Watch(dist.PrefixStore("privimage/watch", store.clone()), place.rank, place.size)
         store.set_timeout(timeout)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("privimage", store), rank=place.rank, world_size=place.size, timeout=timeout
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("privimage", store),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
-            f"{place.launcher}: rank {place.rank} of {place.size} did not meet the others at {place.address}:{place.port} ({first});"
+            f"{place.launcher}: rank {place.rank} of {place.size} did not meet the others at "
+            f"{place.address}:{place.port} ({first});"
             " check that all ranks started, that the name resolves and that the port is open"
         ) from None
     watch.start()
     shared = dist.PrefixStore("privimage/world", store)
-    return World(place.rank, place.local_rank, place.size, place.local_size, device, place.address, place.port, shared, watch)
+    return World(
+        place.rank,
+        place.local_rank,
+        place.size,
+        place.local_size,
+        device,
+        place.address,
+        place.port,
+        shared,
+        watch,
+    )
 
 
 def _device(runtime: Runtime, place: Place) -> torch.device:
@@ -160,17 +205,22 @@ def _device(runtime: Runtime, place: Place) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("runtime.device: cuda was asked for, and torch sees no GPU")
     visible = torch.cuda.device_count()
-    # A launcher may show each rank a GPU of its own (visible is 1 then), or all GPUs of the node to all its ranks.
+    # A launcher may show each rank a GPU of its own (visible is 1 then), or all GPUs of the node to all its
+    # ranks.
     index = 0 if visible == 1 else place.local_rank
     if index >= visible:
-        raise UserError(f"runtime.device: local rank {place.local_rank} has no GPU, {visible} are visible; start one rank a GPU")
+        raise UserError(
+            f"runtime.device: local rank {place.local_rank} has no GPU, {visible} are visible; start one "
+            "rank a GPU"
+        )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
 def _threads(place: Place) -> int:
-    # SLURM says how many CPUs a task has; elsewhere the ranks of a node share those that this process may use.
+    # SLURM says how many CPUs a task has; elsewhere the ranks of a node share those that this process may
+    # use.
     given = os.environ.get("SLURM_CPUS_PER_TASK", "") if place.launcher == "SLURM" else ""
     return int(given) if given.isdigit() else max(1, len(os.sched_getaffinity(0)) // place.local_size)
 

@@ -1,8 +1,8 @@
 """How much synthetic images look like real ones: FID, KID, precision and recall, by torch-fidelity.
 
-The name says which features were compared. Only the 2048 features of the Inception network of 2015-12-05 give "FID"; its
-768 features give "FD-768", and without weights a fixed random network gives "stand-in FD". Numbers of different names
-are not comparable.
+The name says which features were compared. Only the 2048 features of the Inception network of 2015-12-05 give
+"FID"; its 768 features give "FD-768", and without weights a fixed random network gives "stand-in FD". Numbers
+of different names are not comparable.
 """
 
 import hashlib
@@ -28,8 +28,14 @@ FOREIGN = "these are not the Inception 2015-12-05 weights in torch-fidelity's fo
 NAMES = {"2048": "FID", "768": "FD-768", "stand-in": "stand-in FD"}
 NOTES = {
     "2048": "features of the Inception network",
-    "768": "the middle features (768) of the Inception network: good for comparing runs, not comparable to published FID",
-    "stand-in": "features of a fixed random network: it only ranks runs on the same set, and is not comparable to published numbers",
+    "768": (
+        "the middle features (768) of the Inception network: good for comparing runs, not comparable to "
+        "published FID"
+    ),
+    "stand-in": (
+        "features of a fixed random network: it only ranks runs on the same set, and is not comparable "
+        "to published numbers"
+    ),
 }
 
 
@@ -55,21 +61,28 @@ class Extractor:
     def note(self) -> str:
         """What was compared, and with what it is comparable, for the report."""
         foreign = self.features == "2048" and not (self.sha256 or "").startswith(PUBLISHED)
-        return NOTES[self.features] + (" but from another weights file than published work uses" if foreign else "")
+        return NOTES[self.features] + (
+            " but from another weights file than published work uses" if foreign else ""
+        )
 
 
 class StandIn(nn.Module):
     """Means and deviations of random convolutions at three scales: 288 features, the same on every machine.
 
-    Random filters see edges and textures, and their pooled statistics move with blur, noise and missing classes; they know
-    nothing of objects.
+    Random filters see edges and textures, and their pooled statistics move with blur, noise and missing
+    classes; they know nothing of objects.
     """
 
     def __init__(self) -> None:
         super().__init__()
         random = np.random.RandomState(20151205)  # its stream is frozen for ever
-        weights = (random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])) for shape in ((32, 3, 3, 3), (48, 32, 3, 3), (64, 48, 3, 3)))
-        self.filters = nn.ParameterList(nn.Parameter(torch.from_numpy(weight).float(), requires_grad=False) for weight in weights)
+        weights = (
+            random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+            for shape in ((32, 3, 3, 3), (48, 32, 3, 3), (64, 48, 3, 3))
+        )
+        self.filters = nn.ParameterList(
+            nn.Parameter(torch.from_numpy(weight).float(), requires_grad=False) for weight in weights
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """images uint8 (B, 3, H, W) -> features float32 (B, 288)."""
@@ -93,19 +106,26 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError
     except Exception:
-        raise UserError(f"evaluate.inception_weights: {path}: not a state dict of tensors, or damaged") from None
+        raise UserError(
+            f"evaluate.inception_weights: {path}: not a state dict of tensors, or damaged"
+        ) from None
     return state, hashlib.sha256(data).hexdigest()
 
 
 def _inception(state: dict[str, Tensor], features: str, path: Path, scratch: Path) -> nn.Module:
-    """torch-fidelity's network with these weights; its constructor loads with weights_only=False, so it gets a copy written by us."""
+    """torch-fidelity's network with these weights.
+
+    Its constructor loads with weights_only=False, so it gets a copy written by us.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with tempfile.NamedTemporaryFile(suffix=".pth", dir=scratch) as copy:
         torch.save(state, copy)
         copy.flush()
         try:
-            return FeatureExtractorInceptionV3("inception-v3-compat", [features], feature_extractor_weights_path=copy.name)
+            return FeatureExtractorInceptionV3(
+                "inception-v3-compat", [features], feature_extractor_weights_path=copy.name
+            )
         except RuntimeError:
             raise UserError(f"evaluate.inception_weights: {path}: {FOREIGN}") from None
 
@@ -122,15 +142,19 @@ class _First(nn.Module):
 
 
 def choose(features: str, weights: Path | None, scratch: Path) -> Extractor:
-    """The extractor for `evaluate.features` ("auto", "2048", "768", "stand-in") and `evaluate.inception_weights`.
+    """The extractor for `evaluate.features` ("auto", "2048", "768", "stand-in") and
+    `evaluate.inception_weights`.
 
-    "auto" takes the best that the weights allow, and the stand-in without weights. `scratch` is a folder for a temporary
-    file. Raises UserError for missing or damaged weights, and for "2048" with weights that are zero beyond the 768 features.
+    "auto" takes the best that the weights allow, and the stand-in without weights. `scratch` is a folder for
+    a temporary file. Raises UserError for missing or damaged weights, and for "2048" with weights that are
+    zero beyond the 768 features.
     """
     if (found := weights_for(features, weights)) is None:
         return Extractor("stand-in", StandIn())
     assert weights is not None  # `weights_for` has read them
-    return Extractor(found.layer, _First(_inception(found.state, found.layer, weights, scratch)), found.sha256)
+    return Extractor(
+        found.layer, _First(_inception(found.state, found.layer, weights, scratch)), found.sha256
+    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +178,9 @@ def weights_for(features: str, weights: Path | None) -> Weights | None:
     state, digest = _read_weights(weights)
     if FIRST_LAYER not in state:
         raise UserError(f"evaluate.inception_weights: {weights}: {FOREIGN}")
-    last = [value for name, value in state.items() if name.startswith("Mixed_7") and name.endswith("conv.weight")]
+    last = [
+        value for name, value in state.items() if name.startswith("Mixed_7") and name.endswith("conv.weight")
+    ]
     partial = not last or any(not value.any() for value in last)
     if features == "2048" and partial:
         told = "partial weights, zero beyond the 768 features; FID needs 2048, use evaluate.features=768"
@@ -163,14 +189,18 @@ def weights_for(features: str, weights: Path | None) -> Weights | None:
 
 
 @torch.inference_mode()
-def extract(extractor: Extractor, images: np.ndarray, world: World, label: str, batch_size: int = 64) -> Tensor:
+def extract(
+    extractor: Extractor, images: np.ndarray, world: World, label: str, batch_size: int = 64
+) -> Tensor:
     """Features float32 (N, D) of images uint8 (N, C, H, W); grey images are repeated to three channels.
 
-    The ranks share the work and all get the result. Raises TypeError for anything but uint8 N,C,H,W: floats would be
-    taken for 0 to 255 without a word. Raises Stopped when a stop was requested.
+    The ranks share the work and all get the result. Raises TypeError for anything but uint8 N,C,H,W: floats
+    would be taken for 0 to 255 without a word. Raises Stopped when a stop was requested.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise TypeError(f"expected uint8 images N,C,H,W with 1 or 3 channels, got {images.dtype} {images.shape}")
+        raise TypeError(
+            f"expected uint8 images N,C,H,W with 1 or 3 channels, got {images.dtype} {images.shape}"
+        )
     network = extractor.network.to(world.device).eval()
     own, parts = images[world.rank :: world.size], []
     with Progress(label, total=len(own), shown=world.is_main) as bar:
@@ -201,7 +231,10 @@ def cached(path: Path, compute, world: World) -> Tensor:
 
 
 def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
-    """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D) (Heusel et al. 2017); 0 for equal sets."""
+    """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D) (Heusel et al. 2017).
+
+    0 for equal sets.
+    """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = [fid_features_to_statistics(features.double()) for features in (synthetic, real)]
@@ -209,35 +242,47 @@ def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
 
 
 def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
-    """KID, the unbiased squared MMD with the cubic kernel (Bińkowski et al. 2018), and its deviation over 100 subsets.
+    """KID, the unbiased squared MMD with the cubic kernel (Bińkowski et al.
 
-    Subsets hold 1,000 images, or half of the smaller set where that is less. Around 0 (it may be negative) for equal
-    distributions.
+    2018), and its deviation over 100 subsets.
+
+    Subsets hold 1,000 images, or half of the smaller set where that is less. Around 0 (it may be negative)
+    for equal distributions.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(1000, max(2, min(len(synthetic), len(real)) // 2))
-    result = kid_features_to_metric(synthetic, real, kid_subset_size=size, kid_subsets=100, rng_seed=2020, verbose=False)
+    result = kid_features_to_metric(
+        synthetic, real, kid_subset_size=size, kid_subsets=100, rng_seed=2020, verbose=False
+    )
     return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
 
 
 def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
-    """Share of synthetic images inside the real manifold, and of real ones inside the synthetic manifold, in [0, 1].
+    """Share of synthetic images inside the real manifold, and of real ones inside the synthetic manifold, in
+    [0, 1].
 
     Manifolds are unions of balls that reach to the third neighbour (Kynkäänniemi et al. 2019).
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    result = prc_features_to_metric(synthetic, real, prc_neighborhood=3, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
+    result = prc_features_to_metric(
+        synthetic, real, prc_neighborhood=3, prc_batch_size=2000, save_cpu_ram=True, verbose=False
+    )
     return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
 
 
 def described(extractor: Extractor, synthetic: Tensor, real: Tensor) -> dict:
     """All measures of two feature sets (N, D) and (M, D), under names that say what they are.
 
-    `distance` and `kernel_distance` are always there; `fid` and `kid` repeat them only where they may be called so.
+    `distance` and `kernel_distance` are always there; `fid` and `kid` repeat them only where they may be
+    called so.
     """
-    distance, (kernel, deviation), (precision, recall) = frechet_distance(synthetic, real), kernel_distance(synthetic, real), precision_recall(synthetic, real)
+    distance, (kernel, deviation), (precision, recall) = (
+        frechet_distance(synthetic, real),
+        kernel_distance(synthetic, real),
+        precision_recall(synthetic, real),
+    )
     genuine = extractor.features == "2048"
     return {
         "name": extractor.name,

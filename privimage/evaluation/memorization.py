@@ -1,7 +1,9 @@
-"""Does the synthetic set repeat sensitive images? Which real image is nearest: one of training, or a held-out one?
+"""Does the synthetic set repeat sensitive images? Which real image is nearest.
 
-A generator that learnt the distribution is no closer to the images it was trained on than to those it never saw. The
-promise bounds memorisation by design: this check looks for a fault, it is not the proof.
+One of training, or a held-out one?
+
+A generator that learnt the distribution is no closer to the images it was trained on than to those it never
+saw. The promise bounds memorisation by design: this check looks for a fault, it is not the proof.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each image the nearest one of a reference set: its index (N,) and the RMS pixel distance in [0, 1] (N,)."""
+    """For each image the nearest one of a reference set.
+
+    Its index (N,) and the RMS pixel distance in [0, 1] (N,).
+    """
 
     index: np.ndarray
     distance: np.ndarray
@@ -24,8 +29,12 @@ def _flat(images: np.ndarray, device: torch.device | str) -> Tensor:
 
 
 @torch.inference_mode()
-def nearest(images: np.ndarray, reference: np.ndarray, device: torch.device | str = "cpu", chunk: int = 2000) -> Nearest:
-    """For each of images uint8 (N, C, H, W) the nearest of reference uint8 (M, C, H, W) by RMS pixel distance."""
+def nearest(
+    images: np.ndarray, reference: np.ndarray, device: torch.device | str = "cpu", chunk: int = 2000
+) -> Nearest:
+    """For each of images uint8 (N, C, H, W) the nearest of reference uint8 (M, C, H, W) by RMS pixel
+    distance.
+    """
     queries = _flat(images, device)
     best = torch.full((len(queries),), torch.inf, device=device)
     index = torch.zeros(len(queries), dtype=torch.int64, device=device)
@@ -39,17 +48,23 @@ def nearest(images: np.ndarray, reference: np.ndarray, device: torch.device | st
     return Nearest(found, np.sqrt(np.mean(difference**2, axis=(1, 2, 3))) / 255)
 
 
-def check(synthetic: np.ndarray, train: np.ndarray, held_out: np.ndarray, device: torch.device | str = "cpu") -> tuple[dict, Nearest]:
+def check(
+    synthetic: np.ndarray, train: np.ndarray, held_out: np.ndarray, device: torch.device | str = "cpu"
+) -> tuple[dict, Nearest]:
     """Find the nearest real image of each synthetic one; all sets uint8 (N, C, H, W).
 
     Returns the nearest training images, and
-    - `nearest_is_training`: share of synthetic images whose nearest real image is one of training, ties counted by half;
-    - `expected`: that share without memorisation, N_train / (N_train + N_held_out), if both splits are drawn alike;
+    - `nearest_is_training`: share of synthetic images whose nearest real image is one of training, ties
+      counted by half;
+    - `expected`: that share without memorisation, N_train / (N_train + N_held_out), if both splits are drawn
+      alike;
     - `excess`: (share - expected) / (1 - expected): around 0 without memorisation, 1 if all are copies;
     - `identical`: synthetic images that equal a training image in every pixel.
     """
     inside, outside = nearest(synthetic, train, device), nearest(synthetic, held_out, device)
-    share = float(np.mean(inside.distance < outside.distance) + 0.5 * np.mean(inside.distance == outside.distance))
+    share = float(
+        np.mean(inside.distance < outside.distance) + 0.5 * np.mean(inside.distance == outside.distance)
+    )
     expected = len(train) / (len(train) + len(held_out))
     measures = {
         "nearest_is_training": share,

@@ -1,7 +1,7 @@
 """evaluate/report.json, the figures of a run for programs, and evaluate/report.html, the same for people.
 
-The page is one file without links to anywhere. It is for the owner of the data: what was computed on sensitive images
-without noise is marked as not covered by the promise.
+The page is one file without links to anywhere. It is for the owner of the data: what was computed on
+sensitive images without noise is marked as not covered by the promise.
 """
 
 import base64
@@ -14,11 +14,36 @@ from privimage.config import Config
 from privimage.methods import METHODS
 from privimage.rundir import RunDir, read_json, write_json, write_whole
 
-PACKAGES = ("torch", "torchvision", "numpy", "opacus", "dp-accounting", "torch-fidelity", "scikit-learn", "ffcv", "deepspeed")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "opacus",
+    "dp-accounting",
+    "torch-fidelity",
+    "scikit-learn",
+    "ffcv",
+    "deepspeed",
+)
 MEASURED = ("seconds", "peak_memory_bytes", "images_per_second")
-SENSITIVE = ("accuracy", "accuracy_before", "fidelity", "fidelity_before", "semantics", "memorization")  # computed on sensitive images without noise
-# Of what can stand in a table, what no sensitive image can be told from beyond the promise; all else is marked.
-PUBLIC = ("privacy.", "selection.", "parameters", "resources.prepare.", "resources.query.", "resources.pretrain.")
+SENSITIVE = (
+    "accuracy",
+    "accuracy_before",
+    "fidelity",
+    "fidelity_before",
+    "semantics",
+    "memorization",
+)  # computed on sensitive images without noise
+# Of what can stand in a table, what no sensitive image can be told from beyond the promise; all else is
+# marked.
+PUBLIC = (
+    "privacy.",
+    "selection.",
+    "parameters",
+    "resources.prepare.",
+    "resources.query.",
+    "resources.pretrain.",
+)
 CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
 STAGES = {
     "prepare": "Prepare the public images",
@@ -32,7 +57,9 @@ STAGES = {
     "evaluate": "Evaluate",
 }
 FIDELITY = ("distance", "fid", "kid", "precision", "recall", "kernel_distance", "kernel_deviation")
-NUMBERS = (  # all that report.json tells in numbers, for tables over many runs; a run that has not measured one has null or nothing there
+# all that report.json tells in numbers, for tables over many runs; a run that has not measured one has null
+# or nothing there
+NUMBERS = (
     *(f"{section}.{name}" for section in ("accuracy", "accuracy_before") for name in CLASSIFIERS),
     *(f"{section}.{name}" for section in ("fidelity", "fidelity_before") for name in FIDELITY),
     *(f"semantics.{name}" for name in ("sds", "sds_all_public")),
@@ -62,8 +89,9 @@ def resources(run: RunDir, stages: tuple[str, ...]) -> dict[str, dict]:
 def write(run: RunDir, config: Config, results: dict) -> None:
     """Write report.json and report.html.
 
-    `results` holds what the stage measured: privacy, accuracy, accuracy_before, fidelity, fidelity_before, semantics,
-    memorization, selection, synthetic, sensitive, parameters, evaluate (the resources of the evaluation itself).
+    `results` holds what the stage measured: privacy, accuracy, accuracy_before, fidelity, fidelity_before,
+    semantics, memorization, selection, synthetic, sensitive, parameters, evaluate (the resources of the
+    evaluation itself).
     """
     measured = {**resources(run, config.spec.stages), "evaluate": results.pop("evaluate")}
     report = {
@@ -79,7 +107,8 @@ def write(run: RunDir, config: Config, results: dict) -> None:
 
 
 def rebuild(run: RunDir) -> None:
-    """Make report.html again from report.json, the stages' records and the figures, without touching any data.
+    """Make report.html again from report.json, the stages' records and the figures, without touching any
+    data.
 
     Raises UserError that names a missing or damaged report.json.
     """
@@ -88,8 +117,20 @@ def rebuild(run: RunDir) -> None:
     path = run.path / "evaluate" / "report.json"
     report = read_json(path)
     measured = {**report["resources"], **resources(run, METHODS[report["method"]].stages)}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(duration=_duration, size=_size, plain=_plain, count=lambda value: f"{value:,}", short=lambda name: name.split(",")[0])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        duration=_duration,
+        size=_size,
+        plain=_plain,
+        count=lambda value: f"{value:,}",
+        short=lambda name: name.split(",")[0],
+    )
     page = environment.get_template("report.html.j2").render(
         report=report,
         title=METHODS[report["method"]].title,
@@ -104,7 +145,10 @@ def rebuild(run: RunDir) -> None:
 
 def _embedded(folder: Path) -> dict[str, str]:
     """All pictures of a folder as data URIs, by name."""
-    return {file.stem: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode() for file in sorted(folder.glob("*.png"))}
+    return {
+        file.stem: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        for file in sorted(folder.glob("*.png"))
+    }
 
 
 def _duration(seconds: float | None) -> str:
@@ -117,7 +161,9 @@ def _duration(seconds: float | None) -> str:
 
 
 def _size(count: float | None) -> str:
-    return "-" if count is None else f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+    return (
+        "-" if count is None else f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+    )
 
 
 def _plain(value: float | None, digits: int = 3) -> str:

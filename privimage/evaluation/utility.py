@@ -1,7 +1,7 @@
 """Classifiers trained on synthetic images and tested on real ones: logistic regression, an MLP and a CNN.
 
-The three accuracies are always reported separately: taking the best of them on the test set would be selection on the
-test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
+The three accuracies are always reported separately: taking the best of them on the test set would be
+selection on the test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
 """
 
 import math
@@ -57,7 +57,8 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.n
 def pixels(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flat float32 pixels for LR and MLP: in [0, 1], minus the mean training image, divided by one number.
 
-    Dividing each pixel by its own deviation would blow up those that hardly ever change, such as the border of a digit.
+    Dividing each pixel by its own deviation would blow up those that hardly ever change, such as the border
+    of a digit.
     """
     flat = train.reshape(len(train), -1).astype(np.float32) / 255
     mean = flat.mean(0)
@@ -69,7 +70,9 @@ def pixels(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def _fit(model: object, train: Labelled, test: Labelled) -> float:
     from sklearn.exceptions import ConvergenceWarning
 
-    if len(np.unique(train.labels)) == 1:  # scikit-learn refuses a single class; the only thing to say is its name
+    if (
+        len(np.unique(train.labels)) == 1
+    ):  # scikit-learn refuses a single class; the only thing to say is its name
         return percent(np.full_like(test.labels, train.labels[0]), test.labels)
     inputs, tests = pixels(train.images, test.images)
     with warnings.catch_warnings():
@@ -79,7 +82,9 @@ def _fit(model: object, train: Labelled, test: Labelled) -> float:
 
 
 def logistic_regression(train: Labelled, test: Labelled, seed: int) -> float:
-    """Accuracy in percent of multinomial logistic regression: L2 with C = 1, at most 200 L-BFGS iterations on all images.
+    """Accuracy in percent of multinomial logistic regression.
+
+    L2 with C = 1, at most 200 L-BFGS iterations on all images.
 
     About a minute for 50,000 images of 3,072 values on one core.
     """
@@ -91,8 +96,8 @@ def logistic_regression(train: Labelled, test: Labelled, seed: int) -> float:
 def mlp(train: Labelled, test: Labelled, seed: int) -> float:
     """Accuracy in percent of an MLP with one hidden layer of 100 (ReLU, Adam 1e-3, batch 200, L2 1e-4).
 
-    It sees about two million images, in 20 to 200 epochs, which bounds its time: a few minutes for 50,000 images of 3,072
-    values on one core.
+    It sees about two million images, in 20 to 200 epochs, which bounds its time: a few minutes for 50,000
+    images of 3,072 values on one core.
     """
     from sklearn.neural_network import MLPClassifier
 
@@ -103,22 +108,40 @@ def mlp(train: Labelled, test: Labelled, seed: int) -> float:
 SHALLOW: dict[str, Callable[[Labelled, Labelled, int], float]] = {"lr": logistic_regression, "mlp": mlp}
 
 
-def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, flip: bool, seed: int, world: World, label: str = "cnn") -> nn.Module:
-    """The CNN of METHOD section 5: ResNet-9, SGD, momentum 0.9, weight decay 5e-4, cosine, the weights of the last epoch.
+def train_cnn(
+    train: Labelled,
+    n_classes: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    flip: bool,
+    seed: int,
+    world: World,
+    label: str = "cnn",
+) -> nn.Module:
+    """The CNN of METHOD section 5.
 
-    The learning rate is 0.1 at a batch of 512 and in proportion at others: small sets need small batches to get enough steps.
+    ResNet-9, SGD, momentum 0.9, weight decay 5e-4, cosine, the weights of the last epoch.
 
-    `batch_size` is the global one: each rank takes every `world.size`-th image of a batch and the gradients of the summed
-    loss are added up, so that the update is that of the whole batch but for batch-norm statistics, which each rank takes
-    over its own share. All ranks must call it together and get the same network.
-    Raises Stopped when a stop was requested.
+    The learning rate is 0.1 at a batch of 512 and in proportion at others: small sets need small batches to
+    get enough steps.
+
+    `batch_size` is the global one: each rank takes every `world.size`-th image of a batch and the gradients
+    of the summed loss are added up, so that the update is that of the whole batch but for batch-norm
+    statistics, which each rank takes over its own share. All ranks must call it together and get the same
+    network. Raises Stopped when a stop was requested.
     """
-    images, labels = torch.from_numpy(train.images).to(world.device), torch.from_numpy(train.labels).to(world.device)
+    images, labels = (
+        torch.from_numpy(train.images).to(world.device),
+        torch.from_numpy(train.labels).to(world.device),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
     parameters = list(network.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE * batch_size / 512, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        parameters, lr=LEARNING_RATE * batch_size / 512, momentum=0.9, weight_decay=5e-4
+    )
     steps = epochs * math.ceil(len(train) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)  # order and flips, equal on all ranks
@@ -135,11 +158,17 @@ def train_cnn(train: Labelled, n_classes: int, *, epochs: int, batch_size: int, 
                 optimizer.zero_grad(set_to_none=True)
                 if len(mine):  # a rank without images still takes part in the sum of gradients
                     inputs = to_unit(images[mine.to(world.device)])
-                    inputs = torch.where(mirrored[mine].to(world.device)[:, None, None, None], inputs.flip(-1), inputs)
+                    inputs = torch.where(
+                        mirrored[mine].to(world.device)[:, None, None, None], inputs.flip(-1), inputs
+                    )
                     loss = F.cross_entropy(network(inputs), labels[mine.to(world.device)], reduction="sum")
                     (loss / len(batch)).backward()
                     loss_sum += loss.detach()
-                _add_up([p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters], parameters, world)
+                _add_up(
+                    [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters],
+                    parameters,
+                    world,
+                )
                 optimizer.step()
                 schedule.step()
                 if stop.agreed(world):
@@ -161,7 +190,9 @@ def _add_up(gradients: list[Tensor], parameters: list[nn.Parameter], world: Worl
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, images: np.ndarray, device: torch.device, batch_size: int = 1000) -> Predictions:
+def predict(
+    network: nn.Module, images: np.ndarray, device: torch.device, batch_size: int = 1000
+) -> Predictions:
     """Labels and penultimate features of images uint8 (N, C, H, W) under a trained CNN."""
     labels, features = [], []
     for start in range(0, len(images), batch_size):

@@ -1,1 +1,1 @@
-"""Many runs as one file: combinations of settings, each with several seeds, and the table of what they gave."""
+"""Many runs as one file: combinations of settings, each with several seeds, and their table."""

@@ -18,10 +18,12 @@ LOOK_SECONDS = 0.2
 
 
 def execute(path: Path, overrides: Sequence[str] = ()) -> int:
-    """Run what is not finished; a run that fails does not end the others, its reason is kept and told at the end.
+    """Run what is not finished.
 
-    Returns the exit status: 0 if all runs are finished, 1 if some failed, 75 if a stop was requested. Raises UserError,
-    before the first run, for anything that is wrong with the file or with the settings of any run.
+    A run that fails does not end the others, its reason is kept and told at the end.
+
+    Returns the exit status: 0 if all runs are finished, 1 if some failed, 75 if a stop was requested. Raises
+    UserError, before the first run, for anything that is wrong with the file or with the settings of any run.
     """
     runs = load(path).all_runs(overrides)
     stop.install()
@@ -38,15 +40,23 @@ def execute(path: Path, overrides: Sequence[str] = ()) -> int:
             return Stopped.status
         if status:
             failed.append((run.name, state_of(run).told))
-    say(f"{path}: {len(runs) - len(failed)} of {len(runs)} runs are finished, {(time.monotonic() - started) / 60:.1f} minutes")
+    say(
+        f"{path}: {len(runs) - len(failed)} of {len(runs)} runs are finished, "
+        f"{(time.monotonic() - started) / 60:.1f} minutes"
+    )
     for name, reason in failed:
         say(f"  {name}: {reason}")
     return 1 if failed else 0
 
 
 def _run(run: PlannedRun) -> int:
-    """The exit status of ``privimage run``. Signals that this process gets reach it: Ctrl-C by itself, others passed on."""
-    with subprocess.Popen([sys.executable, "-m", "privimage", "run", str(run.path), *run.overrides]) as process:
+    """The exit status of ``privimage run``. Signals that this process gets reach it.
+
+    Ctrl-C by itself, others passed on.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-m", "privimage", "run", str(run.path), *run.overrides]
+    ) as process:
         passed_on = False
         while True:
             try:
@@ -58,5 +68,7 @@ def _run(run: PlannedRun) -> int:
                     passed_on = True
     if status < 0 and not passed_on:
         by = signal.Signals(-status)
-        RunDir(run.config.run.dir).note_failure(f"killed by {by.name}" + ("; out of memory?" if by == signal.SIGKILL else ""))
+        RunDir(run.config.run.dir).note_failure(
+            f"killed by {by.name}" + ("; out of memory?" if by == signal.SIGKILL else "")
+        )
     return status

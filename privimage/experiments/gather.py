@@ -1,4 +1,7 @@
-"""What the runs of an experiment have given so far: values, their mean and spread, and why some are not there."""
+"""What the runs of an experiment have given so far.
+
+Values, their mean and spread, and why some are not there.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -95,7 +98,13 @@ def state_of(run: PlannedRun) -> State:
     if not (folder.path / "config.yaml").exists() and folder.failure is None:
         return State("running") if folder.is_running else State("missing", "not started")
     if clashes := folder.clashes(config):
-        return State("missing", f"{folder.path} was made with other settings ({clashes[0][0]} was {clashes[0][1]!r}, now {clashes[0][2]!r})")
+        return State(
+            "missing",
+            (
+                f"{folder.path} was made with other settings ({clashes[0][0]} was {clashes[0][1]!r}, now "
+                f"{clashes[0][2]!r})"
+            ),
+        )
     left = [stage for stage in config.spec.stages if folder.record(stage) is None]
     if not left:
         return State("finished")

@@ -1,4 +1,7 @@
-"""The file of an experiment: a base configuration, axes of settings, seeds, and what to tabulate beside the published numbers."""
+"""The file of an experiment.
+
+A base configuration, axes of settings, seeds, and what to tabulate beside the published numbers.
+"""
 
 import itertools
 import re
@@ -40,7 +43,10 @@ class _Conditional(Section):
     def _lists_of_names(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {str(axis): [str(name) for name in (names if isinstance(names, list) else [names])] for axis, names in value.items()}
+        return {
+            str(axis): [str(name) for name in (names if isinstance(names, list) else [names])]
+            for axis, names in value.items()
+        }
 
     def fits(self, choice: Choice) -> bool:
         """Whether a combination is meant."""
@@ -68,7 +74,10 @@ class Measure(Section):
 
     @property
     def sensitive(self) -> bool:
-        """Whether it was computed on sensitive images without noise, or follows them in time: the promise does not cover it."""
+        """Whether it was computed on sensitive images without noise, or follows them in time.
+
+        The promise does not cover it.
+        """
         return not self.key.startswith(PUBLIC)
 
     @field_validator("key")
@@ -87,7 +96,7 @@ class Published(_Conditional):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of an experiment: an ordinary configuration with settings, its place and its seed among them."""
+    """One run of an experiment: an ordinary configuration with its own settings, directory and seed."""
 
     choice: Choice
     seed: int
@@ -110,9 +119,13 @@ class Experiment(Section):
     title: str = Field(description="heading of the table")
     notes: str = Field("", description="what a reader of the table must know")
     base: Path | None = Field(None, description="configuration of all runs, unless an option has its own")
-    runs: Path | None = Field(None, description="folder of the run directories; unset: runs/ and the name of the file")
+    runs: Path | None = Field(
+        None, description="folder of the run directories; unset: runs/ and the name of the file"
+    )
     settings: tuple[str, ...] = Field((), description="section.key=value of all runs")
-    axes: dict[str, dict[str, Option]] = Field(min_length=1, description="what is varied; the first axis is that of the table's rows")
+    axes: dict[str, dict[str, Option]] = Field(
+        min_length=1, description="what is varied; the first axis is that of the table's rows"
+    )
     rules: tuple[Rule, ...] = Field((), description="settings of some combinations only")
     skip: tuple[Skip, ...] = Field((), description="combinations that are not run")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="values of runtime.seed, one run each")
@@ -126,7 +139,12 @@ class Experiment(Section):
         # YAML takes 10 for a number
         if not isinstance(value, dict):
             return value
-        return {axis: {str(name): option for name, option in options.items()} if isinstance(options, dict) else options for axis, options in value.items()}
+        return {
+            axis: {str(name): option for name, option in options.items()}
+            if isinstance(options, dict)
+            else options
+            for axis, options in value.items()
+        }
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "Experiment":
@@ -154,7 +172,9 @@ class Experiment(Section):
 
     def published_value(self, choice: Choice, measure: str) -> float | None:
         """What others measured; of several entries that fit, the last."""
-        found = [item.values[measure] for item in self.published if item.fits(choice) and measure in item.values]
+        found = [
+            item.values[measure] for item in self.published if item.fits(choice) and measure in item.values
+        ]
         return found[-1] if found else None
 
 
@@ -176,26 +196,37 @@ class ExperimentFile:
         return self.experiment.runs or Path("runs") / self.path.stem
 
     def runs_of(self, choice: Choice, more: Sequence[str] = ()) -> list[PlannedRun]:
-        """The runs of a combination, one for each seed; `more` settings go before all others. None for one that is skipped."""
+        """The runs of a combination, one for each seed; `more` settings go before all others.
+
+        None for one that is skipped.
+        """
         experiment = self.experiment
         if experiment.skips(choice):
             return []
         options = [experiment.axes[axis][name] for axis, name in choice.items()]
         base = next((option.base for option in reversed(options) if option.base), experiment.base)
         if base is None:
-            raise UserError(f"{self.path}: base: required setting is missing; no option of {_name(choice)} has one either")
+            raise UserError(
+                f"{self.path}: base: required setting is missing; no option of {_name(choice)} has one either"
+            )
         settings = [*experiment.settings, *(text for option in options for text in option.settings)]
         settings += [text for rule in experiment.rules if rule.fits(choice) for text in rule.settings]
         runs = []
         for seed in experiment.seeds:
             name = f"{_name(choice)}-seed{seed}"
-            place = (f"runtime.seed={seed}", f"run.dir={self.folder / name}", f"run.shared={self.folder / 'shared'}")
+            place = (
+                f"runtime.seed={seed}",
+                f"run.dir={self.folder / name}",
+                f"run.shared={self.folder / 'shared'}",
+            )
             runs.append(PlannedRun(choice, seed, name, self.path.parent / base, (*settings, *place, *more)))
         return runs
 
     def all_runs(self, more: Sequence[str] = ()) -> list[PlannedRun]:
-        """All runs, in the order in which they are made: every combination once, then again with the next seed, so that an
-        unfinished experiment has a table of all rows.
+        """All runs, in the order in which they are made.
+
+        Every combination once, then again with the next seed, so that an unfinished experiment has a table of
+        all rows.
 
         Raises UserError if two of them would have one directory, or one's settings are wrong.
         """
@@ -208,21 +239,33 @@ class ExperimentFile:
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from None
             if other is not run:
-                raise UserError(f"{self.path}: axes: two combinations would have the run directory {run.config.run.dir}; give their options other names")
+                raise UserError(
+                    f"{self.path}: axes: two combinations would have the run directory "
+                    f"{run.config.run.dir}; give their options other names"
+                )
         return runs
 
 
 def _name(choice: Choice) -> str:
-    """`privimage+d-epsilon10` of {method: privimage+d, epsilon: 10}: an option that is a number is named by its axis."""
+    """`privimage+d-epsilon10` of {method: privimage+d, epsilon: 10}.
+
+    An option that is a number is named by its axis.
+    """
     parts = [name if name[:1].isalpha() else f"{axis}{name}" for axis, name in choice.items()]
     return "-".join(re.sub(r"[^A-Za-z0-9+.]+", "-", part).strip("-").lower() for part in parts)
 
 
 def is_experiment(path: Path) -> bool:
-    """Whether a YAML file describes an experiment, not a single run. Raises UserError for a file that cannot be read."""
+    """Whether a YAML file describes an experiment, not a single run.
+
+    Raises UserError for a file that cannot be read.
+    """
     return path.is_file() and "axes" in read_yaml(path)
 
 
 def load(path: Path) -> ExperimentFile:
-    """Read an experiment's file. Raises UserError, in one line that names the file and the key, for whatever is wrong with it."""
+    """Read an experiment's file.
+
+    Raises UserError, in one line that names the file and the key, for whatever is wrong with it.
+    """
     return ExperimentFile(path, validated(Experiment, read_yaml(path), str(path)))

@@ -12,14 +12,20 @@ from privimage.experiments.settings import Measure, load
 from privimage.rundir import write_whole
 
 MARK = "†"  # of measures that are for the owner of the data
-NOTE = f"{MARK} computed on sensitive images without noise: for the owner of the data, the promise does not cover it."
+NOTE = (
+    f"{MARK} computed on sensitive images without noise: for the owner of the data, the promise does not "
+    "cover it."
+)
 ARROWS = {"highest": " ↑", "lowest": " ↓", None: ""}
 
 
 def write(path: Path, overrides: Sequence[str] = ()) -> str:
-    """Write NAME.md, NAME.csv and NAME.png below the runs of the experiment in the file NAME.yaml at `path`; returns the Markdown.
+    """Write NAME.md, NAME.csv and NAME.png below the runs of the experiment in the file NAME.yaml at `path`.
 
-    `overrides` are those that the runs were made with. Raises UserError for whatever is wrong with the file or with a report.
+    Returns the Markdown.
+
+    `overrides` are those that the runs were made with. Raises UserError for whatever is wrong with the file
+    or with a report.
     """
     gathered = gather(load(path), overrides)
     folder = gathered.file.folder
@@ -35,7 +41,10 @@ def write(path: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def markdown(gathered: Gathered) -> str:
-    """A table for each combination of all axes but the first, whose options are the rows; below, the runs that are missing and why."""
+    """A table for each combination of all axes but the first, whose options are the rows.
+
+    Below, the runs that are missing and why.
+    """
     experiment, lines = gathered.file.experiment, [f"# {gathered.file.experiment.title}", "", _told(gathered)]
     if experiment.notes:
         lines += ["", experiment.notes.strip()]
@@ -45,7 +54,12 @@ def markdown(gathered: Gathered) -> str:
     if any(measure.sensitive for measure in experiment.measures.values()):
         lines += ["", NOTE]
     if gathered.gaps:
-        lines += ["", "Not there:", "", *(f"- {result.run.name}: {result.state.told}" for result in gathered.gaps)]
+        lines += [
+            "",
+            "Not there:",
+            "",
+            *(f"- {result.run.name}: {result.state.told}" for result in gathered.gaps),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -54,20 +68,27 @@ def _told(gathered: Gathered) -> str:
     seeds = len(experiment.seeds)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     published = f" In brackets: {experiment.source}." if experiment.source else ""
-    return f"`privimage experiment {gathered.file.path}`: {total - len(gathered.gaps)} of {total} runs, {spread}.{published}"
+    return (
+        f"`privimage experiment {gathered.file.path}`: {total - len(gathered.gaps)} of {total} runs, "
+        f"{spread}.{published}"
+    )
 
 
 def _section(gathered: Gathered, rows: list[Row]) -> list[str]:
     measures = gathered.file.experiment.measures
     axis = next(iter(gathered.file.experiment.axes))
     heads = [
-        f"{name}{f' ({measure.unit})' if measure.unit else ''}{ARROWS[measure.best]}{f' {MARK}' if measure.sensitive else ''}"
+        f"{name}{f' ({measure.unit})' if measure.unit else ''}{ARROWS[measure.best]}"
+        f"{f' {MARK}' if measure.sensitive else ''}"
         for name, measure in measures.items()
     ]
     best = {name: _best(measure, [row.cells[name] for row in rows]) for name, measure in measures.items()}
     lines = [f"| {axis} | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for row in rows:
-        cells = [_cell(row.cells[name], measure, row.cells[name] is best[name]) for name, measure in measures.items()]
+        cells = [
+            _cell(row.cells[name], measure, row.cells[name] is best[name])
+            for name, measure in measures.items()
+        ]
         lines.append(f"| {next(iter(row.choice.values()))} | {' | '.join(cells)} |")
     return lines
 
@@ -87,22 +108,50 @@ def _best(measure: Measure, cells: list[Cell]) -> Cell | None:
 def _cell(cell: Cell, measure: Measure, best: bool) -> str:
     text: str = cell.gaps[0].kind if cell.gaps else "-"
     if cell.mean is not None:
-        text = f"{cell.mean:.{measure.digits}f}" + (f" ± {cell.spread:.{measure.digits}f}" if cell.spread is not None else "")
+        text = f"{cell.mean:.{measure.digits}f}" + (
+            f" ± {cell.spread:.{measure.digits}f}" if cell.spread is not None else ""
+        )
         text = f"**{text}**" if best else text
         text += f" ({len(cell.values)} of {cell.planned})" if cell.gaps else ""
     return text + (f" [{cell.published:g}]" if cell.published is not None else "")
 
 
 def comma_separated(gathered: Gathered) -> str:
-    """A line for each combination and measure, with full precision; `values` are those of the seeds, `gaps` the reasons of the others."""
+    """A line for each combination and measure, with full precision.
+
+    `values` are those of the seeds, `gaps` the reasons of the others.
+    """
     experiment, out = gathered.file.experiment, io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow([*experiment.axes, "measure", "unit", "mean", "std", "finished", "planned", "values", "published", "sensitive", "gaps"])
+    lines.writerow(
+        [
+            *experiment.axes,
+            "measure",
+            "unit",
+            "mean",
+            "std",
+            "finished",
+            "planned",
+            "values",
+            "published",
+            "sensitive",
+            "gaps",
+        ]
+    )
     for row in gathered.rows:
-        gaps = "; ".join(f"seed {result.run.seed} {result.state.told}" for result in row.results if result.report is None)
+        gaps = "; ".join(
+            f"seed {result.run.seed} {result.state.told}" for result in row.results if result.report is None
+        )
         for name, measure in experiment.measures.items():
             cell = row.cells[name]
-            numbers = [cell.mean, cell.spread, len(cell.values), cell.planned, " ".join(map(repr, cell.values)), cell.published]
+            numbers = [
+                cell.mean,
+                cell.spread,
+                len(cell.values),
+                cell.planned,
+                " ".join(map(repr, cell.values)),
+                cell.published,
+            ]
             lines.writerow(
                 [
                     *row.choice.values(),

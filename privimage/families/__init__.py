@@ -1,4 +1,7 @@
-"""Families of generators behind one interface: what each does in each stage. A method's family is `family(config)`."""
+"""Families of generators behind one interface: what each does in each stage.
+
+A method's family is `family(config)`.
+"""
 
 from privimage.config import Config
 from privimage.families.base import Family
@@ -7,7 +10,12 @@ from privimage.families.evolution import Evolution
 from privimage.families.gan import Gan
 from privimage.families.matching import Matching
 
-FAMILIES: dict[str, Family] = {"diffusion": Diffusion(), "gan": Gan(), "matching": Matching(), "evolution": Evolution()}
+FAMILIES: dict[str, Family] = {
+    "diffusion": Diffusion(),
+    "gan": Gan(),
+    "matching": Matching(),
+    "evolution": Evolution(),
+}
 
 
 def family(config: Config) -> Family:

@@ -1,4 +1,7 @@
-"""What the stages ask of a family of generators (diffusion models, GANs): training in public and in private, and sampling."""
+"""What the stages ask of a family of generators (diffusion models, GANs).
+
+Training in public and in private, and sampling.
+"""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -22,11 +25,17 @@ class PublicTraining(ABC):
 
     @abstractmethod
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
-        """Take in this rank's part of the batch of a step: images uint8 (B, C, H, W), labels int64 (B,). Repeatable: it depends on nothing else."""
+        """Take in this rank's part of the batch of a step: images uint8 (B, C, H, W), labels int64 (B,).
+
+        Repeatable: it depends on nothing else.
+        """
 
     @abstractmethod
     def losses(self) -> dict[str, float]:
-        """Means of the losses over the steps since the last call and over the ranks, for TensorBoard; all ranks must call it together."""
+        """Means of the losses over the steps since the last call and over the ranks, for TensorBoard.
+
+        All ranks must call it together.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -38,15 +47,23 @@ class PublicTraining(ABC):
 
     @abstractmethod
     def samples(self) -> Tensor:
-        """A few images from the averaged generator, uint8 (N, C, H, W), for TensorBoard; one rank may call it alone."""
+        """A few images from the averaged generator, uint8 (N, C, H, W), for TensorBoard.
+
+        One rank may call it alone.
+        """
 
     @abstractmethod
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """What later stages start from: the generator's state as `raw` and, averaged, as `ema`, and what else the family needs."""
+        """What later stages start from.
+
+        The generator's state as `raw` and, averaged, as `ema`, and what else the family needs.
+        """
 
 
 class ImageLosses(ABC):
-    """The losses of sensitive images, each a function of one image and of random numbers that belong to it and to the step."""
+    """The losses of sensitive images, each a function of one image and of random numbers that belong to it
+    and to the step.
+    """
 
     def __init__(self, config: Config, world: World, n_classes: int):
         self.n_classes, self.device, self.shape = n_classes, world.device, image_shape(config)
@@ -55,7 +72,8 @@ class ImageLosses(ABC):
 
     @abstractmethod
     def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, ...]:
-        """Images uint8 (B, C, H, W), labels and indices (B,) -> the tensors of the loss, (B, K, ...) each, with K copies of each image.
+        """Images uint8 (B, C, H, W), labels and indices (B,) -> the tensors of the loss, (B, K, ...) each,
+        with K copies of each image.
 
         Row i depends on images[i], labels[i], indices[i] and the seed, on no other image and on no other row.
         """
@@ -68,23 +86,33 @@ class ImageLosses(ABC):
 
     @abstractmethod
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
-        """The tensors of `draw`, copies and images in one leading dimension n -> losses (n,); an image's loss is the mean over its copies."""
+        """The tensors of `draw`, copies and images in one leading dimension n -> losses (n,).
+
+        An image's loss is the mean over its copies.
+        """
 
 
 class PrivateTraining(ABC):
-    """Fine-tuning of a family's networks: the one that sees sensitive images by private steps, the others from it alone."""
+    """Fine-tuning of a family's networks.
+
+    The one that sees sensitive images by private steps, the others from it alone.
+    """
 
     module: nn.Module  # the only network that sees sensitive images
     losses: ImageLosses
     optimizer: torch.optim.Optimizer  # of `module`
 
     def seen(self) -> list[Tensor]:
-        """All that the gradients of sensitive images depend on: the tensors of `module`, and those of other networks in the losses."""
+        """All that the gradients of sensitive images depend on.
+
+        The tensors of `module`, and those of other networks in the losses.
+        """
         return list(self.module.state_dict().values())
 
     @abstractmethod
     def after_step(self, step: int) -> dict[str, float]:
-        """What follows the `step`-th private update (1, 2, ...) of `module` and sees nothing sensitive but its weights.
+        """What follows the `step`-th private update (1, 2, ...) of `module` and sees nothing sensitive but
+        its weights.
 
         All ranks call it together. Returns figures that may be shown beside the public ones.
         """
@@ -95,7 +123,10 @@ class PrivateTraining(ABC):
 
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned, on all ranks, after `module` and `optimizer` were restored; other keys are left alone."""
+        """Take over what `state` returned, on all ranks, after `module` and `optimizer` were restored.
+
+        Other keys are left alone.
+        """
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -105,7 +136,9 @@ class PrivateTraining(ABC):
 class Family(ABC):
     """One kind of generator. `n_classes` is 0 for an unlabelled set."""
 
-    trains: ClassVar[bool] = True  # whether a network learns from the sensitive set, to be released with the images
+    trains: ClassVar[bool] = (
+        True  # whether a network learns from the sensitive set, to be released with the images
+    )
     engines: ClassVar[tuple[str, ...]] = ("ddp", "deepspeed")  # by which `public_training` works
 
     @abstractmethod
@@ -123,8 +156,12 @@ class Family(ABC):
         return generator
 
     @abstractmethod
-    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
-        """The images at `indices` (B,) of an endless synthetic set, uint8 (B, C, H, W); `labels` int64 (B,), None for an unlabelled set.
+    def sample(
+        self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
+    ) -> Tensor:
+        """The images at `indices` (B,) of an endless synthetic set, uint8 (B, C, H, W).
+
+        `labels` int64 (B,), None for an unlabelled set.
 
         The random numbers of an image come from `runtime.seed` and its index.
         """
@@ -134,11 +171,13 @@ class Family(ABC):
         """Fresh networks, equal on all ranks; `pretrain.engine` is one of `engines`."""
 
     @abstractmethod
-    def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:
+    def private_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PrivateTraining:
         """Networks that start from the `weights` of public training, or fresh ones; equal on all ranks.
 
-        Where the public labels were others than the sensitive ones, label embeddings are fresh in any case. Raises ValueError for the
-        weights of other networks.
+        Where the public labels were others than the sensitive ones, label embeddings are fresh in any case.
+        Raises ValueError for the weights of other networks.
         """
 
     @abstractmethod
@@ -146,7 +185,7 @@ class Family(ABC):
         """What pretraining, fine-tuning and synthesis will take, from a short measurement on `device`."""
 
     def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
-        """Of a private step without noise and update: seconds an image on `device`, from a short measurement."""
+        """Seconds per image of a private step on `device`, without noise and update, measured briefly."""
         training = self.private_training(config, n_classes, World(0, 0, 1, 1, device), None)
         gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
         trained = [p for p in training.module.parameters() if p.requires_grad]
@@ -171,13 +210,20 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 def public_seed(config: Config, purpose: str, number: int) -> int:
     """The seed of public random numbers for one purpose, from `runtime.seed`."""
-    return int.from_bytes(hashlib.sha256(f"{config.runtime.seed}|{purpose}|{number}".encode()).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256(f"{config.runtime.seed}|{purpose}|{number}".encode()).digest()[:8], "big"
+    )
 
 
 def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | None) -> None:
-    """Give `module` its pretrained state; the parameter named `fresh` keeps its own value. Raises ValueError for another network's."""
+    """Give `module` its pretrained state; the parameter named `fresh` keeps its own value.
+
+    Raises ValueError for another network's.
+    """
     own = module.state_dict()
     taken = {name: value for name, value in weights.items() if name != fresh}
-    if taken.keys() != own.keys() - {fresh} or any(value.shape != own[name].shape for name, value in taken.items()):
+    if taken.keys() != own.keys() - {fresh} or any(
+        value.shape != own[name].shape for name, value in taken.items()
+    ):
         raise ValueError("the weights are those of another network")
     module.load_state_dict(own | taken)

@@ -1,4 +1,7 @@
-"""Diffusion models: DDPM++ under EDM. The denoiser is the generator, and the network that sees sensitive images."""
+"""Diffusion models: DDPM++ under EDM.
+
+The denoiser is the generator, and the network that sees sensitive images.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,7 +15,14 @@ from privimage.config import Config
 from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained
+from privimage.families.base import (
+    Family,
+    ImageLosses,
+    PrivateTraining,
+    PublicTraining,
+    image_shape,
+    load_pretrained,
+)
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
@@ -33,7 +43,9 @@ class Diffusion(Family):
         """The denoiser."""
         return build_diffusion(config, n_classes)
 
-    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
+    def sample(
+        self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
+    ) -> Tensor:
         """By the sampler, steps and guidance of `synthesize`."""
         settings, seed, shape = config.synthesize, config.runtime.seed, image_shape(config)
         pixels = math.prod(shape)
@@ -42,22 +54,31 @@ class Diffusion(Family):
             return draws.normal(seed + 1 + step, indices, pixels).view(-1, *shape)
 
         latents = draws.normal(seed, indices, pixels).view(-1, *shape)
-        return edm.to_uint8(edm.sample(generator, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn))
+        return edm.to_uint8(
+            edm.sample(
+                generator, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn
+            )
+        )
 
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
         """EDM's loss, by DDP or DeepSpeed."""
         return DiffusionPublic(config, n_classes, world)
 
-    def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:
+    def private_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PrivateTraining:
         """DP-SGD on the denoiser."""
         return DiffusionPrivate(config, n_classes, world, pretrained)
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
-        """By passes through the denoiser, 3 for a public step (forward and backward), and by a private step."""
+        """Estimate from passes through the denoiser, 3 per public step, and private steps."""
         denoiser = build_diffusion(config, n_classes).to(device)
 
         def forward(images: int) -> Tensor:
-            x, sigma = torch.zeros((images, *image_shape(config)), device=device), torch.ones(images, device=device)
+            x, sigma = (
+                torch.zeros((images, *image_shape(config)), device=device),
+                torch.ones(images, device=device),
+            )
             labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
             return edm.loss(denoiser, x, labels, sigma, x)
 
@@ -65,33 +86,67 @@ class Diffusion(Family):
         seconds = seconds_of_a_pass(forward, device, precision, settings.batch_size)
         passes = Passes(seconds, activations(forward, device, precision), parameters(denoiser))
         pretrain = [passes.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size)]
-        return [*(pretrain if config.spec.pretraining != "none" else []), *self._later_work(config, plan, n_classes, passes, forward, device)]
+        return [
+            *(pretrain if config.spec.pretraining != "none" else []),
+            *self._later_work(config, plan, n_classes, passes, forward, device),
+        ]
 
     def _later_work(
-        self, config: Config, plan: PrivacyPlan, n_classes: int, passes: "Passes", forward: Callable[[int], Tensor], device: torch.device
+        self,
+        config: Config,
+        plan: PrivacyPlan,
+        n_classes: int,
+        passes: "Passes",
+        forward: Callable[[int], Tensor],
+        device: torch.device,
     ) -> list[Work]:
         """What follows pretraining; `forward(n)` is what was measured in `passes`."""
         finetune, settings, images = plan.finetune, config.synthesize, cpu_batch_size(config.finetune)
-        memory = images * (finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size)
-        seconds = finetune.steps * finetune.logical_batch_size * self._private_seconds(config, n_classes, device)
-        calls = settings.sampler_steps * (2 if settings.sampler == "heun" else 1) * (2 if settings.guidance else 1)
+        memory = images * (
+            finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size
+        )
+        seconds = (
+            finetune.steps * finetune.logical_batch_size * self._private_seconds(config, n_classes, device)
+        )
+        calls = (
+            settings.sampler_steps
+            * (2 if settings.sampler == "heun" else 1)
+            * (2 if settings.guidance else 1)
+        )
         return [
-            Work("finetune", finetune.steps, finetune.logical_batch_size * finetune.noise_copies, seconds, 20 * passes.size + memory),
+            Work(
+                "finetune",
+                finetune.steps,
+                finetune.logical_batch_size * finetune.noise_copies,
+                seconds,
+                20 * passes.size + memory,
+            ),
             passes.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
         ]
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a denoiser of `size` parameters takes: seconds of a forward pass an image, bytes of activations an image in training."""
+    """What a denoiser of `size` parameters takes.
+
+    Seconds of a forward pass an image, bytes of activations an image in training.
+    """
 
     forward: float
     memory: float
     size: int
 
     def work(self, stage: str, steps: int, images: float, passes: float, at_once: float) -> Work:
-        """`passes` passes of `images` images in each of `steps` steps, with the activations of `at_once` images in memory."""
-        return Work(stage, steps, images, steps * images * passes * self.forward, self.size * 20 + at_once * self.memory)
+        """`passes` passes of `images` images in each of `steps` steps, with the activations of `at_once`
+        images in memory.
+        """
+        return Work(
+            stage,
+            steps,
+            images,
+            steps * images * passes * self.forward,
+            self.size * 20 + at_once * self.memory,
+        )
 
 
 class DiffusionPublic(PublicTraining):
@@ -114,9 +169,14 @@ class DiffusionPublic(PublicTraining):
         self.steps += 1
 
     def _noised(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, ...]:
-        """Images in [-1, 1], labels with some dropped, noise levels and noise: the random part of a step, repeatable."""
+        """Images in [-1, 1], labels with some dropped, noise levels and noise.
+
+        The random part of a step, repeatable.
+        """
         settings, device = self.config.pretrain, self.world.device
-        generator = torch.Generator(device).manual_seed((self.config.runtime.seed * 1_000_003 + step) * 4096 + self.world.rank)
+        generator = torch.Generator(device).manual_seed(
+            (self.config.runtime.seed * 1_000_003 + step) * 4096 + self.world.rank
+        )
         x = edm.to_unit(images)
         count = len(x)
         if settings.flip:
@@ -197,7 +257,9 @@ class DenoisingLosses(ImageLosses):
         super().__init__(config, world, n_classes)
         self.copies, self.label_dropout = config.finetune.noise_copies, config.finetune.label_dropout
 
-    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(
+        self, images: Tensor, labels: Tensor, indices: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) -> images, labels, sigma and noise with K copies each: (B, K, ...)."""
         count, copies, pixels = len(images), self.copies, images[0].numel()
         normal = self.draws.normal(seed, indices, 1 + copies * (1 + pixels))
@@ -205,7 +267,12 @@ class DenoisingLosses(ImageLosses):
         sigma = edm.draw_sigma(normal[:, 1 : 1 + copies])
         noise = normal[:, 1 + copies :].view(count, copies, *self.shape)
         kept = torch.where(hidden, self.n_classes, labels)
-        return edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1), kept[:, None].expand(-1, copies), sigma, noise
+        return (
+            edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1),
+            kept[:, None].expand(-1, copies),
+            sigma,
+            noise,
+        )
 
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
         """See `ImageLosses`."""

@@ -1,7 +1,7 @@
 """Private Evolution: a population of synthetic images in place of a trained network (Lin et al. 2024).
 
-Nothing here sees a sensitive image: the chances of a population come from noisy votes, everything else from a diffusion model that was
-trained on public images.
+Nothing here sees a sensitive image: the chances of a population come from noisy votes, everything else from a
+diffusion model that was trained on public images.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ from privimage.privacy.plan import PrivacyPlan
 
 
 class Evolution(Diffusion):
-    """See `Family`: pretraining is that of a diffusion model; what is sampled from is a population and that model."""
+    """See `Family`: pretraining is that of a diffusion model.
+
+    What is sampled from is a population and that model.
+    """
 
     trains: ClassVar[bool] = False
 
@@ -30,34 +33,55 @@ class Evolution(Diffusion):
         population.load_state_dict(state["ema"])
         return population
 
-    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
+    def sample(
+        self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
+    ) -> Tensor:
         """One more generation, whose variations have the last degree."""
         assert isinstance(generator, Population)
         return generator.offspring(indices, draws, config.evolve.iterations - 1)[0]
 
     def _later_work(
-        self, config: Config, plan: PrivacyPlan, n_classes: int, passes: Passes, forward: Callable[[int], Tensor], device: torch.device
+        self,
+        config: Config,
+        plan: PrivacyPlan,
+        n_classes: int,
+        passes: Passes,
+        forward: Callable[[int], Tensor],
+        device: torch.device,
     ) -> list[Work]:
         settings, samples = config.evolve, config.synthesize
         calls = settings.sampler_steps * (2 if settings.guidance else 1)
         return [
-            passes.work("evolve", settings.iterations, settings.population * max(n_classes, 1), calls, settings.batch_size / 8),
+            passes.work(
+                "evolve",
+                settings.iterations,
+                settings.population * max(n_classes, 1),
+                calls,
+                settings.batch_size / 8,
+            ),
             passes.work("synthesize", calls, samples.samples, 1, samples.batch_size / 8),
         ]
 
 
 def degree(config: Config, generation: int) -> float:
-    """The noise level of the variations that lead on from generation 0, 1, ..., T - 1: a geometric series from the first to the last degree."""
+    """The noise level of the variations that lead on from generation 0, 1, ..., T - 1.
+
+    A geometric series from the first to the last degree.
+    """
     settings = config.evolve
-    return settings.first_degree * (settings.last_degree / settings.first_degree) ** (generation / max(settings.iterations - 1, 1))
+    return settings.first_degree * (settings.last_degree / settings.first_degree) ** (
+        generation / max(settings.iterations - 1, 1)
+    )
 
 
 class Population(nn.Module):
-    """R classes with P synthetic images each, their chances to have children, and the public model that makes them.
+    """R classes with P synthetic images each, their chances to have children, and the public model that makes
+    them.
 
-    `images` uint8 (R, P, C, H, W); `public` int64 (R, P), the public class that each image was made for, of `public_classes` (0: the model
-    knows none); `chances` float64 (R, P), of which each row sums to 1. Index i belongs to class i mod R, and is its member i div R. All
-    random numbers of an image belong to its generation and index: it is the same whatever the rank.
+    `images` uint8 (R, P, C, H, W); `public` int64 (R, P), the public class that each image was made for, of
+    `public_classes` (0: the model knows none); `chances` float64 (R, P), of which each row sums to 1. Index i
+    belongs to class i mod R, and is its member i div R. All random numbers of an image belong to its
+    generation and index: it is the same whatever the rank.
     """
 
     images: Tensor
@@ -74,29 +98,48 @@ class Population(nn.Module):
 
     @torch.no_grad()
     def first(self, indices: Tensor, draws: ImageDraws) -> tuple[Tensor, Tensor]:
-        """Images of generation 0, uint8 (B, C, H, W), each of a public class (B,) that is drawn with equal chances (RANDOM_API)."""
+        """Images of generation 0, uint8 (B, C, H, W), each of a public class (B,) that is drawn with equal
+        chances (RANDOM_API).
+        """
         settings = self.config.evolve
         uniform, latents = self._draw(indices, draws, 0)
         public = (uniform * self.public_classes).long().clamp(max=max(self.public_classes - 1, 0))
-        images = edm.sample(self.denoiser, latents, self._labels(public), "euler", settings.sampler_steps, settings.guidance)
+        images = edm.sample(
+            self.denoiser, latents, self._labels(public), "euler", settings.sampler_steps, settings.guidance
+        )
         return edm.to_uint8(images), public
 
     @torch.no_grad()
     def offspring(self, indices: Tensor, draws: ImageDraws, generation: int) -> tuple[Tensor, Tensor]:
-        """Variations, uint8 (B, C, H, W), of parents of generation 0, 1, ... drawn by their chances, and their public classes (B,) (VARIATION_API)."""
+        """Variations, uint8 (B, C, H, W), of parents of generation 0, 1, ...
+
+        Drawn by their chances, and their public classes (B,) (VARIATION_API).
+        """
         settings, rows = self.config.evolve, indices % len(self.images)
         uniform, noise = self._draw(indices, draws, generation + 1)
         parents = (self.chances.cumsum(1)[rows] < uniform[:, None]).sum(1).clamp(max=self.images.shape[1] - 1)
         images, public = edm.to_unit(self.images[rows, parents]), self.public[rows, parents]
         sigma = degree(self.config, generation)
-        return edm.to_uint8(edm.vary(self.denoiser, images, noise, self._labels(public), sigma, settings.sampler_steps, settings.guidance)), public
+        return edm.to_uint8(
+            edm.vary(
+                self.denoiser,
+                images,
+                noise,
+                self._labels(public),
+                sigma,
+                settings.sampler_steps,
+                settings.guidance,
+            )
+        ), public
 
     def state(self) -> dict[str, Tensor]:
         """The population without the model, which does not change."""
         return {"images": self.images, "public": self.public, "chances": self.chances}
 
     def _draw(self, indices: Tensor, draws: ImageDraws, generation: int) -> tuple[Tensor, Tensor]:
-        normal = draws.normal(public_seed(self.config, "generation", generation), indices, 1 + self.images[0, 0].numel())
+        normal = draws.normal(
+            public_seed(self.config, "generation", generation), indices, 1 + self.images[0, 0].numel()
+        )
         return torch.special.ndtr(normal[:, 0].double()), normal[:, 1:].reshape(-1, *self.images.shape[2:])
 
     def _labels(self, public: Tensor) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""GANs: BigGAN with hinge losses. The generator never sees a sensitive image, the discriminator is the network that does."""
+"""GANs: BigGAN with hinge losses.
+
+The generator never sees a sensitive image, the discriminator is the network that does.
+"""
 
 from typing import Any, ClassVar
 
@@ -10,7 +13,15 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.blocks import blockwise
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
-from privimage.families.base import Family, ImageLosses, PrivateTraining, PublicTraining, image_shape, load_pretrained, public_seed
+from privimage.families.base import (
+    Family,
+    ImageLosses,
+    PrivateTraining,
+    PublicTraining,
+    image_shape,
+    load_pretrained,
+    public_seed,
+)
 from privimage.families.generator import BETAS, TrainedGenerator, generated
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
@@ -19,7 +30,8 @@ from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "label.weight"  # the label embedding of either network
-FAKES = 32  # latents that go through the generator at once: always as many, so that no fake depends on how many are made
+# latents that go through the generator at once: always as many, so that no fake depends on how many are made
+FAKES = 32
 
 
 class Gan(Family):
@@ -29,31 +41,49 @@ class Gan(Family):
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """Generator and discriminator."""
-        return {"generator": build_generator(config, n_classes), "discriminator": build_discriminator(config, n_classes)}
+        return {
+            "generator": build_generator(config, n_classes),
+            "discriminator": build_discriminator(config, n_classes),
+        }
 
     def generator(self, config: Config, n_classes: int) -> Generator:
         """BigGAN's generator."""
         return build_generator(config, n_classes)
 
-    def sample(self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws) -> Tensor:
+    def sample(
+        self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
+    ) -> Tensor:
         """One pass of the generator, which is in eval mode."""
         assert isinstance(generator, Generator)
-        return generated(generator, draws, config.runtime.seed, indices, torch.zeros_like(indices) if labels is None else labels)
+        return generated(
+            generator,
+            draws,
+            config.runtime.seed,
+            indices,
+            torch.zeros_like(indices) if labels is None else labels,
+        )
 
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
         """Discriminator and generator in turn, by DDP."""
         return GanPublic(config, n_classes, world)
 
-    def private_training(self, config: Config, n_classes: int, world: World, pretrained: dict | None) -> PrivateTraining:
+    def private_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PrivateTraining:
         """DP-SGD on the discriminator."""
         return GanPrivate(config, n_classes, world, pretrained)
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
-        """By passes through both networks, 3 for a public step (forward and backward), and by a private step of the discriminator."""
+        """By passes through both networks, 3 for a public step (forward and backward), and by a private step
+        of the discriminator.
+        """
         discriminator = build_discriminator(config, n_classes).to(device)
 
         def forward(images: int) -> Tensor:
-            return discriminator(torch.zeros((images, *image_shape(config)), device=device), torch.zeros(images, dtype=torch.int64, device=device))
+            return discriminator(
+                torch.zeros((images, *image_shape(config)), device=device),
+                torch.zeros(images, dtype=torch.int64, device=device),
+            )
 
         g_seconds, g_memory, g_size = self._generator_work(config, n_classes, device)
         d_seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
@@ -64,19 +94,40 @@ class Gan(Family):
         if config.spec.pretraining != "none":
             seconds = 6 * d_seconds + g_seconds + 3 * (g_seconds + d_seconds) / pretrain.discriminator_steps
             memory = weights + pretrain.batch_size * max(2 * d_memory, g_memory + d_memory)
-            rows.append(Work("pretrain", pretrain.steps, pretrain.batch_size, pretrain.steps * pretrain.batch_size * seconds, memory))
+            rows.append(
+                Work(
+                    "pretrain",
+                    pretrain.steps,
+                    pretrain.batch_size,
+                    pretrain.steps * pretrain.batch_size * seconds,
+                    memory,
+                )
+            )
         seconds = private.logical_batch_size * self._private_seconds(config, n_classes, device)
         seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
-        memory = weights + max(cpu_batch_size(finetune) * (2 * d_memory + 4 * d_size), finetune.generator_batch_size * (g_memory + d_memory))
-        rows.append(Work("finetune", private.steps, private.logical_batch_size, private.steps * seconds, memory))
+        memory = weights + max(
+            cpu_batch_size(finetune) * (2 * d_memory + 4 * d_size),
+            finetune.generator_batch_size * (g_memory + d_memory),
+        )
+        rows.append(
+            Work("finetune", private.steps, private.logical_batch_size, private.steps * seconds, memory)
+        )
         return [*rows, self._sampling(config, g_seconds, g_memory, weights)]
 
-    def _generator_work(self, config: Config, n_classes: int, device: torch.device) -> tuple[float, float, int]:
-        """Of the generator: seconds of a pass an image, bytes of activations an image in training, and parameters."""
+    def _generator_work(
+        self, config: Config, n_classes: int, device: torch.device
+    ) -> tuple[float, float, int]:
+        """Of the generator.
+
+        Seconds of a pass an image, bytes of activations an image in training, and parameters.
+        """
         generator = build_generator(config, n_classes).to(device)
 
         def forward(images: int) -> Tensor:
-            return generator(torch.zeros(images, generator.latent_size, device=device), torch.zeros(images, dtype=torch.int64, device=device))
+            return generator(
+                torch.zeros(images, generator.latent_size, device=device),
+                torch.zeros(images, dtype=torch.int64, device=device),
+            )
 
         seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
         return seconds, activations(forward, device, config.runtime.precision), parameters(generator)
@@ -84,16 +135,33 @@ class Gan(Family):
     def _sampling(self, config: Config, seconds: float, memory: float, weights: float) -> Work:
         """What synthesis takes, by the figures of the generator; `weights` are the bytes of the networks."""
         settings = config.synthesize
-        return Work("synthesize", 1, settings.samples, settings.samples * seconds, weights + settings.batch_size * memory / 8)
+        return Work(
+            "synthesize",
+            1,
+            settings.samples,
+            settings.samples * seconds,
+            weights + settings.batch_size * memory / 8,
+        )
 
 
 class Adversary(TrainedGenerator):
     """A generator against a discriminator that it only looks at.
 
-    A step depends on the discriminator's weights, the seed of the configuration and its own number, on nothing else.
+    A step depends on the discriminator's weights, the seed of the configuration and its own number, on
+    nothing else.
     """
 
-    def __init__(self, config: Config, n_classes: int, world: World, network: Generator, batch_size: int, learning_rate: float, decay: float, bf16: bool):
+    def __init__(
+        self,
+        config: Config,
+        n_classes: int,
+        world: World,
+        network: Generator,
+        batch_size: int,
+        learning_rate: float,
+        decay: float,
+        bf16: bool,
+    ):
         super().__init__(config, n_classes, world, network, batch_size, learning_rate, decay, bf16)
         self.critic = build_discriminator(config, n_classes).to(world.device).requires_grad_(False)
 
@@ -108,14 +176,29 @@ class Adversary(TrainedGenerator):
 
 
 class GanPublic(PublicTraining):
-    """Hinge losses on public images; the generator's turn comes after every `pretrain.discriminator_steps` steps of the discriminator."""
+    """Hinge losses on public images.
+
+    The generator's turn comes after every `pretrain.discriminator_steps` steps of the discriminator.
+    """
 
     def __init__(self, config: Config, n_classes: int, world: World):
         self.config, self.n_classes, self.world = config, n_classes, world
         settings, self.bf16 = config.pretrain, config.runtime.precision == "bf16"
         torch.manual_seed(config.runtime.seed)
-        network, discriminator = build_generator(config, n_classes).to(world.device), build_discriminator(config, n_classes).to(world.device)
-        self.generator = Adversary(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, self.bf16)
+        network, discriminator = (
+            build_generator(config, n_classes).to(world.device),
+            build_discriminator(config, n_classes).to(world.device),
+        )
+        self.generator = Adversary(
+            config,
+            n_classes,
+            world,
+            network,
+            settings.batch_size,
+            settings.learning_rate,
+            settings.ema_decay,
+            self.bf16,
+        )
         self.discriminator = DDPEngine(discriminator, settings.learning_rate, world, self.bf16, BETAS)
         self.draws = ImageDraws(world.device)
         self.sums = torch.zeros(2, device=world.device)
@@ -125,7 +208,9 @@ class GanPublic(PublicTraining):
         """See `PublicTraining`."""
         network, count = self.generator.network, len(images)
         place = self.world.rank * count + torch.arange(count, device=self.world.device)
-        normal = self.draws.normal(public_seed(self.config, "discriminator step", step), place, network.latent_size + 1)
+        normal = self.draws.normal(
+            public_seed(self.config, "discriminator step", step), place, network.latent_size + 1
+        )
         real = edm.to_unit(images)
         if self.config.pretrain.flip:
             real = torch.where((normal[:, -1] < 0)[:, None, None, None], real.flip(3), real)
@@ -146,7 +231,9 @@ class GanPublic(PublicTraining):
         """See `PublicTraining`."""
         sums = (self.world.all_reduce_(self.sums.clone()) / self.world.size).tolist()
         names = ("discriminator loss", "generator loss")
-        found = {name: total / count for name, total, count in zip(names, sums, self.counts, strict=True) if count}
+        found = {
+            name: total / count for name, total, count in zip(names, sums, self.counts, strict=True) if count
+        }
         self.sums.zero_()
         self.counts = [0, 0]
         return found
@@ -165,13 +252,22 @@ class GanPublic(PublicTraining):
         return self.generator.samples()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """See `PublicTraining`; and the `discriminator`, which is not averaged: it is judged by what it is now."""
-        raw, averaged = self.generator.network.state_dict(), self.generator.settled(averaged=True).state_dict()
+        """See `PublicTraining`; and the `discriminator`, which is not averaged.
+
+        It is judged by what it is now.
+        """
+        raw, averaged = (
+            self.generator.network.state_dict(),
+            self.generator.settled(averaged=True).state_dict(),
+        )
         return {"raw": raw, "ema": averaged, "discriminator": self.discriminator.module.state_dict()}
 
 
 class GanPrivate(PrivateTraining):
-    """DP-SGD on the discriminator; after every `finetune.discriminator_steps` private steps the generator follows the noised one."""
+    """DP-SGD on the discriminator.
+
+    After every `finetune.discriminator_steps` private steps the generator follows the noised one.
+    """
 
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
         settings, self.world = config.finetune, world
@@ -184,8 +280,19 @@ class GanPrivate(PrivateTraining):
             load_pretrained(network, pretrained[settings.start_from], fresh)
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.learning_rate, betas=BETAS)
         self.ratio, bf16 = settings.discriminator_steps, settings.precision == "bf16"
-        self.generator = Adversary(config, n_classes, world, network, settings.generator_batch_size, settings.generator_learning_rate, settings.ema_decay, bf16)
-        self.losses: AdversarialLosses = AdversarialLosses(config, world, n_classes, self.generator.settled(averaged=False))
+        self.generator = Adversary(
+            config,
+            n_classes,
+            world,
+            network,
+            settings.generator_batch_size,
+            settings.generator_learning_rate,
+            settings.ema_decay,
+            bf16,
+        )
+        self.losses: AdversarialLosses = AdversarialLosses(
+            config, world, n_classes, self.generator.settled(averaged=False)
+        )
 
     def after_step(self, step: int) -> dict[str, float]:
         """The generator's step, if it is its turn."""
@@ -214,10 +321,13 @@ class GanPrivate(PrivateTraining):
 
 
 class AdversarialLosses(ImageLosses):
-    """The discriminator's hinge losses of a sensitive image and of one generated image with its label: their gradients are summed, then clipped.
+    """The discriminator's hinge losses of a sensitive image and of one generated image with its label.
 
-    The two are laid out as two copies of the image with doubled losses, whose mean is the sum. The generator is in eval mode: batch norm
-    over the batch would let the fake of one image depend on which other images take part, and clipping would bound nothing.
+    Their gradients are summed, then clipped.
+
+    The two are laid out as two copies of the image with doubled losses, whose mean is the sum. The generator
+    is in eval mode: batch norm over the batch would let the fake of one image depend on which other images
+    take part, and clipping would bound nothing.
     """
 
     def __init__(self, config: Config, world: World, n_classes: int, generator: Generator):
@@ -225,10 +335,17 @@ class AdversarialLosses(ImageLosses):
         self.generator = generator
 
     @torch.no_grad()
-    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W) -> pairs of a real and a generated one (B, 2, C, H, W), their labels and which is real (B, 2)."""
+    def draw(
+        self, images: Tensor, labels: Tensor, indices: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) -> pairs of a real and a generated one (B, 2, C, H, W), their labels and which
+        is real (B, 2).
+        """
         if self.generator.training:
-            raise RuntimeError("the generator's statistics are those of its batch: the loss of an image would depend on the others")
+            raise RuntimeError(
+                "the generator's statistics are those of its batch: the loss of an image would depend on "
+                "the others"
+            )
         latents = self.draws.normal(seed, indices, self.generator.latent_size)
         labels = labels if self.n_classes else torch.zeros_like(labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

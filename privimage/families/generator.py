@@ -21,7 +21,9 @@ SETTLING = (8, 64)  # batches and latents in each, from which a generator's stat
 
 @torch.no_grad()
 def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tensor, labels: Tensor) -> Tensor:
-    """Images of a settled generator, uint8 (B, C, H, W): each from its label and from a latent that belongs to (seed, index).
+    """Images of a settled generator, uint8 (B, C, H, W).
+
+    Each from its label and from a latent that belongs to (seed, index).
 
     `indices` and `labels` int64 (B,), labels 0 for an unlabelled set.
     """
@@ -31,11 +33,28 @@ def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tenso
 class TrainedGenerator:
     """A generator, its optimizer, its average, and its settled form.
 
-    Batch norm sees the latents of all ranks, so that a step is the same for any number of ranks that divides the batch.
+    Batch norm sees the latents of all ranks, so that a step is the same for any number of ranks that divides
+    the batch.
     """
 
-    def __init__(self, config: Config, n_classes: int, world: World, network: Generator, batch_size: int, learning_rate: float, decay: float, bf16: bool):
-        self.config, self.n_classes, self.world, self.network, self.bf16 = config, n_classes, world, network, bf16
+    def __init__(
+        self,
+        config: Config,
+        n_classes: int,
+        world: World,
+        network: Generator,
+        batch_size: int,
+        learning_rate: float,
+        decay: float,
+        bf16: bool,
+    ):
+        self.config, self.n_classes, self.world, self.network, self.bf16 = (
+            config,
+            n_classes,
+            world,
+            network,
+            bf16,
+        )
         self.own = -(-batch_size // world.size)
         over_ranks(network, world)
         self.engine = DDPEngine(network, learning_rate, world, bf16, BETAS)
@@ -43,10 +62,14 @@ class TrainedGenerator:
         self.draws = ImageDraws(world.device)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """This rank's images (B, C, H, W) in [-1, 1] of step `number`, to be trained on, and their labels (B,), drawn in turn."""
+        """This rank's images (B, C, H, W) in [-1, 1] of step `number`, to be trained on, and their labels
+        (B,), drawn in turn.
+        """
         place = self.world.rank * self.own + torch.arange(self.own, device=self.world.device)
         labels = (place + number * self.own * self.world.size) % max(self.n_classes, 1)
-        latents = self.draws.normal(public_seed(self.config, "generator step", number), place, self.network.latent_size)
+        latents = self.draws.normal(
+            public_seed(self.config, "generator step", number), place, self.network.latent_size
+        )
         return self.engine.forward(latents, labels), labels
 
     def update(self, loss: Tensor) -> Tensor:
@@ -56,20 +79,32 @@ class TrainedGenerator:
         return loss.detach()
 
     def settled(self, averaged: bool) -> Generator:
-        """The present or the averaged weights in a generator of their own, with statistics that fit them, in eval mode."""
+        """The present or the averaged weights in a generator of their own, with statistics that fit them, in
+        eval mode.
+        """
         still = build_generator(self.config, self.n_classes).to(self.world.device)
         still.load_state_dict(self.network.state_dict())
         if averaged:
             self.ema.copy_to(still)
         batches, latents = SETTLING
-        normal = self.draws.normal(public_seed(self.config, "settling", 0), torch.arange(batches * latents), still.latent_size)
+        normal = self.draws.normal(
+            public_seed(self.config, "settling", 0), torch.arange(batches * latents), still.latent_size
+        )
         labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
         return settle(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
 
     def samples(self) -> Tensor:
         """A few images of the averaged generator, uint8 (N, C, H, W), up to 10 classes in turn."""
-        indices = torch.arange(5 * min(self.n_classes, 10) if self.n_classes else 25, device=self.world.device)
-        return generated(self.settled(averaged=True), self.draws, self.config.runtime.seed, indices, indices % max(self.n_classes, 1))
+        indices = torch.arange(
+            5 * min(self.n_classes, 10) if self.n_classes else 25, device=self.world.device
+        )
+        return generated(
+            self.settled(averaged=True),
+            self.draws,
+            self.config.runtime.seed,
+            indices,
+            indices % max(self.n_classes, 1),
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; all ranks must call it together."""

@@ -1,4 +1,8 @@
-"""DP-MERF: BigGAN's generator, without a discriminator, against the noisy mean embedding of the sensitive set (Harder et al. 2021)."""
+"""DP-MERF.
+
+BigGAN's generator, without a discriminator, against the noisy mean embedding of the sensitive set (Harder et
+al. 2021).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,9 @@ class Matching(Gan):
         seconds, memory, size = self._generator_work(config, n_classes, device)
         work = settings.steps * settings.batch_size * 3 * seconds
         return [
-            Work("match", settings.steps, settings.batch_size, work, 20 * size + settings.batch_size * memory),
+            Work(
+                "match", settings.steps, settings.batch_size, work, 20 * size + settings.batch_size * memory
+            ),
             self._sampling(config, seconds, memory, 20 * size),
         ]
 
@@ -38,21 +44,40 @@ class MatchedGenerator(TrainedGenerator):
     Its steps depend on that embedding, the seed of the configuration and their own number, on nothing else.
     """
 
-    def __init__(self, config: Config, n_classes: int, world: World, features: RandomFeatures, target: Tensor):
-        """`target` (rows, F): for each class the mean embedding of its images times their share of the set."""
+    def __init__(
+        self, config: Config, n_classes: int, world: World, features: RandomFeatures, target: Tensor
+    ):
+        """`target` (rows, F): per class, the mean embedding of its images times their share of the set."""
         settings = config.match
         torch.manual_seed(config.runtime.seed)
-        network, bf16 = build_generator(config, n_classes).to(world.device), config.runtime.precision == "bf16"
-        super().__init__(config, n_classes, world, network, settings.batch_size, settings.learning_rate, settings.ema_decay, bf16)
+        network, bf16 = (
+            build_generator(config, n_classes).to(world.device),
+            config.runtime.precision == "bf16",
+        )
+        super().__init__(
+            config,
+            n_classes,
+            world,
+            network,
+            settings.batch_size,
+            settings.learning_rate,
+            settings.ema_decay,
+            bf16,
+        )
         self.features, self.target = features, target
         self.distance = torch.zeros((), device=world.device)
 
     def step(self, number: int) -> None:
         """One update; all ranks call it together."""
         images, labels = self.batch(number)
-        own = F.one_hot(labels, len(self.target)).float().T @ self.features(images.float()) / (self.own * self.world.size)
+        own = (
+            F.one_hot(labels, len(self.target)).float().T
+            @ self.features(images.float())
+            / (self.own * self.world.size)
+        )
         residual = self.world.all_reduce_(own.detach().clone()) - self.target
-        # The gradient of |residual|^2, of which `own` is this rank's part; the engine takes the mean over the ranks, not the sum.
+        # The gradient of |residual|^2, of which `own` is this rank's part; the engine takes the mean over the
+        # ranks, not the sum.
         self.update(2 * self.world.size * (residual * own).sum())
         self.distance = residual.square().sum()
 

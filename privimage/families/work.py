@@ -22,28 +22,41 @@ class Work:
     memory: float  # bytes
 
 
-def seconds_of_a_pass(forward: Callable[[int], Tensor], device: torch.device, precision: str, at_once: int) -> float:
-    """Seconds of a forward pass an image. `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16"."""
+def seconds_of_a_pass(
+    forward: Callable[[int], Tensor], device: torch.device, precision: str, at_once: int
+) -> float:
+    """Seconds of a forward pass an image.
+
+    `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16".
+    """
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return seconds_an_image(forward, min(FEW, at_once), at_once)
 
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
-    """Seconds of `run(n)` divided by n, for n = `images` and then more and more, until it is long enough to be measured or n = `at_once`."""
+    """Seconds of `run(n)` divided by n, for n = `images` and then more and more, until it is long enough to
+    be measured or n = `at_once`.
+    """
     while (best := min(_seconds(run, images) for _ in range(3))) < ENOUGH and images < at_once:
         images = min(2 * images, at_once)
     return best / images
 
 
 def activations(forward: Callable[[int], Tensor], device: torch.device, precision: str) -> float:
-    """Bytes that an image leaves for the backward pass; `forward` and `precision` are those of `seconds_of_a_pass`."""
+    """Bytes that an image leaves for the backward pass.
+
+    `forward` and `precision` are those of `seconds_of_a_pass`.
+    """
     held: list[int] = []
 
     def hold(tensor: Tensor) -> Tensor:
         held.append(tensor.numel() * tensor.element_size())
         return tensor
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
+    ):
         forward(FEW)
     return sum(held) / FEW
 

@@ -22,12 +22,19 @@ def build_diffusion(config: Config, n_classes: int) -> Denoiser:
     model, data = config.model, config.data
     halvings = len(model.multipliers) - 1
     if data.resolution % 2**halvings:
-        raise UserError(f"model.multipliers: {len(model.multipliers)} levels need a data.resolution divisible by {2**halvings}, not {data.resolution}")
-    return Denoiser(DDPMpp(data.resolution, data.channels, n_classes, model.width, model.multipliers, model.attention))
+        raise UserError(
+            f"model.multipliers: {len(model.multipliers)} levels need a data.resolution divisible by "
+            f"{2**halvings}, not {data.resolution}"
+        )
+    return Denoiser(
+        DDPMpp(data.resolution, data.channels, n_classes, model.width, model.multipliers, model.attention)
+    )
 
 
 def build_generator(config: Config, n_classes: int) -> Generator:
-    """BigGAN's generator, from `model.gan_width` and `data.*`; an unlabelled set (n_classes = 0) has one class, label 0.
+    """BigGAN's generator, from `model.gan_width` and `data.*`.
+
+    An unlabelled set (n_classes = 0) has one class, label 0.
 
     Raises UserError where the resolution does not come from doubling a map of 4x4 to 7x7.
     """
@@ -45,5 +52,8 @@ def _gan_shape(config: Config, n_classes: int) -> tuple[int, int, int, int]:
     while bottom > 7 and bottom % 2 == 0:
         bottom //= 2
     if bottom > 7:
-        raise UserError(f"data.resolution: the GAN doubles a map of 4x4 to 7x7 up to the image, which never gives {data.resolution}")
+        raise UserError(
+            "data.resolution: the GAN doubles a map of 4x4 to 7x7 up to the image, which never gives "
+            f"{data.resolution}"
+        )
     return data.resolution, data.channels, max(n_classes, 1), config.model.gan_width

@@ -1,10 +1,13 @@
-"""BigGAN (Brock et al. 2019, "Large Scale GAN Training for High Fidelity Natural Image Synthesis") for the GAN methods.
+"""BigGAN (Brock et al.
 
-The discriminator has GroupNorm in place of batch norm and no spectral norm: it alone sees sensitive images, so its gradient is
-clipped image by image. Batch norm would make one image's gradient depend on the others of its batch, so that no clipping could bound
-what one image changes. Spectral norm would hide the weights behind a parametrization that per-layer gradient rules do not see, with a
-power iteration that alters the layer at every forward pass; what it is for, a bound on how far the discriminator can move, is given by
-clipping. The generator sees latents and labels only and keeps both.
+2019, "Large Scale GAN Training for High Fidelity Natural Image Synthesis") for the GAN methods.
+
+The discriminator has GroupNorm in place of batch norm and no spectral norm: it alone sees sensitive images,
+so its gradient is clipped image by image. Batch norm would make one image's gradient depend on the others of
+its batch, so that no clipping could bound what one image changes. Spectral norm would hide the weights behind
+a parametrization that per-layer gradient rules do not see, with a power iteration that alters the layer at
+every forward pass; what it is for, a bound on how far the discriminator can move, is given by clipping. The
+generator sees latents and labels only and keeps both.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,8 @@ def _orthogonal(module: nn.Module) -> None:
 
 
 def _spectral(module: nn.Module) -> nn.Module:
-    # Orthogonal before the parametrization: writing to the weight afterwards would go through its right inverse.
+    # Orthogonal before the parametrization: writing to the weight afterwards would go through its right
+    # inverse.
     _orthogonal(module)
     return spectral_norm(module, eps=1e-6)
 
@@ -43,7 +47,10 @@ class ConditionalBatchNorm(nn.Module):
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
         """(B, C, H, W), (B, inputs) -> (B, C, H, W)."""
-        return self.norm(images) * (1 + self.gain(condition))[:, :, None, None] + self.bias(condition)[:, :, None, None]
+        return (
+            self.norm(images) * (1 + self.gain(condition))[:, :, None, None]
+            + self.bias(condition)[:, :, None, None]
+        )
 
 
 class GeneratorBlock(nn.Module):
@@ -87,32 +94,44 @@ class SelfAttention(nn.Module):
 class Generator(nn.Module):
     """Latents and labels to images.
 
-    The latent, of 80 numbers, is cut into equal chunks (4 of 20 for 32x32): the first makes the smallest map (4x4; 7x7 for 28x28), each
-    of the others joins the class embedding as the condition of one block that doubles the map. `n_classes` >= 1; an unlabelled set has
-    one class.
+    The latent, of 80 numbers, is cut into equal chunks (4 of 20 for 32x32): the first makes the smallest map
+    (4x4; 7x7 for 28x28), each of the others joins the class embedding as the condition of one block that
+    doubles the map. `n_classes` >= 1; an unlabelled set has one class.
     """
 
-    def __init__(self, resolution: int, channels: int, n_classes: int, width: int = 96, shared: int = 128) -> None:
+    def __init__(
+        self, resolution: int, channels: int, n_classes: int, width: int = 96, shared: int = 128
+    ) -> None:
         super().__init__()
         self.bottom, blocks = resolution, 0
         while self.bottom > 7 and self.bottom % 2 == 0:
             self.bottom, blocks = self.bottom // 2, blocks + 1
-        outputs = [4 * width] * blocks if resolution <= 32 else [width * min(16, 2**level) for level in reversed(range(blocks))]
+        outputs = (
+            [4 * width] * blocks
+            if resolution <= 32
+            else [width * min(16, 2**level) for level in reversed(range(blocks))]
+        )
         inputs = [4 * width if resolution <= 32 else width * min(16, 2**blocks), *outputs[:-1]]
         self.chunk = LATENT // (blocks + 1)
         self.latent_size = self.chunk * (blocks + 1)
         self.label = nn.Embedding(n_classes, shared)
         _orthogonal(self.label)
         self.input = _spectral(nn.Linear(self.chunk, inputs[0] * self.bottom**2))
-        self.blocks = nn.ModuleList(GeneratorBlock(a, b, self.chunk + shared) for a, b in zip(inputs, outputs, strict=True))
+        self.blocks = nn.ModuleList(
+            GeneratorBlock(a, b, self.chunk + shared) for a, b in zip(inputs, outputs, strict=True)
+        )
         # After block 2; one earlier where block 2 is the last, and none for a single block.
         self.attention_after = min(2, blocks - 1)
-        self.attention = SelfAttention(outputs[self.attention_after - 1]) if self.attention_after > 0 else None
+        self.attention = (
+            SelfAttention(outputs[self.attention_after - 1]) if self.attention_after > 0 else None
+        )
         self.norm = nn.BatchNorm2d(outputs[-1], eps=1e-4)
         self.output = _spectral(nn.Conv2d(outputs[-1], channels, 3, padding=1))
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """latents (B, latent_size) standard normal, labels (B,) int64 in [0, n_classes) -> images (B, C, H, W) in [-1, 1]."""
+        """latents (B, latent_size) standard normal, labels (B,) int64 in [0, n_classes) -> images (B, C, H,
+        W) in [-1, 1].
+        """
         first, *chunks = latents.split(self.chunk, dim=1)
         shared = self.label(labels)
         hidden = self.input(first).unflatten(1, (-1, self.bottom, self.bottom))
@@ -125,16 +144,21 @@ class Generator(nn.Module):
 
 @torch.no_grad()
 def settle(generator: Generator, batches: Sequence[tuple[Tensor, Tensor]]) -> Generator:
-    """Fit what is no weight to the present weights, and go to eval mode, in which an image depends on its own latent and label alone.
+    """Fit what is no weight to the present weights, and go to eval mode, in which an image depends on its own
+    latent and label alone.
 
-    Running means and variances become the averages over `batches` (latents, labels), and the vectors of the spectral norm those of a
-    power iteration with a step a batch. An averaged or freshly updated generator needs this: the statistics of one network
-    are not those of another (Brock et al. 2019, "standing statistics").
+    Running means and variances become the averages over `batches` (latents, labels), and the vectors of the
+    spectral norm those of a power iteration with a step a batch. An averaged or freshly updated generator
+    needs this: the statistics of one network are not those of another (Brock et al. 2019, "standing
+    statistics").
     """
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     generator.train()
-    for latents, labels in batches:  # for the spectral norm, on which the statistics depend; it sees weights only
+    for (
+        latents,
+        labels,
+    ) in batches:  # for the spectral norm, on which the statistics depend; it sees weights only
         generator(latents[:1], labels[:1])
     for norm in norms:
         norm.reset_running_stats()
@@ -151,7 +175,10 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block; the first one of the network leaves out the normalisation and activation of its input, which are pixels."""
+    """Residual block.
+
+    The first one of the network leaves out the normalisation and activation of its input, which are pixels.
+    """
 
     def __init__(self, inputs: int, outputs: int, down: bool, first: bool) -> None:
         super().__init__()
@@ -178,7 +205,10 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Projection discriminator (Miyato and Koyama 2018): 4 blocks up to 32x32, two of them halving; above, one more a doubling."""
+    """Projection discriminator (Miyato and Koyama 2018): 4 blocks up to 32x32, two of them halving.
+
+    Above, one more a doubling.
+    """
 
     def __init__(self, resolution: int, channels: int, n_classes: int, width: int = 96) -> None:
         super().__init__()
@@ -188,13 +218,18 @@ class Discriminator(nn.Module):
             halvings = (resolution // 4).bit_length() - 1
             outputs = [width * min(16, 2**level) for level in range(halvings + 1)]
         inputs = [channels, *outputs[:-1]]
-        self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, index < halvings, index == 0) for index, (a, b) in enumerate(zip(inputs, outputs, strict=True))))
+        self.blocks = nn.Sequential(
+            *(
+                DiscriminatorBlock(a, b, index < halvings, index == 0)
+                for index, (a, b) in enumerate(zip(inputs, outputs, strict=True))
+            )
+        )
         self.label = nn.Embedding(n_classes, outputs[-1])
         self.output = nn.Linear(outputs[-1], 1)
         self.apply(_orthogonal)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images (B, C, H, W) in [-1, 1], labels (B,) int64 in [0, n_classes) -> scores (B,), high for real."""
+        """images (B, C, H, W) in [-1, 1], labels (B,) int64 in [0, n_classes) -> scores (B,)."""
         features = F.relu(self.blocks(images)).sum((2, 3))
         return self.output(features)[:, 0] + (self.label(labels) * features).sum(1)
 

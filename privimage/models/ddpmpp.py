@@ -1,7 +1,10 @@
-"""DDPM++: the U-Net of the diffusion methods (Song et al. 2021, "Score-Based Generative Modeling through SDEs", appendix H).
+"""DDPM++: the U-Net of the diffusion methods (Song et al.
 
-Written for per-image gradients: parameters live only in Conv2d, Linear, GroupNorm and Embedding layers, each of which runs
-exactly once in a forward pass; nothing is added in place and no statistic is taken over the batch.
+2021, "Score-Based Generative Modeling through SDEs", appendix H).
+
+Written for per-image gradients: parameters live only in Conv2d, Linear, GroupNorm and Embedding layers, each
+of which runs exactly once in a forward pass; nothing is added in place and no statistic is taken over the
+batch.
 """
 
 import math
@@ -24,7 +27,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _initialised(layer: Layer, scale: float = 1.0) -> Layer:
-    # Uniform with variance scale / mean(fan in, fan out), as in Song et al.; a scale of 1e-10 makes a block start as the identity.
+    # Uniform with variance scale / mean(fan in, fan out), as in Song et al.; a scale of 1e-10 makes a block
+    # start as the identity.
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -50,7 +54,8 @@ class Attention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        # Written out: the fused kernels sum in no fixed order on GPUs, and a resumed run must repeat itself to the bit.
+        # Written out: the fused kernels sum in no fixed order on GPUs, and a resumed run must repeat itself
+        # to the bit.
         query, key, value = self.query_key_value(self.norm(images)).flatten(2).chunk(3, dim=1)
         weights = torch.softmax(query.transpose(1, 2) @ key / math.sqrt(images.shape[1]), dim=-1)
         mixed = (value @ weights.transpose(1, 2)).reshape(images.shape)
@@ -58,9 +63,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """BigGAN-style residual block that resamples inside: nearest x2 for "up", average pool for "down"; attention after it if asked."""
+    """BigGAN-style residual block that resamples inside: nearest x2 for "up", average pool for "down".
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, resample: str = "none", attention: bool = False) -> None:
+    Attention after it if asked.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, resample: str = "none", attention: bool = False
+    ) -> None:
         super().__init__()
         self.resample = resample
         self.norm_1 = _norm(inputs)
@@ -68,7 +78,9 @@ class Block(nn.Module):
         self.embedding = _initialised(nn.Linear(embedding, outputs))
         self.norm_2 = _norm(outputs)
         self.conv_2 = _initialised(nn.Conv2d(outputs, outputs, 3, padding=1), 1e-10)
-        self.skip = _initialised(nn.Conv2d(inputs, outputs, 1)) if inputs != outputs or resample != "none" else None
+        self.skip = (
+            _initialised(nn.Conv2d(inputs, outputs, 1)) if inputs != outputs or resample != "none" else None
+        )
         self.attention = Attention(outputs) if attention else None
 
     def _resampled(self, images: Tensor) -> Tensor:
@@ -89,13 +101,19 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The network F of the EDM preconditioning.
 
-    `resolution` must be divisible by 2^(levels - 1). `attention` lists the resolutions with self-attention: after each block on the
-    way down, after the last block of the level on the way up; the middle always has it. `n_classes` = 0 means no label embedding;
-    else label `n_classes` stands for "no label".
+    `resolution` must be divisible by 2^(levels - 1). `attention` lists the resolutions with self-attention:
+    after each block on the way down, after the last block of the level on the way up; the middle always has
+    it. `n_classes` = 0 means no label embedding; else label `n_classes` stands for "no label".
     """
 
     def __init__(
-        self, resolution: int, channels: int, n_classes: int, width: int = 32, multipliers: tuple[int, ...] = (1, 2, 2), attention: tuple[int, ...] = (16,)
+        self,
+        resolution: int,
+        channels: int,
+        n_classes: int,
+        width: int = 32,
+        multipliers: tuple[int, ...] = (1, 2, 2),
+        attention: tuple[int, ...] = (16,),
     ) -> None:
         super().__init__()
         if resolution % 2 ** (len(multipliers) - 1):
@@ -112,17 +130,28 @@ class DDPMpp(nn.Module):
         last = len(multipliers) - 1
         for level, multiplier in enumerate(multipliers):
             for _ in range(2):
-                encoder.append(Block(current, width * multiplier, size, attention=resolution >> level in attention))
+                encoder.append(
+                    Block(current, width * multiplier, size, attention=resolution >> level in attention)
+                )
                 current = width * multiplier
                 skips.append(current)
             if level < last:
                 encoder.append(Block(current, current, size, "down"))
                 skips.append(current)
         self.encoder = nn.ModuleList(encoder)
-        self.middle = nn.ModuleList([Block(current, current, size, attention=True), Block(current, current, size)])
+        self.middle = nn.ModuleList(
+            [Block(current, current, size, attention=True), Block(current, current, size)]
+        )
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for position in range(3):
-                decoder.append(Block(current + skips.pop(), width * multiplier, size, attention=position == 2 and resolution >> level in attention))
+                decoder.append(
+                    Block(
+                        current + skips.pop(),
+                        width * multiplier,
+                        size,
+                        attention=position == 2 and resolution >> level in attention,
+                    )
+                )
                 current = width * multiplier
             if level > 0:
                 decoder.append(Block(current, current, size, "up"))
@@ -131,7 +160,8 @@ class DDPMpp(nn.Module):
         self.output = _initialised(nn.Conv2d(current, channels, 3, padding=1), 1e-10)
 
     def forward(self, images: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """images (B, C, H, W) float, c_noise (B,) float, labels (B,) int64 in [0, n_classes] or None for no label -> (B, C, H, W).
+        """images (B, C, H, W) float, c_noise (B,) float, labels (B,) int64 in [0, n_classes] or None for no
+        label -> (B, C, H, W).
 
         Labels are ignored by a network with n_classes = 0.
         """
@@ -149,5 +179,7 @@ class DDPMpp(nn.Module):
         for block in self.middle:
             hidden = block(hidden, embedding)
         for block in self.decoder:
-            hidden = block(hidden if block.resample == "up" else torch.cat([hidden, skips.pop()], dim=1), embedding)
+            hidden = block(
+                hidden if block.resample == "up" else torch.cat([hidden, skips.pop()], dim=1), embedding
+            )
         return self.output(F.silu(self.norm(hidden)))

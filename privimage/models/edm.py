@@ -1,6 +1,9 @@
-"""The diffusion formulation of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM).
+"""The diffusion formulation of Karras et al.
 
-Nothing here draws a random number: noise levels, noise and churn are given by the caller, who owns all randomness.
+2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM).
+
+Nothing here draws a random number: noise levels, noise and churn are given by the caller, who owns all
+randomness.
 """
 
 import itertools
@@ -11,14 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-# The standard deviation of a uniform distribution on [-1, 1]: a constant, which says nothing about the sensitive set.
+# The standard deviation of a uniform distribution on [-1, 1]: a constant, which says nothing about the
+# sensitive set.
 SIGMA_DATA = math.sqrt(1 / 3)
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
 S_CHURN, S_MIN, S_MAX, S_NOISE = 40.0, 0.05, 50.0, 1.003
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [-1, 1], by constants only: statistics of a sensitive set would leak."""
+    """uint8 in [0, 255] -> float32 in [-1, 1], by constants: statistics of a sensitive set would leak."""
     return images.float() / 127.5 - 1
 
 
@@ -33,34 +37,42 @@ def draw_sigma(normal: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise): the network F, preconditioned (equation 7, table 1)."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), F preconditioned (equation 7, table 1)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float = 0.0) -> Tensor:
-        """Noisy images (B, C, H, W), sigma (B,) > 0, labels (B,) int64 or None -> denoised images (B, C, H, W) float32.
+        """Noisy images (B, C, H, W), sigma (B,) > 0, labels (B,) int64 or None -> denoised images (B, C, H,
+        W) float32.
 
-        `guidance` g is the classifier-free guidance scale (Ho and Salimans 2022): D_cond + g (D_cond - D_uncond). It needs a
-        network call more; 0 is off.
+        `guidance` g is the classifier-free guidance scale (Ho and Salimans 2022): D_cond + g (D_cond -
+        D_uncond). It needs a network call more; 0 is off.
         """
         level = sigma.float()[:, None, None, None]
         total = level**2 + SIGMA_DATA**2
         inputs, c_noise = images / total.sqrt(), sigma.float().log() / 4
 
         def denoised(labels: Tensor | None) -> Tensor:
-            return images * (SIGMA_DATA**2 / total) + self.network(inputs, c_noise, labels).float() * (level * SIGMA_DATA / total.sqrt())
+            return images * (SIGMA_DATA**2 / total) + self.network(inputs, c_noise, labels).float() * (
+                level * SIGMA_DATA / total.sqrt()
+            )
 
         conditional = denoised(labels)
         return conditional if guidance == 0 else conditional + guidance * (conditional - denoised(None))
 
 
-def loss(denoiser: Callable[..., Tensor], images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Weighted squared error of each image, averaged over its pixels and channels: (B,) (equation 8 and table 1).
+def loss(
+    denoiser: Callable[..., Tensor], images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor
+) -> Tensor:
+    """Weighted squared error of each image, averaged over its pixels and channels.
 
-    images (B, C, H, W) in [-1, 1], labels (B,) int64 or None, sigma (B,), noise (B, C, H, W) standard normal. The weight
-    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes the loss of an untrained network about 1 at every level.
+    (B,) (equation 8 and table 1).
+
+    images (B, C, H, W) in [-1, 1], labels (B,) int64 or None, sigma (B,), noise (B, C, H, W) standard normal.
+    The weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes the loss of an untrained network about 1
+    at every level.
     """
     level = sigma[:, None, None, None]
     error = denoiser(images + level * noise, sigma, labels) - images
@@ -85,23 +97,37 @@ def sample(
     guidance: float = 0.0,
     churn_noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """Images (B, C, H, W) float, about [-1, 1], from standard normal latents (B, C, H, W) and labels (B,) or None.
+    """Images (B, C, H, W) float, about [-1, 1], from standard normal latents (B, C, H, W) and labels (B,) or
+    None.
 
-    "euler" is deterministic (that of DDIM): `steps` >= 2 network calls. "heun" is EDM's stochastic sampler (algorithm 2), 2 steps - 1
-    calls: `churn_noise(i)` answers the fresh standard normal noise (B, C, H, W) of step i and is called only where noise is added;
-    without it the sampler is deterministic (algorithm 1).
+    "euler" is deterministic (that of DDIM): `steps` >= 2 network calls. "heun" is EDM's stochastic sampler
+    (algorithm 2), 2 steps - 1 calls: `churn_noise(i)` answers the fresh standard normal noise (B, C, H, W) of
+    step i and is called only where noise is added; without it the sampler is deterministic (algorithm 1).
     """
     levels = noise_levels(steps)
     return _denoised(denoiser, latents * levels[0], levels, labels, sampler, guidance, churn_noise)
 
 
 @torch.no_grad()
-def vary(denoiser: nn.Module, images: Tensor, noise: Tensor, labels: Tensor | None, sigma: float, steps: int = 50, guidance: float = 0.0) -> Tensor:
-    """Variations of images (B, C, H, W) in [-1, 1]: noised up to level `sigma` and denoised again by `steps` Euler steps (Meng et al. 2022, SDEdit).
+def vary(
+    denoiser: nn.Module,
+    images: Tensor,
+    noise: Tensor,
+    labels: Tensor | None,
+    sigma: float,
+    steps: int = 50,
+    guidance: float = 0.0,
+) -> Tensor:
+    """Variations of images (B, C, H, W) in [-1, 1].
 
-    noise (B, C, H, W) standard normal; labels (B,) or None. The larger sigma in (0.002, 80], the less is kept.
+    Noised up to level `sigma` and denoised again by `steps` Euler steps (Meng et al. 2022, SDEdit).
+
+    noise (B, C, H, W) standard normal; labels (B,) or None. The larger sigma in (0.002, 80], the less is
+    kept.
     """
-    return _denoised(denoiser, images + sigma * noise, noise_levels(steps, sigma), labels, "euler", guidance, None)
+    return _denoised(
+        denoiser, images + sigma * noise, noise_levels(steps, sigma), labels, "euler", guidance, None
+    )
 
 
 def _denoised(
@@ -127,5 +153,9 @@ def _denoised(
         first = slope(images, level)
         ahead = images + (target - level) * first
         # The second order is left out where the slope at 0 is not defined.
-        images = ahead if sampler == "euler" or target == 0 else images + (target - level) * (first + slope(ahead, target)) / 2
+        images = (
+            ahead
+            if sampler == "euler" or target == 0
+            else images + (target - level) * (first + slope(ahead, target)) / 2
+        )
     return images

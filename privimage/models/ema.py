@@ -9,7 +9,8 @@ from torch import nn
 class EMA:
     """Averaged weights of `module` in fp32, updated in place on the module's device.
 
-    The n-th update (n = 1, 2, ...) decays by min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+    The n-th update (n = 1, 2, ...) decays by min(decay, (1 + n) / (10 + n)), so that the random start is soon
+    forgotten.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -26,7 +27,10 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Give the averaged weights to another module of the same layout, in its own precision; its buffers stay."""
+        """Give the averaged weights to another module of the same layout, in its own precision.
+
+        Its buffers stay.
+        """
         for name, value in module.named_parameters():
             value.copy_(self.averages[name])
 

@@ -1,4 +1,6 @@
-"""Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), by which DP-MERF compares sets of images."""
+"""Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), by which DP-MERF compares sets of
+images.
+"""
 
 import math
 
@@ -7,14 +9,26 @@ from torch import Tensor
 
 
 class RandomFeatures:
-    """phi(x) = sqrt(2 / F) [cos(Wx), sin(Wx)]: each image has a feature vector of norm 1, and phi(x) . phi(y) is about exp(-|x - y|^2 / (2 b^2)).
+    """phi(x) = sqrt(2 / F) [cos(Wx), sin(Wx)]: each image has a feature vector of norm 1, and phi(x) .
 
-    `features` F is even. The bandwidth b is `bandwidth` sqrt(pixels), a constant: one that is fitted to sensitive images would leak.
-    The frequencies W are public; they come from `seed` alone, on any device.
+    Phi(y) is about exp(-|x - y|^2 / (2 b^2)).
+
+    `features` F is even. The bandwidth b is `bandwidth` sqrt(pixels), a constant: one that is fitted to
+    sensitive images would leak. The frequencies W are public; they come from `seed` alone, on any device.
     """
 
-    def __init__(self, pixels: int, features: int, bandwidth: float, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        drawn = torch.randn(pixels, features // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    def __init__(
+        self,
+        pixels: int,
+        features: int,
+        bandwidth: float,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        drawn = torch.randn(
+            pixels, features // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         self.frequencies = (drawn / (bandwidth * math.sqrt(pixels))).to(device, dtype)
 
     def __call__(self, images: Tensor) -> Tensor:

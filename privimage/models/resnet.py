@@ -22,7 +22,9 @@ class Classifier(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 class _Residual(nn.Module):
@@ -37,7 +39,9 @@ class _Residual(nn.Module):
 
 
 def classifier(name: str, channels: int, n_classes: int) -> Classifier:
-    """The query function: "resnet50" (He et al. 2016) with a stem for small images, or "resnet-small" (0.7 M parameters, 8x8 to 28x28).
+    """The query function: "resnet50" (He et al.
+
+    2016) with a stem for small images, or "resnet-small" (0.7 M parameters, 8x8 to 28x28).
 
     The stem of resnet50 is a 3x3 convolution of stride 1 without max-pool, as is usual on CIFAR-10.
     """
@@ -48,8 +52,18 @@ def classifier(name: str, channels: int, n_classes: int) -> Classifier:
         trunk.maxpool, trunk.fc = nn.Identity(), nn.Identity()
         return Classifier(trunk, features, n_classes)
     if name == "resnet-small":
-        layers = [_convolution(channels, 32), _convolution(32, 64, stride=2), _Residual(64), _convolution(64, 128, stride=2), _Residual(128)]
-        return Classifier(nn.Sequential(*layers, _convolution(128, 192), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 192, n_classes)
+        layers = [
+            _convolution(channels, 32),
+            _convolution(32, 64, stride=2),
+            _Residual(64),
+            _convolution(64, 128, stride=2),
+            _Residual(128),
+        ]
+        return Classifier(
+            nn.Sequential(*layers, _convolution(128, 192), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            192,
+            n_classes,
+        )
     raise ValueError(f"unknown classifier {name!r}")
 
 
@@ -63,7 +77,8 @@ class _Pool(nn.Module):
 def resnet9(channels: int, n_classes: int, resolution: int) -> Classifier:
     """The CNN of the evaluation: the ResNet-9 of DAWNBench's fast CIFAR-10 entries (6.6 M parameters).
 
-    Images below 32x32 get half its width, a quarter of the work: characters need no more, and two cores can finish it.
+    Images below 32x32 get half its width, a quarter of the work: characters need no more, and two cores can
+    finish it.
     """
     width = 64 if resolution >= 32 else 32
     trunk = nn.Sequential(

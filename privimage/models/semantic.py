@@ -1,4 +1,7 @@
-"""The semantic query function: what an image shows, as a score for each public class or cluster; and the tasks that it learns by."""
+"""The semantic query function: what an image shows, as a score for each public class or cluster.
+
+And the tasks that it learns by.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -15,7 +18,10 @@ TEMPERATURE = 0.2
 
 
 class SemanticQuery(nn.Module):
-    """Scores of images (B, C, H, W): a classifier's logits, or with `centroids` (K, F) how near its features are to each of them."""
+    """Scores of images (B, C, H, W).
+
+    A classifier's logits, or with `centroids` (K, F) how near its features are to each of them.
+    """
 
     def __init__(self, network: Classifier, centroids: Tensor | None = None) -> None:
         super().__init__()
@@ -26,11 +32,17 @@ class SemanticQuery(nn.Module):
         return F.normalize(self.network.features(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) float -> (B, columns); the largest score is the class or cluster that fits best."""
+        """images (B, C, H, W) float -> (B, columns).
+
+        The largest score is the class or cluster that fits best.
+        """
         if self.centroids is None:
             return self.network(images)
-        # One by one: in a product of matrices, which it takes for many, rounding goes by an image's place among the others.
-        return -torch.cdist(self.features(images), self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        # One by one: in a product of matrices, which it takes for many, rounding goes by an image's place
+        # among the others.
+        return -torch.cdist(
+            self.features(images), self.centroids, compute_mode="donot_use_mm_for_euclid_dist"
+        )
 
 
 def centroids_of(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
@@ -77,7 +89,7 @@ class Labels(Task):
 
 
 class Views(Task):
-    """To tell which two varied views are of one image, for images without labels (SimCLR: Chen et al. 2020)."""
+    """Contrastive learning on two augmented views, for images without labels (SimCLR, Chen et al. 2020)."""
 
     outputs = PROJECTION
 
@@ -87,14 +99,16 @@ class Views(Task):
         return contrastive_loss(network(views).float())
 
     def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
-        """Those whose second view is the most similar of all second views; the views are the same each time."""
+        """Images whose second view is the most similar of all second views; the views are fixed."""
         generator = torch.Generator().manual_seed(0)
         first, second = (F.normalize(network(varied(images, self.flip, generator)).float()) for _ in range(2))
         return int(((first @ second.T).argmax(1) == torch.arange(len(images), device=images.device)).sum())
 
 
 def varied(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), each cropped to a random 30 to 100 % of its area and resized, in other brightness, contrast and colours."""
+    """Images (B, C, H, W), each cropped to a random 30 to 100 % of its area and resized, in other brightness,
+    contrast and colours.
+    """
     count, channels = images.shape[:2]
 
     def uniform(low: float, high: float, *more: int) -> Tensor:
@@ -104,7 +118,9 @@ def varied(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     across, down, mirrored = uniform(-1, 1) * (1 - side), uniform(-1, 1) * (1 - side), uniform(0, 1) < 0.5
     nothing = torch.zeros_like(side)
     rows = (torch.where(mirrored & flip, -side, side), nothing, across), (nothing, side, down)
-    grid = F.affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), list(images.shape), align_corners=False)
+    grid = F.affine_grid(
+        torch.stack([torch.stack(row, 1) for row in rows], 1), list(images.shape), align_corners=False
+    )
     cropped = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     if channels > 1:
         grey = uniform(0, 1, 1, 1, 1) < 0.2
@@ -115,7 +131,10 @@ def varied(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
 
 
 def contrastive_loss(projections: Tensor) -> Tensor:
-    """NT-Xent of (2 B, P): rows i and i + B are two views of one image, all others views of others (Chen et al. 2020, Eq. 1)."""
+    """NT-Xent of (2 B, P).
+
+    Rows i and i + B are two views of one image, all others views of others (Chen et al. 2020, Eq. 1).
+    """
     directions = F.normalize(projections)
     similar = directions @ directions.T / TEMPERATURE
     similar.fill_diagonal_(-torch.inf)

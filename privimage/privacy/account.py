@@ -1,4 +1,7 @@
-"""One run's account: its plan, its key, and what it may still draw, as the ledger of the sensitive set has it."""
+"""One run's account.
+
+Its plan, its key, and what it may still draw, as the ledger of the sensitive set has it.
+"""
 
 import math
 import os
@@ -15,7 +18,14 @@ from privimage.privacy import keys
 from privimage.privacy.accounting import Mechanism
 from privimage.privacy.identity import digest_of
 from privimage.privacy.ledger import Head, Ledger
-from privimage.privacy.plan import FinetunePlan, MechanismPlan, PrivacyPlan, QueryPlan, make_plan, plan_from_dict
+from privimage.privacy.plan import (
+    FinetunePlan,
+    MechanismPlan,
+    PrivacyPlan,
+    QueryPlan,
+    make_plan,
+    plan_from_dict,
+)
 from privimage.progress import say
 from privimage.rundir import RunDir, read_json, write_json
 
@@ -26,7 +36,10 @@ Behind = dict[str, list[str]]  # the names of the charges that made something, b
 
 @dataclass
 class Account:
-    """Opened by each stage that draws outputs from sensitive data, on every rank; only the main rank has the ledger."""
+    """Opened by each stage that draws outputs from sensitive data, on every rank.
+
+    Only the main rank has the ledger.
+    """
 
     run: str  # its name in the ledger
     plan: PrivacyPlan
@@ -36,31 +49,39 @@ class Account:
     path: Path | None = None  # account.json
 
     def charge(self, part: MechanismPlan, name: str, behind: Collection[str] = ()) -> bool:
-        """Charge one use of a mechanism, before its output is used, on the main rank; false if the run has used up what was planned.
+        """Charge one use of a mechanism, before its output is used, on the main rank.
 
-        `name` is `charge_name` of all that the output depends on: the same again costs nothing. `behind` are the charges of this part
-        that made what the run goes on from.
+        False if the run has used up what was planned.
+
+        `name` is `charge_name` of all that the output depends on: the same again costs nothing. `behind` are
+        the charges of this part that made what the run goes on from.
         """
         if not part.mechanism.noise_multiplier:
             return True
         assert self.ledger is not None  # the main rank charges
-        allowed = self.ledger.charge(self.run, part.stage, part.mechanism.single, name, part.mechanism.count, behind)
+        allowed = self.ledger.charge(
+            self.run, part.stage, part.mechanism.single, name, part.mechanism.count, behind
+        )
         self.keep_head()
         return allowed
 
     def charge_once(self, part: MechanismPlan, name: str, world: World, directory: Path) -> None:
-        """Charge the only use of a mechanism; all ranks call it together. Raises UserError on all of them if there was another use before."""
+        """Charge the only use of a mechanism; all ranks call it together.
+
+        Raises UserError on all of them if there was another use before.
+        """
         if not world.broadcast_object(self.charge(part, name) if world.is_main else None):
             raise UserError(
-                f"{directory}: the {part.name} of this run was drawn before, and what came out of it is lost or was made otherwise;"
+                f"{directory}: the {part.name} of this run was drawn before, and what came out of it is "
+                "lost or was made otherwise;"
                 " another would cost more than was promised: choose another run.dir"
             )
 
     def require_known(self, behind: Mapping[str, Collection[str]], made: Path, world: World) -> None:
         """Refuse to go on from what charges have made that are not in the ledger; all ranks call it together.
 
-        `behind` are the names of the charges, by stage, and `made` is the file. Raises UserError on all ranks: what comes of it could
-        never be released.
+        `behind` are the names of the charges, by stage, and `made` is the file. Raises UserError on all
+        ranks: what comes of it could never be released.
         """
         lost = 0
         if world.is_main and self.private and self.ledger is not None:
@@ -68,7 +89,8 @@ class Account:
             lost = sum(name not in charges for names in behind.values() for name in names)
         if lost := world.broadcast_object(lost):
             raise UserError(
-                f"{made}: {lost} of the charges that made it are not in the ledger of the sensitive set, so nothing that comes of it could"
+                f"{made}: {lost} of the charges that made it are not in the ledger of the sensitive set, so "
+                "nothing that comes of it could"
                 " be released; bring back that ledger, or choose another run.dir"
             )
 
@@ -81,18 +103,26 @@ class Account:
 
 
 def charge_name(root: keys.RootKey, *depends_on: bytes) -> bytes:
-    """The name of a charge, 16 bytes, from all that the output depends on; without the key it tells nothing of that."""
+    """The name of a charge, 16 bytes, from all that the output depends on.
+
+    Without the key it tells nothing of that.
+    """
     return root.derive("charge", digest_of(*depends_on).hex(), length=16)
 
 
 def merged(*behind: Mapping[str, Collection[str]]) -> Behind:
     """All charges behind several things, by stage, each once."""
     stages = dict.fromkeys(stage for one in behind for stage in one)
-    return {stage: list(dict.fromkeys(name for one in behind for name in one.get(stage, ()))) for stage in stages}
+    return {
+        stage: list(dict.fromkeys(name for one in behind for name in one.get(stage, ()))) for stage in stages
+    }
 
 
 def ledger_folder(config: Config) -> Path:
-    """Where the ledgers are kept: one folder for all runs of a user, unless told otherwise (XDG base directories)."""
+    """Where the ledgers are kept.
+
+    One folder for all runs of a user, unless told otherwise (XDG base directories).
+    """
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return (config.privacy.ledger or state / "privimage" / "ledgers").absolute()
 
@@ -110,8 +140,9 @@ def account_path(run: RunDir) -> Path:
 def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World) -> Account:
     """Open, or open again, the account of a run on a sensitive set; all ranks call it together.
 
-    The plan is made once, announced in the ledger against the set's budget, and kept. Raises UserError on all ranks if the set is
-    another one than before, if the budget would be exceeded, or if the ledger is not the one that the run knows.
+    The plan is made once, announced in the ledger against the set's budget, and kept. Raises UserError on all
+    ranks if the set is another one than before, if the budget would be exceeded, or if the ledger is not the
+    one that the run knows.
     """
     own: Account | None = None
     result: Account | UserError | None = None
@@ -146,7 +177,9 @@ def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> Non
     else:
         _no_older_ledger(config, folder, sensitive.fingerprint)
         ledger, plan = Ledger(folder, sensitive.fingerprint), _fresh_plan(config, len(sensitive.images))
-    ledger.require_room(kept["run"] if kept else "", _announced(config, plan), _budget(config), plan.accountant)
+    ledger.require_room(
+        kept["run"] if kept else "", _announced(config, plan), _budget(config), plan.accountant
+    )
 
 
 def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
@@ -162,7 +195,12 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
         kept = _apart(run, kept, original)
     if kept is None:
         plan = _fresh_plan(config, count)
-        kept = {"version": VERSION, "run": secrets.token_hex(8), "fingerprint": fingerprint, "plan": plan.to_dict()}
+        kept = {
+            "version": VERSION,
+            "run": secrets.token_hex(8),
+            "fingerprint": fingerprint,
+            "plan": plan.to_dict(),
+        }
     plan = plan_from_dict(kept["plan"])
     with ledger.announced(kept["run"], _announced(config, plan), _budget(config), plan.accountant):
         write_json(path, kept | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
@@ -178,7 +216,9 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
 
 def _same_set(run: RunDir, kept: dict, fingerprint: str) -> None:
     if kept["fingerprint"] != fingerprint:
-        raise UserError(f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir")
+        raise UserError(
+            f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir"
+        )
 
 
 def _fresh_plan(config: Config, count: int) -> PrivacyPlan:
@@ -195,10 +235,16 @@ def _budget(config: Config) -> tuple[float, float] | None:
 
 
 def read_account(path: Path) -> dict:
-    """What account.json holds. Raises UserError for one of an older version, whose steps cannot be proven from its ledger."""
+    """What account.json holds.
+
+    Raises UserError for one of an older version, whose steps cannot be proven from its ledger.
+    """
     kept = read_json(path)
     if kept.get("version") != VERSION:
-        raise UserError(f"{path}: made by an older version, whose steps cannot be told apart in the ledger; choose another run.dir")
+        raise UserError(
+            f"{path}: made by an older version, whose steps cannot be told apart in the ledger; choose "
+            "another run.dir"
+        )
     return kept
 
 
@@ -213,11 +259,17 @@ def _no_older_ledger(config: Config, folder: Path, fingerprint: str) -> None:
     name = f"{fingerprint[:32]}.jsonl"
     older = config.run.dir.parent / "ledgers" / name
     if older.exists() and not (folder / name).exists():
-        raise UserError(f"{older}: an older version kept the ledger of this set here; move it to {folder}, or name its folder in privacy.ledger")
+        raise UserError(
+            f"{older}: an older version kept the ledger of this set here; move it to {folder}, or name its "
+            "folder in privacy.ledger"
+        )
 
 
 def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
-    """The directory that this one is a copy of: where the ledger knows the run, if another directory with it is there."""
+    """The directory that this one is a copy of.
+
+    Where the ledger knows the run, if another directory with it is there.
+    """
     known = ledger.spent.places.get(name)
     if known is None or not Path(known).is_dir() or Path(known).samefile(run.path):
         return None
@@ -228,8 +280,14 @@ def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
 
 
 def _apart(run: RunDir, kept: dict, original: Path) -> dict:
-    """Make a copy a run of its own: with a name and a key of its own, and the charges behind what it goes on from."""
-    say(f"{run.path}: a copy of {original}, which is a run of its own from here on; what both began with counts for both")
+    """Make a copy a run of its own.
+
+    With a name and a key of its own, and the charges behind what it goes on from.
+    """
+    say(
+        f"{run.path}: a copy of {original}, which is a run of its own from here on; what both began with "
+        "counts for both"
+    )
     keys.replace(key_path(run))
     return kept | {"run": secrets.token_hex(8), "copy_of": kept["run"]}
 
@@ -237,6 +295,8 @@ def _apart(run: RunDir, kept: dict, original: Path) -> dict:
 def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
     """The steps of a method without noise or clipping, in the form of a plan."""
     settings = config.finetune
-    finetune = FinetunePlan(count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, config.noise_copies)
+    finetune = FinetunePlan(
+        count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, config.noise_copies
+    )
     query = QueryPlan(config.select.per_image, 0.0) if config.spec.pretraining == "selected" else None
     return PrivacyPlan(math.inf, 1.0, config.privacy.accountant, query, finetune)

@@ -1,4 +1,6 @@
-"""What a composition of mechanisms costs, and how much noise a promise needs. All numbers come from dp-accounting.
+"""What a composition of mechanisms costs, and how much noise a promise needs.
+
+All numbers come from dp-accounting.
 
 Neighbouring data sets differ by adding or removing one image.
 """
@@ -22,8 +24,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # the RDP accountant reports 
 class Mechanism:
     """A Gaussian mechanism applied `count` times, each time to a Poisson sample at `sample_rate`.
 
-    `noise_multiplier` is the standard deviation of the noise divided by the L2 sensitivity; `sample_rate` 1 is the plain
-    Gaussian mechanism.
+    `noise_multiplier` is the standard deviation of the noise divided by the L2 sensitivity; `sample_rate` 1
+    is the plain Gaussian mechanism.
     """
 
     noise_multiplier: float
@@ -48,37 +50,55 @@ class Mechanism:
         return dp_accounting.SelfComposedDpEvent(single, self.count)
 
 
-FINE, COARSE = 1e-4, 1e-3  # discretisation of privacy losses: the one that is stated, the one that searches begin with
+FINE, COARSE = (
+    1e-4,
+    1e-3,
+)  # discretisation of privacy losses: the one that is stated, the one that searches begin with
 
 
 @lru_cache(maxsize=32)
-def _composed(mechanisms: tuple[Mechanism, ...], accountant: str, interval: float) -> dp_accounting.PrivacyAccountant:
+def _composed(
+    mechanisms: tuple[Mechanism, ...], accountant: str, interval: float
+) -> dp_accounting.PrivacyAccountant:
     if not mechanisms:
-        return pld.PLDAccountant(value_discretization_interval=interval) if accountant == "pld" else rdp.RdpAccountant()
+        return (
+            pld.PLDAccountant(value_discretization_interval=interval)
+            if accountant == "pld"
+            else rdp.RdpAccountant()
+        )
     whole = copy.deepcopy(_composed(mechanisms[:-1], accountant, interval))
     return whole.compose(mechanisms[-1].event(), 1) if mechanisms[-1].count else whole
 
 
-def epsilon(mechanisms: Iterable[Mechanism], delta: float, accountant: str = "pld", interval: float = FINE) -> float:
+def epsilon(
+    mechanisms: Iterable[Mechanism], delta: float, accountant: str = "pld", interval: float = FINE
+) -> float:
     """Epsilon of the composition at `delta`, by privacy loss distributions (`pld`) or Rényi DP (`rdp`).
 
-    `interval` is the discretisation of the privacy loss (pld only); the result is an upper bound at any interval.
-    References: Koskela et al. 2020 and Doroshenko et al. 2022 (PLD); Mironov et al. 2019 (RDP of the sampled Gaussian).
+    `interval` is the discretisation of the privacy loss (pld only); the result is an upper bound at any
+    interval. References: Koskela et al. 2020 and Doroshenko et al. 2022 (PLD); Mironov et al. 2019 (RDP of
+    the sampled Gaussian).
     """
     return max(0.0, _composed(tuple(mechanisms), accountant, interval).get_epsilon(delta))
 
 
 def profile(mechanisms: Iterable[Mechanism], epsilons: np.ndarray) -> np.ndarray:
-    """Delta of the composition at each of `epsilons` >= 0, in either direction of the neighbouring relation: upper bounds, by PLD."""
+    """Delta of the composition at each of `epsilons` >= 0, in either direction of the neighbouring relation.
+
+    Upper bounds, by PLD.
+    """
     composed = _composed(tuple(mechanisms), "pld", COARSE)
     return np.array([composed.get_delta(e) for e in epsilons])
 
 
 def best_guess(mechanisms: Iterable[Mechanism]) -> float:
-    """How often at most an attacker is right who tells whether one image was in the set, in [0.5, 1]; 0.5 is a coin toss.
+    """How often at most an attacker is right who tells whether one image was in the set, in [0.5, 1].
 
-    It knows all other images and every output, and both answers are equally likely beforehand: then it is right with
-    probability (1 + TV) / 2, and the total variation distance TV of the outputs is delta at epsilon 0 (by PLD).
+    0.5 is a coin toss.
+
+    It knows all other images and every output, and both answers are equally likely beforehand: then it is
+    right with probability (1 + TV) / 2, and the total variation distance TV of the outputs is delta at
+    epsilon 0 (by PLD).
     """
     return (1 + min(1.0, _composed(tuple(mechanisms), "pld", COARSE).get_delta(0.0))) / 2
 
@@ -86,7 +106,9 @@ def best_guess(mechanisms: Iterable[Mechanism]) -> float:
 Compose = Callable[[float], tuple[Mechanism, ...]]
 
 
-def _search(compose: Compose, target: float, delta: float, accountant: str, interval: float, guess: float) -> float:
+def _search(
+    compose: Compose, target: float, delta: float, accountant: str, interval: float, guess: float
+) -> float:
     def excess(log_noise: float) -> float:
         return epsilon(compose(math.exp(log_noise)), delta, accountant, interval) - target
 
@@ -101,7 +123,8 @@ def _search(compose: Compose, target: float, delta: float, accountant: str, inte
 
 
 def _smallest_noise(compose: Compose, target: float, delta: float, accountant: str, guess: float) -> float:
-    """The smallest noise multiplier, to 5 digits, at which `compose(noise_multiplier)` costs at most `target` at `delta`.
+    """The smallest noise multiplier, to 5 digits, at which `compose(noise_multiplier)` costs at most `target`
+    at `delta`.
 
     Raises ValueError if no amount of noise is enough.
     """
@@ -113,23 +136,38 @@ def _smallest_noise(compose: Compose, target: float, delta: float, accountant: s
 
 
 @lru_cache(maxsize=64)
-def training_noise(target: float, delta: float, training: Mechanism, others: tuple[Mechanism, ...] = (), accountant: str = "pld") -> float:
-    """The noise multiplier with which `training`, composed with `others`, costs at most `target` epsilon at `delta`.
+def training_noise(
+    target: float,
+    delta: float,
+    training: Mechanism,
+    others: tuple[Mechanism, ...] = (),
+    accountant: str = "pld",
+) -> float:
+    """The noise multiplier with which `training`, composed with `others`, costs at most `target` epsilon at
+    `delta`.
 
-    The noise multiplier that `training` has does not matter. Raises ValueError if no amount of noise is enough.
+    The noise multiplier that `training` has does not matter. Raises ValueError if no amount of noise is
+    enough.
     """
 
     def compose(sigma: float) -> tuple[Mechanism, ...]:
         return (*others, replace(training, noise_multiplier=sigma))
 
     # Rényi DP is quick and finds the neighbourhood in which privacy loss distributions then search.
-    guess = 1.0 if accountant == "rdp" else _search(lambda sigma: compose(sigma)[-1:], target, delta, "rdp", FINE, guess=1.0) * 0.95
+    guess = (
+        1.0
+        if accountant == "rdp"
+        else _search(lambda sigma: compose(sigma)[-1:], target, delta, "rdp", FINE, guess=1.0) * 0.95
+    )
     return _smallest_noise(compose, target, delta, accountant, guess)
 
 
 @lru_cache(maxsize=64)
-def query_noise(target: float, delta: float, training: Mechanism, max_rise: float, accountant: str = "pld") -> float:
-    """The smallest noise multiplier of the query for which `training` needs at most `1 + max_rise` times its noise alone.
+def query_noise(
+    target: float, delta: float, training: Mechanism, max_rise: float, accountant: str = "pld"
+) -> float:
+    """The smallest noise multiplier of the query for which `training` needs at most `1 + max_rise` times its
+    noise alone.
 
     `training` is the one that would meet `target` without any query.
     """

@@ -11,28 +11,46 @@ from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_
 
 CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
-CPU_UNIT = 16  # images: in a multiple of it every place of a batch was rounded alike on the CPUs that were measured
+CPU_UNIT = (
+    16  # images: in a multiple of it every place of a batch was rounded alike on the CPUs that were measured
+)
 GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 
 
 def cpu_batch_size(settings: Finetune) -> int:
-    """`finetune.physical_batch_size`; for `auto` what a CPU takes, and what is reckoned with before a GPU's memory is looked at."""
-    return min(CPU_IMAGES, settings.logical_batch_size) if settings.physical_batch_size == "auto" else settings.physical_batch_size
+    """`finetune.physical_batch_size`.
+
+    For `auto` what a CPU takes, and what is reckoned with before a GPU's memory is looked at.
+    """
+    return (
+        min(CPU_IMAGES, settings.logical_batch_size)
+        if settings.physical_batch_size == "auto"
+        else settings.physical_batch_size
+    )
 
 
 def filled_size(images: int, device: torch.device) -> int:
-    """To how many images a physical batch of at most `images` is filled up, so that each gradient is a function of its image alone."""
+    """To how many images a physical batch of at most `images` is filled up, so that each gradient is a
+    function of its image alone.
+    """
     return images if device.type == "cuda" else math.ceil(images / CPU_UNIT) * CPU_UNIT
 
 
 def physical_batch_size(
-    settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device, ranks: int
+    settings: Finetune,
+    module: nn.Module,
+    losses: Losses,
+    probe: Callable[[int], tuple[Tensor, ...]],
+    device: torch.device,
+    ranks: int,
 ) -> int:
-    """`finetune.physical_batch_size`; for `auto` what fits into 80 % of a GPU's free memory and fills it, or at most 32 on a CPU.
+    """`finetune.physical_batch_size`.
 
-    `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and clipped twice to
-    measure. Batches are filled up to this size, so it is at most what makes the fewest batches of a rank's share even; on a CPU
-    the next multiple of `CPU_UNIT`.
+    For `auto` what fits into 80 % of a GPU's free memory and fills it, or at most 32 on a CPU.
+
+    `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and
+    clipped twice to measure. Batches are filled up to this size, so it is at most what makes the fewest
+    batches of a rank's share even; on a CPU the next multiple of `CPU_UNIT`.
     """
     given = settings.physical_batch_size
     if device.type != "cuda":
@@ -44,14 +62,22 @@ def physical_batch_size(
     return filled_size(math.ceil(largest / math.ceil(largest / most)), device)
 
 
-def _fitting(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> int:
+def _fitting(
+    settings: Finetune,
+    module: nn.Module,
+    losses: Losses,
+    probe: Callable[[int], tuple[Tensor, ...]],
+    device: torch.device,
+) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     small, large = (_peak(settings, module, losses, probe, device, count) for count in (4, 12))
     an_image = max(1.0, (large - small) / 8)
     return max(1, min(int((0.8 * free - small) / an_image), GPU_COPIES // settings.noise_copies))
 
 
-def _peak(settings: Finetune, module: nn.Module, losses: Losses, probe: Callable, device: torch.device, count: int) -> int:
+def _peak(
+    settings: Finetune, module: nn.Module, losses: Losses, probe: Callable, device: torch.device, count: int
+) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     gradients = GRADIENTS[settings.gradients](module, None)

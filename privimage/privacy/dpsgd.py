@@ -1,4 +1,7 @@
-"""The private loop: T steps of DP-SGD on one module, by all ranks together. Whatever claims something about DP-SGD here runs this."""
+"""The private loop: T steps of DP-SGD on one module, by all ranks together.
+
+Whatever claims something about DP-SGD here runs this.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,10 +36,13 @@ class Losses(Protocol):
 
 @dataclass(frozen=True)
 class Randomness:
-    """Where the random numbers of the steps come from: a secret key, a generator, and what the computation depends on.
+    """Where the random numbers of the steps come from.
 
-    `computation` is the digest of all that the steps depend on beside the weights (`privacy.identity.computation`). Of these, of the
-    weights and of its number each step has a name; its sample, its noise and its draws are derived from the key and that name.
+    A secret key, a generator, and what the computation depends on.
+
+    `computation` is the digest of all that the steps depend on beside the weights
+    (`privacy.identity.computation`). Of these, of the weights and of its number each step has a name; its
+    sample, its noise and its draws are derived from the key and that name.
     """
 
     root: RootKey
@@ -45,11 +51,14 @@ class Randomness:
 
 
 class PrivateSteps:
-    """Poisson sample, per-image gradients, clipping, sum, noise, update: iterated over, one `StepFigures` a step.
+    """Poisson sample, per-image gradients, clipping, sum, noise, update.
 
-    Before a step computes anything it is charged: `charge(name)` is asked on the main rank and answers whether the run may make
-    it. Where it may not, the iteration ends on all ranks. What is done between two steps (averages, a generator's own steps) is done
-    by the caller, in public: a step sees no more of it than the tensors of `state`.
+    Iterated over, one `StepFigures` a step.
+
+    Before a step computes anything it is charged: `charge(name)` is asked on the main rank and answers
+    whether the run may make it. Where it may not, the iteration ends on all ranks. What is done between two
+    steps (averages, a generator's own steps) is done by the caller, in public: a step sees no more of it than
+    the tensors of `state`.
     """
 
     def __init__(
@@ -71,12 +80,18 @@ class PrivateSteps:
     ):
         """`plan` says with which sample rate, bound and noise, and how many steps; `first` are made already.
 
-        `optimizer` updates the module behind `gradients`. `state()` gives all tensors that a step's gradients depend on: the weights of
-        the module, and of networks that `losses` use. `noise_factor` is for an audit that wants the promise broken. Up to `physical`
-        images go through the network at once, a rank.
+        `optimizer` updates the module behind `gradients`. `state()` gives all tensors that a step's gradients
+        depend on: the weights of the module, and of networks that `losses` use. `noise_factor` is for an
+        audit that wants the promise broken. Up to `physical` images go through the network at once, a rank.
         """
         self.plan, self.gradients, self.losses, self.data, self.ranks = plan, gradients, losses, data, ranks
-        self.randomness, self.physical, self.charge, self.state, self.step = randomness, physical, charge, state, first
+        self.randomness, self.physical, self.charge, self.state, self.step = (
+            randomness,
+            physical,
+            charge,
+            state,
+            first,
+        )
         self.optimizer = PrivateOptimizer(optimizer, plan, ranks, None, stop_requested)
         if deviation := plan.rank_deviation(ranks.size) * noise_factor:
             self.optimizer.noise = NoiseStream(randomness.source, self.optimizer.size, deviation)
@@ -84,9 +99,13 @@ class PrivateSteps:
 
     def __iter__(self) -> Iterator[StepFigures]:
         """The remaining steps; `step` is the number of those made when one is yielded."""
-        loader = DataLoader(self.data, batch_sampler=cast(Sampler, _Batches(self)), collate_fn=lambda batch: batch)
+        loader = DataLoader(
+            self.data, batch_sampler=cast(Sampler, _Batches(self)), collate_fn=lambda batch: batch
+        )
         try:
-            with BatchMemoryManager(data_loader=loader, max_physical_batch_size=self.physical, optimizer=self.optimizer) as batches:
+            with BatchMemoryManager(
+                data_loader=loader, max_physical_batch_size=self.physical, optimizer=self.optimizer
+            ) as batches:
                 for *batch, indices in batches:
                     if len(indices):
                         tensors = self.losses.draw(*batch, indices, seed=self._derived_seed())
@@ -100,22 +119,33 @@ class PrivateSteps:
                 self.optimizer.noise.close()
 
     def begun(self) -> Iterator[list[int]]:
-        """Begin each step in turn, and give the indices of this rank's share of its sample; a share may be empty."""
+        """Begin each step in turn, and give the indices of this rank's share of its sample.
+
+        A share may be empty.
+        """
         randomness = self.randomness
         while self.step < self.plan.steps and self._may_begin():
             if self.optimizer.noise is not None:
-                self.optimizer.noise.prepare(randomness.root.derive("dp-sgd noise", self.name, self.ranks.rank))
+                self.optimizer.noise.prepare(
+                    randomness.root.derive("dp-sgd noise", self.name, self.ranks.rank)
+                )
             key = randomness.root.derive("poisson sampling", self.name)
             sample = poisson_sample(randomness.source, key, len(self.data), self.plan.sample_rate)  # type: ignore[arg-type]
             yield share(sample, self.ranks.rank, self.ranks.size)
 
     def _may_begin(self) -> bool:
-        """Name the next step and charge it, before anything of it is computed; the same answer on all ranks."""
+        """Name the next step and charge it before anything of it is computed; equal on all ranks."""
         weights = digest_of_tensors(self.state())
-        self.name = charge_name(self.randomness.root, self.randomness.computation, self.step.to_bytes(8, "big"), weights).hex()
+        self.name = charge_name(
+            self.randomness.root, self.randomness.computation, self.step.to_bytes(8, "big"), weights
+        ).hex()
         allowed = self.charge(self.name) if self.ranks.rank == 0 else True
         told = gathered(self.ranks, weights + bytes([allowed]))
-        require_equal([one[:-1] for one in told], f"the weights before private step {self.step + 1}", "copy the run directory to them again")
+        require_equal(
+            [one[:-1] for one in told],
+            f"the weights before private step {self.step + 1}",
+            "copy the run directory to them again",
+        )
         return all(one[-1] for one in told)
 
     def _derived_seed(self) -> int:
@@ -123,7 +153,9 @@ class PrivateSteps:
 
 
 class _Batches:
-    """The logical batches of one rank, for a DataLoader under Opacus' BatchMemoryManager, which asks for one when the last is done."""
+    """The logical batches of one rank, for a DataLoader under Opacus' BatchMemoryManager, which asks for one
+    when the last is done.
+    """
 
     def __init__(self, steps: PrivateSteps):
         self.steps = steps

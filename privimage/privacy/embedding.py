@@ -1,4 +1,7 @@
-"""The noisy mean embedding: the one function through which matching sees the sensitive set (Harder et al. 2021, DP-MERF)."""
+"""The noisy mean embedding: the one function through which matching sees the sensitive set (Harder et al.
+
+2021, DP-MERF).
+"""
 
 import numpy as np
 import torch
@@ -7,18 +10,23 @@ from torch import Tensor
 from privimage.privacy.noise import gaussian
 from privimage.privacy.plan import MatchPlan
 
-QUANTUM = 2.0**-30  # features are summed as whole multiples of it: integer sums are exact, in any order and on any number of ranks
+QUANTUM = (
+    2.0**-30
+    # features are summed as whole multiples of it: integer sums are exact, in any order and on any number of
+    # ranks
+)
 
 
 def embedding_sum(features: Tensor, labels: Tensor, rows: int) -> Tensor:
     """The features of each class summed over its images, in units of `QUANTUM`: int64 (rows, F).
 
-    features float64 (B, F), labels int64 (B,) in [0, rows). Adding or removing an image moves the sum by an L2 norm of at most
-    1 / QUANTUM, exactly: longer vectors are shortened, rounding is towards zero, and an image with a feature that is not finite
-    adds nothing.
+    features float64 (B, F), labels int64 (B,) in [0, rows). Adding or removing an image moves the sum by an
+    L2 norm of at most 1 / QUANTUM, exactly: longer vectors are shortened, rounding is towards zero, and an
+    image with a feature that is not finite adds nothing.
     """
     features = torch.where(features.isfinite().all(1, keepdim=True), features, 0.0)
-    # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm itself is rounded.
+    # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm
+    # itself is rounded.
     features = features / features.abs().amax(1, keepdim=True).clamp(min=1.0)
     features = features / features.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
     total = torch.zeros(rows, features.shape[1], dtype=torch.int64, device=features.device)
@@ -26,11 +34,12 @@ def embedding_sum(features: Tensor, labels: Tensor, rows: int) -> Tensor:
 
 
 def noisy_mean_embedding(total: np.ndarray, plan: MatchPlan, source: str, key: bytes) -> np.ndarray:
-    """`embedding_sum` over the whole sensitive set with Gaussian noise of standard deviation sigma on every number, divided by the public N.
+    """`embedding_sum` over the whole sensitive set with Gaussian noise of standard deviation sigma on every
+    number, divided by the public N.
 
-    total int64 (rows, F) -> float64 (rows, F): row c estimates (1 / N) sum of phi(x) over the images x of class c. A Gaussian
-    mechanism of noise multiplier `plan.noise_multiplier` under adding or removing one image. The caller charges the ledger before it
-    uses what is returned.
+    total int64 (rows, F) -> float64 (rows, F): row c estimates (1 / N) sum of phi(x) over the images x of
+    class c. A Gaussian mechanism of noise multiplier `plan.noise_multiplier` under adding or removing one
+    image. The caller charges the ledger before it uses what is returned.
     """
     noise = gaussian(source, key, total.size, plan.noise_multiplier)
     return (total * QUANTUM + noise.reshape(total.shape)) / plan.count

@@ -1,8 +1,8 @@
 """Rules for per-image gradients of single layers, with the noise copies folded in.
 
-The batch is laid out copies first, [K B, ...], so that [K, B C, H, W] is a view: a convolution with B groups then has one
-weight gradient an image, already summed over its K copies. Each rule computes it *in place of* the ordinary weight
-gradient, so that the backward pass does no work twice.
+The batch is laid out copies first, [K B, ...], so that [K, B C, H, W] is a view: a convolution with B groups
+then has one weight gradient an image, already summed over its K copies. Each rule computes it *in place of*
+the ordinary weight gradient, so that the backward pass does no work twice.
 """
 
 import time
@@ -26,18 +26,26 @@ class Folding:
 
 
 class ConvolutionBackends:
-    """Which way each convolution takes: as told; else on a GPU the faster one, timed when it is first used, on a CPU the grouped
-    one but for 1x1 kernels, which were faster as matrix products in every measurement.
+    """Which way each convolution takes: as told.
+
+    Else on a GPU the faster one, timed when it is first used, on a CPU the grouped one but for 1x1 kernels,
+    which were faster as matrix products in every measurement.
     """
 
     def __init__(self, choices: dict[str, str]):
         self.choices = choices
 
-    def gradients(self, name: str, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-        """Per-image gradients of weight (B, O, C, kh, kw) and bias (B, O) of `layer` for its input x and its output's gradient g."""
+    def gradients(
+        self, name: str, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding
+    ) -> tuple[Tensor, Tensor]:
+        """Per-image gradients of weight (B, O, C, kh, kw) and bias (B, O) of `layer` for its input x and its
+        output's gradient g.
+        """
         if name not in self.choices:
             usual = "unfolded" if layer.kernel_size == (1, 1) else "grouped"
-            self.choices[name] = min(WAYS, key=lambda way: _seconds(WAYS[way], layer, x, g, folding)) if x.is_cuda else usual
+            self.choices[name] = (
+                min(WAYS, key=lambda way: _seconds(WAYS[way], layer, x, g, folding)) if x.is_cuda else usual
+            )
         return WAYS[self.choices[name]](layer, x, g, folding)
 
 
@@ -58,20 +66,41 @@ def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[T
     out_channels, in_channels, height, width = layer.weight.shape
     x = x.reshape(copies, images * in_channels, *x.shape[2:])
     g = g.reshape(copies, images * out_channels, *g.shape[2:])
-    shape_only = x.new_empty(images * out_channels, in_channels, height, width)  # contiguous: an expanded one would be written out first
+    shape_only = x.new_empty(
+        images * out_channels, in_channels, height, width
+    )  # contiguous: an expanded one would be written out first
     _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
-        g, x, shape_only, [images * out_channels], layer.stride, layer.padding, layer.dilation, False, [0, 0], images, [False, True, fp32]
+        g,
+        x,
+        shape_only,
+        [images * out_channels],
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        False,
+        [0, 0],
+        images,
+        [False, True, fp32],
     )
     # The kernel's sum would be in bf16 there.
-    bias_gradient = bias_gradient.view(images, out_channels) if fp32 else _sum_bias(g.view(copies * images, out_channels, -1), folding)
+    bias_gradient = (
+        bias_gradient.view(images, out_channels)
+        if fp32
+        else _sum_bias(g.view(copies * images, out_channels, -1), folding)
+    )
     return weight_gradient.view(images, out_channels, in_channels, height, width), bias_gradient
 
 
 def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-    """Patches times output gradients, a matrix product an image, in chunks that bound the memory of the patches."""
+    """Patches times output gradients, a matrix product an image, in chunks that bound the memory of the
+    patches.
+    """
     images, copies, bias_gradient = folding.images, folding.copies, _sum_bias(g, folding)
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1):
-        x, g = x.reshape(copies, images, x.shape[1], -1).transpose(2, 3), g.reshape(copies, images, g.shape[1], -1)
+        x, g = (
+            x.reshape(copies, images, x.shape[1], -1).transpose(2, 3),
+            g.reshape(copies, images, g.shape[1], -1),
+        )
         total = torch.bmm(g[0], x[0])
         for copy in range(1, copies):  # one by one: an einsum over the copies would first lay them out anew
             total.baddbmm_(g[copy], x[copy])
@@ -79,7 +108,8 @@ def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[
     assert not isinstance(layer.padding, str)  # refused at the door
     (top, left), (down, right) = layer.padding, layer.stride
     padded = F.pad(x, (left, left, top, top))
-    # Windows as a view, written out by one kernel: F.unfold takes a kernel an image on a GPU, and was ten times slower.
+    # Windows as a view, written out by one kernel: F.unfold takes a kernel an image on a GPU, and was ten
+    # times slower.
     (image, channel, row, column), (taller, wider) = padded.stride(), layer.dilation
     g = g.view(copies, images, *g.shape[1:])
     windows = padded.as_strided(
@@ -88,13 +118,19 @@ def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[
     )
     chunk, parts = max(1, PATCHES // windows[0].numel()), []
     for start in range(0, images, chunk):
-        part, outputs = windows[start : start + chunk], g[:, start : start + chunk].permute(1, 2, 0, 3, 4).flatten(2)
+        part, outputs = (
+            windows[start : start + chunk],
+            g[:, start : start + chunk].permute(1, 2, 0, 3, 4).flatten(2),
+        )
         patches = part.reshape(len(part), -1, outputs.shape[2])
         parts.append(torch.bmm(outputs, patches.mT))
     return torch.cat(parts).view(images, *layer.weight.shape), bias_gradient
 
 
-WAYS: dict[str, Callable[[nn.Conv2d, Tensor, Tensor, Folding], tuple[Tensor, Tensor]]] = {"grouped": grouped, "unfolded": unfolded}
+WAYS: dict[str, Callable[[nn.Conv2d, Tensor, Tensor, Folding], tuple[Tensor, Tensor]]] = {
+    "grouped": grouped,
+    "unfolded": unfolded,
+}
 
 
 def _sum_bias(g: Tensor, folding: Folding) -> Tensor:
@@ -114,7 +150,9 @@ class _Conv2d(torch.autograd.Function):
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.name, ctx.folding, ctx.backends = layer, name, folding, backends
-        return F.conv2d(x, weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding, layer.dilation)
+        return F.conv2d(
+            x, weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding, layer.dilation
+        )
 
     @staticmethod
     def backward(ctx, g):
@@ -122,7 +160,17 @@ class _Conv2d(torch.autograd.Function):
         layer, g, x_gradient = ctx.layer, g.contiguous(), None
         if ctx.needs_input_grad[0]:
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
-                g, x, weight, None, layer.stride, layer.padding, layer.dilation, False, [0, 0], 1, [True, False, False]
+                g,
+                x,
+                weight,
+                None,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                False,
+                [0, 0],
+                1,
+                [True, False, False],
             )
         layer.weight.grad_sample, bias_gradient = ctx.backends.gradients(ctx.name, layer, x, g, ctx.folding)
         if layer.bias is not None:
@@ -151,7 +199,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _normalised_in(x: Tensor) -> Tensor:
-    # As autocast has it: CPU kernels read and write bf16 with statistics and parameters in fp32, those of GPUs do not.
+    # As autocast has it: CPU kernels read and write bf16 with statistics and parameters in fp32, those of
+    # GPUs do not.
     return x if x.device.type == "cpu" else x.float()
 
 
@@ -160,7 +209,9 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, layer, folding):
         x = _normalised_in(x).contiguous()
         pixels = x[0, 0].numel()
-        out, mean, rstd = torch.native_group_norm(x, weight, bias, len(x), x.shape[1], pixels, layer.num_groups, layer.eps)
+        out, mean, rstd = torch.native_group_norm(
+            x, weight, bias, len(x), x.shape[1], pixels, layer.num_groups, layer.eps
+        )
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.layer, ctx.folding = layer, folding
         return out
@@ -178,12 +229,26 @@ class _GroupNorm(torch.autograd.Function):
         return x_gradient, None, None, None, None
 
 
-def _kept_apart(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input (N, C, ...), and of weight and bias (N, C) for each of N: as of one image with N C channels."""
+def _kept_apart(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input (N, C, ...), and of weight and bias (N, C) for each of N.
+
+    As of one image with N C channels.
+    """
     count, channels, pixels = len(x), x.shape[1], x[0, 0].numel()
     g, folded = g.view(1, count * channels, pixels), x.view(1, count * channels, pixels)
     x_gradient, scale, shift = torch.ops.aten.native_group_norm_backward(
-        g, folded, mean.view(1, -1), rstd.view(1, -1), weight.repeat(count), 1, count * channels, pixels, count * groups, [True] * 3
+        g,
+        folded,
+        mean.view(1, -1),
+        rstd.view(1, -1),
+        weight.repeat(count),
+        1,
+        count * channels,
+        pixels,
+        count * groups,
+        [True] * 3,
     )
     return x_gradient.view_as(x), scale.view(count, channels), shift.view(count, channels)
 
@@ -204,22 +269,37 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
-def _conv2d(name: str, layer: nn.Conv2d, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+def _conv2d(
+    name: str, layer: nn.Conv2d, folding: Folding, backends: ConvolutionBackends
+) -> Callable[[Tensor], Tensor]:
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise ValueError(f"{name}: per-image gradients of a convolution need groups=1 and padding given in zeros")
+        raise ValueError(
+            f"{name}: per-image gradients of a convolution need groups=1 and padding given in zeros"
+        )
     return lambda x: _Conv2d.apply(x, layer.weight, layer.bias, layer, name, folding, backends)
 
 
-def _linear(name: str, layer: nn.Linear, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+def _linear(
+    name: str, layer: nn.Linear, folding: Folding, backends: ConvolutionBackends
+) -> Callable[[Tensor], Tensor]:
     return lambda x: _Linear.apply(x, layer.weight, layer.bias, layer, folding)
 
 
-def _group_norm(name: str, layer: nn.GroupNorm, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+def _group_norm(
+    name: str, layer: nn.GroupNorm, folding: Folding, backends: ConvolutionBackends
+) -> Callable[[Tensor], Tensor]:
     return lambda x: _GroupNorm.apply(x, layer.weight, layer.bias, layer, folding)
 
 
-def _embedding(name: str, layer: nn.Embedding, folding: Folding, backends: ConvolutionBackends) -> Callable[[Tensor], Tensor]:
+def _embedding(
+    name: str, layer: nn.Embedding, folding: Folding, backends: ConvolutionBackends
+) -> Callable[[Tensor], Tensor]:
     return lambda index: _Embedding.apply(index, layer.weight, layer, folding)
 
 
-RULES: dict[type, Callable] = {nn.Conv2d: _conv2d, nn.Linear: _linear, nn.GroupNorm: _group_norm, nn.Embedding: _embedding}
+RULES: dict[type, Callable] = {
+    nn.Conv2d: _conv2d,
+    nn.Linear: _linear,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+}

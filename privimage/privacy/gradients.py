@@ -1,7 +1,8 @@
-"""Per-image gradients, averaged over the noise copies of each image, behind Opacus' gradient-module interface.
+"""Per-image gradients, averaged over the noise copies of each image, behind Opacus' gradient-module
+interface.
 
-Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGradients`, fast, one rule a layer type, and
-`VmapGradients`, torch.func's vmap(grad), the plain oracle that the rules are tested against.
+Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGradients`, fast, one rule a
+layer type, and `VmapGradients`, torch.func's vmap(grad), the plain oracle that the rules are tested against.
 """
 
 from abc import abstractmethod
@@ -16,20 +17,25 @@ from privimage.privacy.folded import RULES, ConvolutionBackends, Folding
 
 Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> (n,)
 AT_ONCE = 32  # per-image gradients whose sum is float32
-# Longer gradients count as not finite. Squares of float32 overflow beyond 1.8e19, but a piece of one entry has its norm without
-# a square: C over a norm near 1e38 would be a denormal number, with few digits and a sum beyond C.
+# Longer gradients count as not finite. Squares of float32 overflow beyond 1.8e19, but a piece of one entry
+# has its norm without a square: C over a norm near 1e38 would be a denormal number, with few digits and a sum
+# beyond C.
 LONGEST = 1e18
 FEW = 4096  # numbers for which an operation of its own would be all overhead
 
 
 class PerImageGradients(AbstractGradSampleModule):
-    """A module whose parameters get `grad_sample`: for each image the gradient of its loss averaged over its noise copies."""
+    """A module whose parameters get `grad_sample`.
+
+    For each image the gradient of its loss averaged over its noise copies.
+    """
 
     def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
-        """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a resumed run
-        repeats its predecessor to the bit. A batch of fewer images than `filled_to` is filled up with copies of the last one,
-        of which nothing is kept: libraries choose their kernels, and so the rounding, by the number of images, and one image
-        more must not change what all others contribute. `batching.filled_size` says to how many.
+        """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a
+        resumed run repeats its predecessor to the bit. A batch of fewer images than `filled_to` is filled up
+        with copies of the last one, of which nothing is kept: libraries choose their kernels, and so the
+        rounding, by the number of images, and one image more must not change what all others contribute.
+        `batching.filled_size` says to how many.
         """
         super().__init__(module)
         self.convolutions, self.filled_to = ConvolutionBackends(dict(backends or {})), filled_to
@@ -42,13 +48,16 @@ class PerImageGradients(AbstractGradSampleModule):
     def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
         """Fill `p.grad_sample` for a batch.
 
-        Each tensor has shape (B, K, ...): K noise copies of B images. `losses(module, *flat)` gets them with one leading
-        size and returns one loss for each. Returns the losses averaged over the copies, (B,), detached.
+        Each tensor has shape (B, K, ...): K noise copies of B images. `losses(module, *flat)` gets them with
+        one leading size and returns one loss for each. Returns the losses averaged over the copies, (B,),
+        detached.
         """
         images = len(tensors[0])
         short = images < self.filled_to
         with without_chance():
-            per_image = self._fill(losses, *(filled(t, self.filled_to) for t in tensors) if short else tensors)
+            per_image = self._fill(
+                losses, *(filled(t, self.filled_to) for t in tensors) if short else tensors
+            )
         if short:
             for p in filter(lambda p: p.requires_grad, self._module.parameters()):
                 p.grad_sample = p.grad_sample[:images]
@@ -63,7 +72,9 @@ class PerImageGradients(AbstractGradSampleModule):
 
 
 class FoldedGradients(PerImageGradients):
-    """Per-image weight gradients in place of the ordinary ones, summed over the copies by a grouped convolution."""
+    """Per-image weight gradients in place of the ordinary ones, summed over the copies by a grouped
+    convolution.
+    """
 
     def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
         """Raises ValueError for a layer with parameters that has no rule."""
@@ -78,7 +89,9 @@ class FoldedGradients(PerImageGradients):
 
     def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
         images, copies = tensors[0].shape[:2]
-        flat = [t.transpose(0, 1).reshape(copies * images, *t.shape[2:]) for t in tensors]  # copies first: folding is then a view
+        flat = [
+            t.transpose(0, 1).reshape(copies * images, *t.shape[2:]) for t in tensors
+        ]  # copies first: folding is then a view
         self.folding.images, self.folding.copies = images, copies
         per_image = losses(self._module, *flat).view(copies, images).mean(0)
         per_image.sum().backward()
@@ -102,7 +115,9 @@ class VmapGradients(PerImageGradients):
             loss = losses(bound, *copies).mean()
             return loss, loss
 
-        gradients, per_image = torch.func.vmap(torch.func.grad(one_image, has_aux=True), in_dims=(None, *[0] * len(tensors)))(parameters, *tensors)
+        gradients, per_image = torch.func.vmap(
+            torch.func.grad(one_image, has_aux=True), in_dims=(None, *[0] * len(tensors))
+        )(parameters, *tensors)
         for name, p in self._module.named_parameters():
             if p.requires_grad:
                 p.grad_sample = gradients[name]  # type: ignore[attr-defined]
@@ -113,20 +128,28 @@ GRADIENTS: dict[str, type[PerImageGradients]] = {"folded": FoldedGradients, "vma
 
 
 @torch.no_grad()
-def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> tuple[Tensor, Tensor]:
+def clip_and_sum_(
+    gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
     """Add the clipped per-image gradients of a batch to the flat float64 `gradient_sum` (P,), in place.
 
-    Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image with a gradient
-    that is not finite, or longer than `LONGEST`, contributes exactly zero. C is at least 1e-8, as in the configuration.
-    Norms are summed up in float64, so are gradients but for the `AT_ONCE` of a piece, which are summed in float32.
-    Returns the norms (B,) before clipping and which images were finite (B,): both private.
+    Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image
+    with a gradient that is not finite, or longer than `LONGEST`, contributes exactly zero. C is at least
+    1e-8, as in the configuration. Norms are summed up in float64, so are gradients but for the `AT_ONCE` of a
+    piece, which are summed in float32. Returns the norms (B,) before clipping and which images were finite
+    (B,): both private.
     """
     # Where matrix products may be TF32 or bf16, their rounding alone would carry an image past the bound.
     torch.set_float32_matmul_precision("highest")
     samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
     small = [s.float() for s in samples if s.shape[1] < FEW]
     merged = [s for s in samples if s.shape[1] >= FEW] + ([torch.cat(small, dim=1)] if small else [])
-    norms = torch.cat([piece for s in merged for piece in _norms_of_pieces(s)], dim=1).double().norm(dim=1).float()
+    norms = (
+        torch.cat([piece for s in merged for piece in _norms_of_pieces(s)], dim=1)
+        .double()
+        .norm(dim=1)
+        .float()
+    )
     finite = norms <= LONGEST  # false for NaN
     # The rounding of these norms and of the sums must not carry an image past the bound.
     factors = torch.where(finite, (max_grad_norm * (1 - 1e-5) / norms).clamp(max=1.0), 0.0)
@@ -136,12 +159,17 @@ def clip_and_sum_(gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad
     few = iter(sums[-1].split([s.shape[1] for s in small], dim=1) if small else ())
     many = iter(sums)
     # In float32 the rounding of thousands of alike gradients would exceed the margin.
-    gradient_sum += torch.cat([next(few if s.shape[1] < FEW else many) for s in samples], dim=1).sum(0, dtype=torch.float64)
+    gradient_sum += torch.cat([next(few if s.shape[1] < FEW else many) for s in samples], dim=1).sum(
+        0, dtype=torch.float64
+    )
     return norms, finite
 
 
 def _norms_of_pieces(sample: Tensor, size: int = 1024) -> Iterator[Tensor]:
-    """L2 norms (B, n) of pieces of the rows of a sample: over millions of entries a CPU's float32 sum is wrong by 1e-4 and more."""
+    """L2 norms (B, n) of pieces of the rows of a sample.
+
+    Over millions of entries a CPU's float32 sum is wrong by 1e-4 and more.
+    """
     whole = sample.shape[1] // size * size
     if whole:
         yield torch.linalg.vector_norm(sample[:, :whole].unflatten(1, (-1, size)), dim=2, dtype=torch.float32)
@@ -154,7 +182,9 @@ def _sums_of_pieces(factors: Tensor, gradients: Tensor) -> Tensor:
     whole = len(gradients) // AT_ONCE * AT_ONCE
     if not whole:
         return gradients.T.mv(factors)[None]
-    pieces = torch.bmm(factors[:whole].view(-1, 1, AT_ONCE), gradients[:whole].unflatten(0, (-1, AT_ONCE))).squeeze(1)
+    pieces = torch.bmm(
+        factors[:whole].view(-1, 1, AT_ONCE), gradients[:whole].unflatten(0, (-1, AT_ONCE))
+    ).squeeze(1)
     if whole == len(gradients):
         return pieces
     return torch.cat([pieces, gradients[whole:].T.mv(factors[whole:])[None]])

@@ -1,8 +1,9 @@
 """What a computation on sensitive data depends on, as one digest.
 
-Noise, Poisson sample and charge of each use of a mechanism are derived from it. So the same computation, started again after a crash,
-from a copy or from an older snapshot, repeats its output to the bit and is charged once: nothing new comes out. Any other computation,
-even one that differs in rounding only, has noise of its own and is charged: the difference of two outputs shows two noises.
+Noise, Poisson sample and charge of each use of a mechanism are derived from it. So the same computation,
+started again after a crash, from a copy or from an older snapshot, repeats its output to the bit and is
+charged once: nothing new comes out. Any other computation, even one that differs in rounding only, has noise
+of its own and is charged: the difference of two outputs shows two noises.
 """
 
 import hashlib
@@ -25,12 +26,23 @@ from privimage.distributed.agreement import Ranks, gathered
 from privimage.privacy.keys import RootKey
 
 PROCESSOR = Path("/proc/cpuinfo")
-# Settings that no output depends on: where things are, and what is done after the last output. The content of both sets is in the digest
-# by itself, that of the public one through the networks that it trained.
+# Settings that no output depends on: where things are, and what is done after the last output. The content of
+# both sets is in the digest by itself, that of the public one through the networks that it trained.
 NOT_READ = ("run", "slurm", "synthesize", "evaluate")
-PLACES: dict[str, tuple[str, ...]] = {"data": ("public", "sensitive", "workers"), "privacy": ("ledger", "budget", "insecure_fixed_key")}
+PLACES: dict[str, tuple[str, ...]] = {
+    "data": ("public", "sensitive", "workers"),
+    "privacy": ("ledger", "budget", "insecure_fixed_key"),
+}
 READ_OF_RUNTIME = ("seed", "precision")
-KERNEL_SWITCHES = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "KMP_", "OPENBLAS_", "CUBLAS_")  # beginnings of variables by which libraries choose kernels
+KERNEL_SWITCHES = (
+    "ATEN_",
+    "DNNL_",
+    "ONEDNN_",
+    "MKL_",
+    "KMP_",
+    "OPENBLAS_",
+    "CUBLAS_",
+)  # beginnings of variables by which libraries choose kernels
 
 
 def computation(
@@ -42,11 +54,14 @@ def computation(
     inputs: Iterable[bytes] = (),
     each_rank: bool = False,
 ) -> bytes:
-    """The digest of all that the outputs of a stage depend on beside the state that it goes on from; the same on all ranks.
+    """The digest of all that the outputs of a stage depend on beside the state that it goes on from.
 
-    `content` is that of the sensitive set, `inputs` the digests of networks that see it or of what its images vote for, `own` plain values
-    that the stage adds. `each_rank`: the output depends on which rank does what, as where each adds noise of its own; else on the kinds
-    of machines alone, not on their number. On a GPU, where sums need not repeat to the bit, each start is a computation of its own. All ranks call this
+    The same on all ranks.
+
+    `content` is that of the sensitive set, `inputs` the digests of networks that see it or of what its images
+    vote for, `own` plain values that the stage adds. `each_rank`: the output depends on which rank does what,
+    as where each adds noise of its own; else on the kinds of machines alone, not on their number. On a GPU,
+    where sums need not repeat to the bit, each start is a computation of its own. All ranks call this
     together.
     """
     told = gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))
@@ -86,21 +101,30 @@ def digest_of_tensors(tensors: Iterable[Tensor | np.ndarray]) -> bytes:
     """SHA-256 of the values, shapes and types of some arrays, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        array = tensor.detach().cpu().contiguous() if isinstance(tensor, Tensor) else torch.from_numpy(np.ascontiguousarray(tensor))
+        array = (
+            tensor.detach().cpu().contiguous()
+            if isinstance(tensor, Tensor)
+            else torch.from_numpy(np.ascontiguousarray(tensor))
+        )
         digest.update(f"{array.dtype} {tuple(array.shape)}\0".encode())
         digest.update(array.flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 
 def _machine(device: torch.device) -> dict:
-    """What may change the rounding of one rank's share: processor, threads, software and the switches by which libraries choose kernels."""
+    """What may change the rounding of one rank's share.
+
+    Processor, threads, software and the switches by which libraries choose kernels.
+    """
     return {
         "processor": _processor(device),
         "threads": torch.get_num_threads(),
         "software": _software(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "products": torch.get_float32_matmul_precision(),
-        "switches": sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(KERNEL_SWITCHES)),
+        "switches": sorted(
+            f"{name}={value}" for name, value in os.environ.items() if name.startswith(KERNEL_SWITCHES)
+        ),
     }
 
 
@@ -112,12 +136,16 @@ def _processor(device: torch.device) -> str:
         lines = PROCESSOR.read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.platform()
-    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+    return "\n".join(
+        line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))
+    )
 
 
 @cache
 def _software() -> str:
-    """A digest of this package's own source and of the versions of those that decode, compute, draw or clip for it."""
+    """A digest of this package's own source and of the versions of those that decode, compute, draw or clip
+    for it.
+    """
     package = Path(__file__).parents[1]
     sources = [path.read_bytes() for path in sorted(package.rglob("*.py"))]
     names = ("torch", "torchvision", "opacus", "numpy", "pillow", "randomgen")

@@ -1,7 +1,8 @@
 """The secret from which all private randomness of a run is derived.
 
-Whoever holds it can subtract the noise. It comes from the operating system, lives in one file of mode 0600 below `private/`,
-appears in no configuration, log, checkpoint or release, and is destroyed when the run is finished.
+Whoever holds it can subtract the noise. It comes from the operating system, lives in one file of mode 0600
+below `private/`, appears in no configuration, log, checkpoint or release, and is destroyed when the run is
+finished.
 """
 
 import hashlib
@@ -17,7 +18,10 @@ from privimage.rundir import write_whole
 
 
 class RootKey:
-    """32 secret bytes; `derive` gives independent keys for each purpose, step and rank (HKDF-SHA256, RFC 5869)."""
+    """32 secret bytes.
+
+    `derive` gives independent keys for each purpose, step and rank (HKDF-SHA256, RFC 5869).
+    """
 
     def __init__(self, secret: bytes):
         if len(secret) != 32:
@@ -30,11 +34,16 @@ class RootKey:
     def derive(self, purpose: str, *context: int | str, length: int = 32) -> bytes:
         """`length` bytes for one purpose and context; different contexts give independent bytes."""
         info = "\0".join((purpose, *(f"{type(part).__name__}:{part}" for part in context)))
-        return HKDF(algorithm=SHA256(), length=length, salt=b"privimage", info=info.encode()).derive(self._secret)
+        return HKDF(algorithm=SHA256(), length=length, salt=b"privimage", info=info.encode()).derive(
+            self._secret
+        )
 
     @property
     def name(self) -> str:
-        """A public name of the key, which tells nothing about it: two runs with the same name share their key."""
+        """A public name of the key, which tells nothing about it.
+
+        Two runs with the same name share their key.
+        """
         return self.derive("name", length=8).hex()
 
 
@@ -44,13 +53,19 @@ def insecure_fixed(number: int) -> RootKey:
 
 
 def open_root(path: Path) -> RootKey:
-    """The key kept in `path`; a new one from the operating system if there is none. Raises UserError for a damaged file."""
+    """The key kept in `path`; a new one from the operating system if there is none.
+
+    Raises UserError for a damaged file.
+    """
     if not path.exists():
         replace(path)
     owner_only.restrict(path)
     secret = path.read_bytes()
     if len(secret) != 32:
-        raise UserError(f"{path}: damaged key; the noise that was drawn with it cannot be repeated, begin again with another run.dir")
+        raise UserError(
+            f"{path}: damaged key; the noise that was drawn with it cannot be repeated, begin again with "
+            "another run.dir"
+        )
     return RootKey(secret)
 
 
@@ -60,7 +75,10 @@ def replace(path: Path) -> None:
 
 
 def destroy(path: Path) -> None:
-    """Overwrite and remove a key. What was released stays as private as it is; nobody can subtract its noise any more."""
+    """Overwrite and remove a key. What was released stays as private as it is.
+
+    Nobody can subtract its noise any more.
+    """
     if not path.exists():
         return
     if path.stat().st_nlink == 1:  # a hard link is the key of a copy of the run

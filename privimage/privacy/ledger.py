@@ -1,14 +1,18 @@
-"""What was ever spent on one sensitive set: an append-only file of JSON lines, fsynced before an output is used.
+"""What was ever spent on one sensitive set.
 
-The first line is the identity of the ledger. Then each line is a *plan* (what a run is going to do, written before it starts), a
-*charge* (one use of a mechanism, written before its output is used), a *budget* (of all runs on the set; the last one holds), a run
-that is *not private*, or the *place* of a run's directory. A charge is named by everything its output depends on, so the same
-computation with the same noise has one charge, whichever run or copy of a run does it.
+An append-only file of JSON lines, fsynced before an output is used.
 
-A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism that its run had announced
-and not yet charged in full; if it does not tell its run, of every run's.
+The first line is the identity of the ledger. Then each line is a *plan* (what a run is going to do, written
+before it starts), a *charge* (one use of a mechanism, written before its output is used), a *budget* (of all
+runs on the set; the last one holds), a run that is *not private*, or the *place* of a run's directory. A
+charge is named by everything its output depends on, so the same computation with the same noise has one
+charge, whichever run or copy of a run does it.
 
-A run knows the ledger that it has written to by its `Head`. A file that is missing, or does not begin as the run knows it, is refused.
+A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism that its run
+had announced and not yet charged in full; if it does not tell its run, of every run's.
+
+A run knows the ledger that it has written to by its `Head`. A file that is missing, or does not begin as the
+run knows it, is refused.
 """
 
 import fcntl
@@ -30,7 +34,10 @@ from privimage.rundir import fsync_folder
 
 @dataclass(frozen=True)
 class Head:
-    """What a run knows of its ledger: its identity, and how it began when the run last looked, as a number of bytes and their digest."""
+    """What a run knows of its ledger.
+
+    Its identity, and how it began when the run last looked, as a number of bytes and their digest.
+    """
 
     ledger: str
     entries: int
@@ -43,10 +50,15 @@ class Head:
 
 
 class Ledger:
-    """The ledger of the sensitive set with the given fingerprint, in `folder`, shared by all runs on that set."""
+    """The ledger of the sensitive set with the given fingerprint, in `folder`, shared by all runs on that
+    set.
+    """
 
     def __init__(self, folder: Path, fingerprint: str, head: Head | None = None):
-        """`head` is what the run knows of the ledger; None begins one where there is none. Raises UserError for a folder that cannot be made."""
+        """`head` is what the run knows of the ledger; None begins one where there is none.
+
+        Raises UserError for a folder that cannot be made.
+        """
         owner_only.folder(folder.resolve())
         self.path = folder / f"{fingerprint[:32]}.jsonl"
         self._head, self._reader = head, Reader()
@@ -64,7 +76,10 @@ class Ledger:
 
     @property
     def spent(self) -> Spent:
-        """All that was ever charged or announced here. Raises UserError for a ledger that is not the known one any more."""
+        """All that was ever charged or announced here.
+
+        Raises UserError for a ledger that is not the known one any more.
+        """
         with self._locked():
             return self._reader.spent
 
@@ -73,7 +88,11 @@ class Ledger:
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0), 0o600)
         except OSError as error:
-            raise UserError(self._refusal("missing" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})")) from None
+            raise UserError(
+                self._refusal(
+                    "missing" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
+                )
+            ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             self._catch_up(handle)
@@ -102,9 +121,14 @@ class Ledger:
             self._head = Head(identity, self._reader.lines, len(data), hashlib.sha256(data).hexdigest())
 
     def _refusal(self, problem: str) -> str:
-        known = f"with identity {self._head.ledger} and its {self._head.entries} lines or more" if self._head else ""
+        known = (
+            f"with identity {self._head.ledger} and its {self._head.entries} lines or more"
+            if self._head
+            else ""
+        )
         return (
-            f"{self.path}: the ledger of the sensitive set is {problem}; bring back the file {known}, or name its folder in privacy.ledger:"
+            f"{self.path}: the ledger of the sensitive set is {problem}; bring back the file {known}, or "
+            "name its folder in privacy.ledger:"
             " without it nothing that this run has drawn can be proven, and nothing is released"
         )
 
@@ -114,19 +138,26 @@ class Ledger:
                 raise OSError(28, "no space left")
             os.fsync(handle)
         except OSError as error:
-            raise UserError(f"{self.path}: the ledger could not be written ({error.strerror}); nothing was released, make room and run again") from None
+            raise UserError(
+                f"{self.path}: the ledger could not be written ({error.strerror}); nothing was released, "
+                "make room and run again"
+            ) from None
 
     def _append(self, handle: int, entry: dict) -> None:
         self._write(handle, json.dumps(entry).encode() + b"\n")
         self._catch_up(handle)
 
     @contextmanager
-    def announced(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> Iterator[None]:
-        """Write down what `run` is going to do, by part, before it starts; what is done inside happens only if it may do so.
+    def announced(
+        self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str
+    ) -> Iterator[None]:
+        """Write down what `run` is going to do, by part, before it starts.
 
-        `budget` is (epsilon, delta) for everything ever done on this set; it is kept in the ledger and holds for all runs, whether they
-        name it or not. Raises UserError if this run, with all that others have charged or announced, would exceed it, or if another
-        budget is kept already.
+        What is done inside happens only if it may do so.
+
+        `budget` is (epsilon, delta) for everything ever done on this set; it is kept in the ledger and holds
+        for all runs, whether they name it or not. Raises UserError if this run, with all that others have
+        charged or announced, would exceed it, or if another budget is kept already.
         """
         with self._locked() as handle:
             spent = self._reader.spent
@@ -137,16 +168,21 @@ class Ledger:
             if spent.plans.get(run) != dict(plan):
                 self._append(handle, {"run": run, "plan": {part: _pack(m) for part, m in plan.items()}})
 
-    def require_room(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> None:
+    def require_room(
+        self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str
+    ) -> None:
         """Raise UserError where `announced` would, without writing anything."""
         with self._locked():
             self._require_room(run, plan, budget, accountant)
 
-    def _require_room(self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str) -> None:
+    def _require_room(
+        self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str
+    ) -> None:
         spent = self._reader.spent
         if budget is not None and spent.budget is not None and budget != spent.budget:
             raise UserError(
-                f"privacy.budget: {told(budget)} is not the one that the ledger of the set holds, {told(spent.budget)}; whoever owns the"
+                f"privacy.budget: {told(budget)} is not the one that the ledger of the set holds, "
+                f"{told(spent.budget)}; whoever owns the"
                 f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
             )
         if (budget := budget or spent.budget) is None:
@@ -155,13 +191,21 @@ class Ledger:
         total = epsilon(spent.promised(run, plan), delta, accountant)
         if spent.not_private or total > limit:
             sum_told = "infinite, since a run without noise used it" if spent.not_private else f"{total:.4g}"
-            raise UserError(f"privacy.budget: with this run epsilon on the sensitive set would be {sum_told}, more than {limit:g} (ledger {self.path})")
+            raise UserError(
+                f"privacy.budget: with this run epsilon on the sensitive set would be {sum_told}, more than "
+                f"{limit:g} (ledger {self.path})"
+            )
 
-    def charge(self, run: str, part: str, mechanism: Mechanism, name: str, limit: int, behind: Collection[str] = ()) -> bool:
-        """Charge one use of `mechanism` before its output is used; false if the run may not use it any more, and nothing was written.
+    def charge(
+        self, run: str, part: str, mechanism: Mechanism, name: str, limit: int, behind: Collection[str] = ()
+    ) -> bool:
+        """Charge one use of `mechanism` before its output is used.
 
-        `name` tells everything on which the output depends: a name that is here already is the same output, and costs nothing. A new one
-        is written if the run has fewer than `limit` charges of this part, counting those `behind` what it goes on from.
+        False if the run may not use it any more, and nothing was written.
+
+        `name` tells everything on which the output depends: a name that is here already is the same output,
+        and costs nothing. A new one is written if the run has fewer than `limit` charges of this part,
+        counting those `behind` what it goes on from.
         """
         with self._locked() as handle:
             charges = self._reader.spent.charges

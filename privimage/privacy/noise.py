@@ -9,7 +9,10 @@ CHUNK = 1 << 19  # numbers drawn at once, so that the float64 scratch stays in t
 
 
 def bit_generator(source: str, key: bytes) -> np.random.BitGenerator:
-    """A generator of the given kind from 32 secret bytes: `aes-ctr`, `chacha20`, or the not cryptographic `insecure-philox`."""
+    """A generator of the given kind from 32 secret bytes.
+
+    `aes-ctr`, `chacha20`, or the not cryptographic `insecure-philox`.
+    """
     import randomgen
 
     if source == "aes-ctr":
@@ -22,8 +25,8 @@ def bit_generator(source: str, key: bytes) -> np.random.BitGenerator:
 def gaussian(source: str, key: bytes, size: int, standard_deviation: float) -> np.ndarray:
     """`size` float64 draws of N(0, standard_deviation^2), each the scaled sum of four draws.
 
-    The sum of four takes away the holes that a single floating-point Gaussian has, by which an attacker could tell the
-    noise from the value (Mironov 2012; Holohan and Braghin 2021, Algorithm 1).
+    The sum of four takes away the holes that a single floating-point Gaussian has, by which an attacker could
+    tell the noise from the value (Mironov 2012; Holohan and Braghin 2021, Algorithm 1).
     """
     generator = np.random.Generator(bit_generator(source, key))
     noise = np.empty(size)
@@ -37,7 +40,8 @@ def gaussian(source: str, key: bytes, size: int, standard_deviation: float) -> n
 
 
 class NoiseStream:
-    """The noise of one rank for the private steps, drawn in a thread of its own while the gradients are computed.
+    """The noise of one rank for the private steps, drawn in a thread of its own while the gradients are
+    computed.
 
     `size` numbers a step of standard deviation `standard_deviation`, from the step's key.
     """

@@ -1,7 +1,10 @@
-"""DP-SGD's update over all ranks: each adds its part of the noise to its sum, one flat all-reduce adds up the sums.
+"""DP-SGD's update over all ranks.
 
-With W ranks, rank r holds the sum of its clipped per-image gradients and adds noise of standard deviation sigma C / sqrt(W) from
-its own stream; the total is the sum over the whole logical batch plus noise of standard deviation sigma C, for any W.
+Each adds its part of the noise to its sum, one flat all-reduce adds up the sums.
+
+With W ranks, rank r holds the sum of its clipped per-image gradients and adds noise of standard deviation
+sigma C / sqrt(W) from its own stream; the total is the sum over the whole logical batch plus noise of
+standard deviation sigma C, for any W.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,10 @@ from privimage.privacy.plan import FinetunePlan
 
 @dataclass
 class StepFigures:
-    """What the ranks counted during a private step. All but `stop` is computed on sensitive data: for `private/` only."""
+    """What the ranks counted during a private step. All but `stop` is computed on sensitive data.
+
+    For `private/` only.
+    """
 
     stop: bool
     images: int
@@ -30,10 +36,12 @@ class StepFigures:
 
 
 class PrivateOptimizer(DPOptimizer):
-    """Opacus' optimizer with the clipping, noise and synchronisation of this project; works under BatchMemoryManager.
+    """Opacus' optimizer with the clipping, noise and synchronisation of this project.
 
-    `step` returns true when a logical batch was completed; `figures` then tells what was counted. Whoever drives it has charged the
-    step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
+    Works under BatchMemoryManager.
+
+    `step` returns true when a logical batch was completed; `figures` then tells what was counted. Whoever
+    drives it has charged the step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
     """
 
     FIGURES = 6
@@ -55,7 +63,8 @@ class PrivateOptimizer(DPOptimizer):
         self.world, self.noise, self.stop_requested = world, noise, stop_requested
         self.size = sum(p.numel() for p in self.params)
         self.gradient_sum = torch.zeros(self.size, device=world.device, dtype=torch.float64)
-        # What the ranks exchange: the noised sum, and behind it the figures, which are outside the noised part.
+        # What the ranks exchange: the noised sum, and behind it the figures, which are outside the noised
+        # part.
         self.flat = torch.zeros(self.size + self.FIGURES, device=world.device)
         self.figures: StepFigures | None = None
 
@@ -64,7 +73,10 @@ class PrivateOptimizer(DPOptimizer):
         self.flat[self.size + 4] += losses.nan_to_num(0.0, 0.0, 0.0).sum()
 
     def clip_and_accumulate(self) -> None:
-        """Clip the per-image gradients of a physical batch and add them to the sum; a rank without images adds nothing."""
+        """Clip the per-image gradients of a physical batch and add them to the sum.
+
+        A rank without images adds nothing.
+        """
         if self.params[0].grad_sample is None:
             return
         norms, finite = clip_and_sum_(self.gradient_sum, self.params, self.max_grad_norm)

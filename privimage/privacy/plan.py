@@ -35,7 +35,10 @@ class MechanismPlan(ABC):
 
 @dataclass(frozen=True)
 class QueryPlan(MechanismPlan):
-    """The noisy histogram: each image votes for `per_image` classes of one row, so the L2 sensitivity is sqrt(per_image)."""
+    """The noisy histogram.
+
+    Each image votes for `per_image` classes of one row, so the L2 sensitivity is sqrt(per_image).
+    """
 
     name: ClassVar[str] = "semantic distribution query"
     stage: ClassVar[str] = "select"
@@ -60,7 +63,10 @@ class QueryPlan(MechanismPlan):
 
 @dataclass(frozen=True)
 class FinetunePlan(MechanismPlan):
-    """DP-SGD: Poisson samples of rate B / N, per-image gradients clipped to C, noise of sigma C on their sum, T times."""
+    """DP-SGD.
+
+    Poisson samples of rate B / N, per-image gradients clipped to C, noise of sigma C on their sum, T times.
+    """
 
     name: ClassVar[str] = "DP-SGD fine-tuning"
     stage: ClassVar[str] = "finetune"
@@ -73,11 +79,24 @@ class FinetunePlan(MechanismPlan):
 
     @classmethod
     def draft(cls, config: Config, count: int) -> "FinetunePlan":
-        """The plan for `count` images, its noise still to be found. Raises UserError if the expected batch is larger than the set."""
+        """The plan for `count` images, its noise still to be found.
+
+        Raises UserError if the expected batch is larger than the set.
+        """
         settings = config.finetune
         if settings.logical_batch_size > count:
-            raise UserError(f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} sensitive images")
-        return cls(count, settings.logical_batch_size, settings.steps, 0.0, settings.max_grad_norm, config.noise_copies)
+            raise UserError(
+                f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} "
+                "sensitive images"
+            )
+        return cls(
+            count,
+            settings.logical_batch_size,
+            settings.steps,
+            0.0,
+            settings.max_grad_norm,
+            config.noise_copies,
+        )
 
     @property
     def sample_rate(self) -> Fraction:
@@ -95,13 +114,19 @@ class FinetunePlan(MechanismPlan):
         return {"max_grad_norm": self.max_grad_norm, "noise_copies": self.noise_copies}
 
     def rank_deviation(self, ranks: int) -> float:
-        """Standard deviation of the noise that each of `ranks` ranks adds to its sum: sigma C / sqrt(W); 0 without noise."""
+        """Standard deviation of the noise that each of `ranks` ranks adds to its sum: sigma C / sqrt(W).
+
+        0 without noise.
+        """
         return self.noise_multiplier * self.max_grad_norm / math.sqrt(ranks) if self.noise_multiplier else 0.0
 
 
 @dataclass(frozen=True)
 class MatchPlan(MechanismPlan):
-    """One noisy sum of feature vectors of norm 1, each in the row of its image's label: the L2 sensitivity is 1."""
+    """One noisy sum of feature vectors of norm 1, each in the row of its image's label.
+
+    The L2 sensitivity is 1.
+    """
 
     name: ClassVar[str] = "noisy mean embedding"
     stage: ClassVar[str] = "match"
@@ -127,7 +152,10 @@ class MatchPlan(MechanismPlan):
 
 @dataclass(frozen=True)
 class EvolvePlan(MechanismPlan):
-    """One noisy histogram an iteration: each image votes for one synthetic image of its own class, so the L2 sensitivity is 1."""
+    """One noisy histogram an iteration.
+
+    Each image votes for one synthetic image of its own class, so the L2 sensitivity is 1.
+    """
 
     name: ClassVar[str] = "nearest-neighbour histogram"
     stage: ClassVar[str] = "evolve"
@@ -157,14 +185,17 @@ class EvolvePlan(MechanismPlan):
 
 
 TrainingPlan = FinetunePlan | MatchPlan | EvolvePlan
-TRAININGS: dict[str, type[TrainingPlan]] = {kind.stage: kind for kind in (FinetunePlan, MatchPlan, EvolvePlan)}
+TRAININGS: dict[str, type[TrainingPlan]] = {
+    kind.stage: kind for kind in (FinetunePlan, MatchPlan, EvolvePlan)
+}
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
     """What a run promises and how it keeps it.
 
-    `query` is None for methods that do not ask the sensitive set; `training` is the mechanism that the synthetic images come from.
+    `query` is None for methods that do not ask the sensitive set; `training` is the mechanism that the
+    synthetic images come from.
     """
 
     epsilon: float
@@ -223,12 +254,23 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
         noise_multiplier = alone = noise()
         if config.spec.pretraining == "selected":
             training = dataclasses.replace(draft.mechanism, noise_multiplier=alone)
-            sigma1 = config.select.noise_multiplier or accounting.query_noise(privacy.epsilon, delta, training, config.select.max_rise, accountant)
+            sigma1 = config.select.noise_multiplier or accounting.query_noise(
+                privacy.epsilon, delta, training, config.select.max_rise, accountant
+            )
             query = QueryPlan(config.select.per_image, sigma1)
             noise_multiplier = noise(query.mechanism)
     except ValueError:
-        raise UserError(f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; the query alone may cost more") from None
-    return PrivacyPlan(privacy.epsilon, delta, accountant, query, dataclasses.replace(draft, noise_multiplier=noise_multiplier))
+        raise UserError(
+            f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; the query alone may "
+            "cost more"
+        ) from None
+    return PrivacyPlan(
+        privacy.epsilon,
+        delta,
+        accountant,
+        query,
+        dataclasses.replace(draft, noise_multiplier=noise_multiplier),
+    )
 
 
 def plan_from_dict(tree: dict) -> PrivacyPlan:

@@ -1,4 +1,7 @@
-"""Exact Poisson sampling over all ranks: the same global sample on each, from the key of a step, of which each takes its share."""
+"""Exact Poisson sampling over all ranks.
+
+The same global sample on each, from the key of a step, of which each takes its share.
+"""
 
 from fractions import Fraction
 
@@ -10,8 +13,9 @@ from privimage.privacy.noise import bit_generator
 def poisson_sample(source: str, key: bytes, count: int, sample_rate: Fraction) -> np.ndarray:
     """The images that take part in a step: each of `count` on its own with probability `sample_rate`.
 
-    `key` is 32 bytes that no other step has. Integers throughout: image i takes part iff 64 random bits are below floor(q 2^64), so its
-    probability is q to within 2^-64 and never above it. Returns sorted int64 indices; may be empty.
+    `key` is 32 bytes that no other step has. Integers throughout: image i takes part iff 64 random bits are
+    below floor(q 2^64), so its probability is q to within 2^-64 and never above it. Returns sorted int64
+    indices; may be empty.
     """
     threshold = (sample_rate.numerator << 64) // sample_rate.denominator
     if threshold >= 1 << 64:

@@ -23,7 +23,9 @@ def show(path: Path) -> None:
     console = Console(highlight=False)
     if (path / "private" / "account.json").exists():
         account = read_json(path / "private" / "account.json")
-        ledger = account["ledger"]["path"] if account.get("version") else account["ledger"]  # before version 2 the path alone
+        ledger = (
+            account["ledger"]["path"] if account.get("version") else account["ledger"]
+        )  # before version 2 the path alone
         delta, spent = plan_from_dict(account["plan"]).delta, read(Path(ledger))
         _compose(console, f"run {path}", spent, account["run"], delta)
         _compose(console, "all runs on its sensitive set", spent, None, delta)
@@ -31,13 +33,16 @@ def show(path: Path) -> None:
     elif path.is_file():
         _compose(console, f"ledger {path}", read(path), None, DELTA)
     elif path.is_dir():
-        raise UserError(f"{path}: no run that has begun to use sensitive data (private/account.json is missing)")
+        raise UserError(
+            f"{path}: no run that has begun to use sensitive data (private/account.json is missing)"
+        )
     else:
         raise UserError(f"{path}: no such run directory or ledger")
 
 
 def set_budget(path: Path, epsilon: float, delta: float) -> None:
-    """Write a budget for everything that is ever computed on a sensitive set into its ledger file, in place of the one there.
+    """Write a budget for everything that is ever computed on a sensitive set into its ledger file, in place
+    of the one there.
 
     Raises UserError for a path that is no ledger.
     """
@@ -54,7 +59,10 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     for m in mechanisms:
         table.add_row(m.kind, f"{m.noise_multiplier:.5g}", f"{m.sample_rate:.6g}", str(m.count))
     console.print(table)
-    by = ", ".join(f"{epsilon(mechanisms, delta, accountant):.4f} ({accountant.upper()})" for accountant in ("pld", "rdp"))
+    by = ", ".join(
+        f"{epsilon(mechanisms, delta, accountant):.4f} ({accountant.upper()})"
+        for accountant in ("pld", "rdp")
+    )
     console.print(f"epsilon {by if mechanisms else '0'} at delta {delta:.3g}")
     if spent.torn:
         console.print(f"{spent.torn} torn lines, from crashes in the middle of a write, are counted as spent")
@@ -62,4 +70,7 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     if run is None and spent.budget is not None:
         console.print(f"budget of all runs: {told(spent.budget)}")
     if loud:
-        console.print(f"[bold]not private:[/] {len(loud)} run(s) used the set without noise or with a fixed key; their output is covered by nothing")
+        console.print(
+            f"[bold]not private:[/] {len(loud)} run(s) used the set without noise or with a fixed key; "
+            "their output is covered by nothing"
+        )

@@ -21,7 +21,10 @@ class Charge:
 
 @dataclass
 class Spent:
-    """What a ledger holds. Before the first plan nothing can have been released, and a torn line costs nothing."""
+    """What a ledger holds.
+
+    Before the first plan nothing can have been released, and a torn line costs nothing.
+    """
 
     charges: dict[str, Charge] = field(default_factory=dict)  # by name
     plans: dict[str, dict[str, Mechanism]] = field(default_factory=dict)  # run -> what it announced, by part
@@ -32,19 +35,34 @@ class Spent:
     torn: int = 0
 
     def mechanisms(self, run: str | None = None, behind: Collection[str] = ()) -> tuple[Mechanism, ...]:
-        """What was charged, equal mechanisms added up: by all runs, or by one run and in the charges `behind` what it made."""
-        counts = Counter(c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind)
-        return tuple(Mechanism(m.noise_multiplier, m.sample_rate, n) for m, n in sorted(counts.items(), key=lambda item: repr(item[0])))
+        """What was charged, equal mechanisms added up.
+
+        By all runs, or by one run and in the charges `behind` what it made.
+        """
+        counts = Counter(
+            c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind
+        )
+        return tuple(
+            Mechanism(m.noise_multiplier, m.sample_rate, n)
+            for m, n in sorted(counts.items(), key=lambda item: repr(item[0]))
+        )
 
     def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[Mechanism, ...]]:
         """`mechanisms` of one run for each part of its plan."""
         own = {name: c for name, c in self.charges.items() if c.run == run or name in behind}
         parts = dict.fromkeys(c.part for c in own.values())
-        return {part: Spent({name: c for name, c in own.items() if c.part == part}).mechanisms() for part in parts}
+        return {
+            part: Spent({name: c for name, c in own.items() if c.part == part}).mechanisms() for part in parts
+        }
 
     def promised(self, run: str, plan: Mapping[str, Mechanism]) -> tuple[Mechanism, ...]:
-        """What all runs have charged or announced, by part whichever is more, with `plan` for `run`: an unfinished run may still go on."""
-        counts: Counter[tuple[str, str, Mechanism]] = Counter((c.run, c.part, c.mechanism) for c in self.charges.values())
+        """What all runs have charged or announced, by part whichever is more, with `plan` for `run`.
+
+        An unfinished run may still go on.
+        """
+        counts: Counter[tuple[str, str, Mechanism]] = Counter(
+            (c.run, c.part, c.mechanism) for c in self.charges.values()
+        )
         for other, announced in {**self.plans, run: plan}.items():
             for part, planned in announced.items():
                 key = (other, part, planned.single)
@@ -77,7 +95,9 @@ class Reader:
             spent.budget = (float(entry["budget"][0]), float(entry["budget"][1]))
         elif "plan" in entry:
             plan = entry["plan"]
-            by_part = plan.items() if isinstance(plan, dict) else enumerate(plan)  # ledgers before version 2 did not name parts
+            by_part = (
+                plan.items() if isinstance(plan, dict) else enumerate(plan)
+            )  # ledgers before version 2 did not name parts
             spent.plans[entry["run"]] = {str(part): Mechanism(*m) for part, m in by_part}
         elif "not_private" in entry:
             spent.not_private.add(entry["run"])
@@ -85,7 +105,9 @@ class Reader:
             spent.places[entry["run"]] = entry["place"]
         else:
             run, mechanism = entry["run"], Mechanism(*entry["mechanism"])
-            spent.charges[entry["charge"]] = Charge(run, entry.get("part") or self._part_of(run, mechanism), mechanism)
+            spent.charges[entry["charge"]] = Charge(
+                run, entry.get("part") or self._part_of(run, mechanism), mechanism
+            )
 
     def _part_of(self, run: str, mechanism: Mechanism) -> str:
         """The part of a run's plan that has this mechanism, in a ledger before version 2."""
@@ -101,12 +123,20 @@ class Reader:
                 spent.charges[f"torn line {self.lines} {run}"] = Charge(run, part, mechanism)
 
     def _still_open(self, run: str) -> list[tuple[str, Mechanism]]:
-        """Single uses of those mechanisms of a run's plan that are not charged in full: what a torn line may have been."""
+        """Single uses of those mechanisms of a run's plan that are not charged in full.
+
+        What a torn line may have been.
+        """
         charged = Counter(c.part for c in self.spent.charges.values() if c.run == run)
-        return [(part, m.single) for part, m in self.spent.plans.get(run, {}).items() if charged[part] < m.count]
+        return [
+            (part, m.single) for part, m in self.spent.plans.get(run, {}).items() if charged[part] < m.count
+        ]
 
 
 def _cost(mechanism: Mechanism) -> float:
-    """An order of cost for single uses: the Gaussian-DP parameter of the sampled mechanism at its central limit."""
+    """An order of cost for single uses.
+
+    The Gaussian-DP parameter of the sampled mechanism at its central limit.
+    """
     exponent = min(mechanism.noise_multiplier**-2, 700.0)
     return mechanism.sample_rate * math.sqrt(math.expm1(exponent))

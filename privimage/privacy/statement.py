@@ -1,4 +1,7 @@
-"""What is said of a release: PRIVACY.json and PRIVACY.md, from the charges in the ledger that made it, never from the plan alone."""
+"""What is said of a release.
+
+PRIVACY.json and PRIVACY.md, from the charges in the ledger that made it, never from the plan alone.
+"""
 
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
@@ -11,26 +14,61 @@ from privimage.privacy.plan import PrivacyPlan
 from privimage.privacy.spent import Spent
 
 
-def statement(config: Config, account: Account, made_by: Mapping[str, Sequence[str]], steps: int, versions: dict[str, str]) -> dict:
-    """What PRIVACY.json says of weights that `steps` uses of the training's mechanism have made, on the main rank.
+def statement(
+    config: Config,
+    account: Account,
+    made_by: Mapping[str, Sequence[str]],
+    steps: int,
+    versions: dict[str, str],
+) -> dict:
+    """What PRIVACY.json says of weights that `steps` uses of the training's mechanism have made, on the main
+    rank.
 
-    `made_by` are the names of the charges behind the weights, by stage. Raises UserError unless the ledger holds all of them, one at
-    least for each mechanism of the plan and one for each step. Epsilon and delta are rounded up.
+    `made_by` are the names of the charges behind the weights, by stage. Raises UserError unless the ledger
+    holds all of them, one at least for each mechanism of the plan and one for each step. Epsilon and delta
+    are rounded up.
     """
     assert account.ledger is not None  # the main rank's
     plan, settings, spent = account.plan, config.privacy, account.ledger.spent
     names = {name for stage in made_by.values() for name in stage}
-    head = {"method": config.method, "private": True, "neighbours": "add or remove one image", "accountant": plan.accountant}
-    tail = {"noise_source": settings.noise_source, "cryptographic_noise": settings.noise_source != "insecure-philox", "versions": versions}
+    head = {
+        "method": config.method,
+        "private": True,
+        "neighbours": "add or remove one image",
+        "accountant": plan.accountant,
+    }
+    tail = {
+        "noise_source": settings.noise_source,
+        "cryptographic_noise": settings.noise_source != "insecure-philox",
+        "versions": versions,
+    }
     if (why := _not_private(config, account, spent, names)) is not None:
-        return head | {"private": False, "epsilon": None, "delta": None, "reason": f"not private: {why}", "mechanisms": []} | tail
+        return (
+            head
+            | {
+                "private": False,
+                "epsilon": None,
+                "delta": None,
+                "reason": f"not private: {why}",
+                "mechanisms": [],
+            }
+            | tail
+        )
     _require_proof(account, spent, made_by, steps)
     used = spent.by_part(account.run, names)
     total = epsilon([m for mechanisms in used.values() for m in mechanisms], plan.delta, plan.accountant)
     return (
         head
-        | {"epsilon": rounded_up(total, places=4), "delta": rounded_up(plan.delta, digits=6), "promised_epsilon": plan.epsilon}
-        | {"mechanisms": [_described(plan, stage, m) for stage, mechanisms in used.items() for m in mechanisms]}
+        | {
+            "epsilon": rounded_up(total, places=4),
+            "delta": rounded_up(plan.delta, digits=6),
+            "promised_epsilon": plan.epsilon,
+        }
+        | {
+            "mechanisms": [
+                _described(plan, stage, m) for stage, mechanisms in used.items() for m in mechanisms
+            ]
+        }
         | tail
     )
 
@@ -50,13 +88,15 @@ def _require_proof(account: Account, spent: Spent, made_by: Mapping[str, Sequenc
         needed = steps if part is account.plan.training else 1
         if needed < 1 or len(set(names)) < needed:
             raise UserError(
-                f"{account.ledger.path}: {len(set(names))} of the {needed} uses of the {part.name} that made these weights are known;"
+                f"{account.ledger.path}: {len(set(names))} of the {needed} uses of the {part.name} that "
+                "made these weights are known;"
                 " what came out of them must not be released"
             )
         missing = sum(name not in spent.charges for name in names)
         if missing:
             raise UserError(
-                f"{account.ledger.path}: {missing} of the {len(names)} uses of the {part.name} that made these weights are not in the"
+                f"{account.ledger.path}: {missing} of the {len(names)} uses of the {part.name} that made "
+                "these weights are not in the"
                 " ledger; what came out of them must not be released"
             )
 
@@ -68,7 +108,10 @@ def _described(plan: PrivacyPlan, stage: str, used: Mechanism) -> dict:
 
 
 def rounded_up(value: float, places: int | None = None, digits: int | None = None) -> float:
-    """`value`, as it would be written in full, to so many decimal places or digits and never less: what is printed is a bound too."""
+    """`value`, as it would be written in full, to so many decimal places or digits and never less.
+
+    What is printed is a bound too.
+    """
     exact = Decimal(repr(float(value)))
     if places is not None:
         return float(exact.quantize(Decimal(1).scaleb(-places), ROUND_CEILING))
@@ -78,21 +121,45 @@ def rounded_up(value: float, places: int | None = None, digits: int | None = Non
 def statement_for_people(said: dict) -> str:
     """PRIVACY.md: the same in words."""
     if not said["private"]:
-        return f"# Not private\n\nThis data set is **{said['reason']}**. Do not share it as if it protected anyone.\n"
+        return (
+            f"# Not private\n\nThis data set is **{said['reason']}**. Do not share it as if it protected "
+            "anyone.\n"
+        )
     lines = [
         "# What this data set promises\n",
-        f"It was made by {said['method']} under **({said['epsilon']}, {said['delta']})-differential privacy** (accountant: {said['accountant']}).",
-        "Whether any single image was in the sensitive set or not changes the probability of anything that could be learned from",
+        (
+            f"It was made by {said['method']} under **({said['epsilon']}, {said['delta']})-differential "
+            f"privacy** (accountant: {said['accountant']})."
+        ),
+        (
+            "Whether any single image was in the sensitive set or not changes the probability of anything "
+            "that "
+            "could be learned from"
+        ),
         f"this folder by a factor of at most e^{said['epsilon']}, but for a probability of {said['delta']}.",
-        "Neighbouring sets differ by adding or removing one image; a person with several images is protected less.\n",
+        (
+            "Neighbouring sets differ by adding or removing one image; a person with several images is "
+            "protected less.\n"
+        ),
         "What was drawn from the sensitive set:\n",
         *(
-            f"- {m['name']}: {m['mechanism']}, noise multiplier {m['noise_multiplier']:g}, sample rate {m['sample_rate']:.6g}, {m['count']} times"
+            f"- {m['name']}: {m['mechanism']}, noise multiplier {m['noise_multiplier']:g}, sample rate "
+            f"{m['sample_rate']:.6g}, {m['count']} times"
             for m in said["mechanisms"]
         ),
         f"\nNoise: {said['noise_source']}"
-        + ("." if said["cryptographic_noise"] else " - not a cryptographic generator: whoever can guess its state can subtract the noise."),
-        "\nThe promise covers what is in this folder, and nothing else: neither when it was made nor how long that took (dates of files",
-        "included), nor other releases from the same sensitive set, which add to it; the owner's ledger keeps the sum.\n",
+        + (
+            "."
+            if said["cryptographic_noise"]
+            else " - not a cryptographic generator: whoever can guess its state can subtract the noise."
+        ),
+        (
+            "\nThe promise covers what is in this folder, and nothing else: neither when it was made nor how "
+            "long that took (dates of files"
+        ),
+        (
+            "included), nor other releases from the same sensitive set, which add to it; the owner's ledger "
+            "keeps the sum.\n"
+        ),
     ]
     return "\n".join(lines)

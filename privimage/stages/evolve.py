@@ -1,4 +1,7 @@
-"""Private Evolution (Lin et al. 2024): sensitive images vote for synthetic ones, of which those with votes are varied; nothing is trained."""
+"""Private Evolution (Lin et al. 2024).
+
+Sensitive images vote for synthetic ones, of which those with votes are varied; nothing is trained.
+"""
 
 from dataclasses import replace
 
@@ -28,11 +31,15 @@ from privimage.rundir import RunDir
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """T noisy histograms: each sensitive image votes for the image of its own class that is nearest in the features of the query network.
+    """T noisy histograms.
 
-    The first generation comes from the public model alone, each further one from the chances that the last histogram gave. Writes
-    evolve/weights.pt: the last generation, its chances and the public model, from which `synthesize` draws. How near the images are goes
-    to private/tensorboard. Raises UserError if the run has used up its histograms, and what they made is lost.
+    Each sensitive image votes for the image of its own class that is nearest in the features of the query
+    network.
+
+    The first generation comes from the public model alone, each further one from the chances that the last
+    histogram gave. Writes evolve/weights.pt: the last generation, its chances and the public model, from
+    which `synthesize` draws. How near the images are goes to private/tensorboard. Raises UserError if the run
+    has used up its histograms, and what they made is lost.
     """
     sensitive = open_sensitive(config, "train", world)
     account = open_account(config, run, sensitive, world)
@@ -48,13 +55,22 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         step, charges = state["step"], state["charges"]
         account.require_known({plan.stage: charges}, file, world)
     own = {"stage": "evolve", "plan": account.plan.to_dict()}
-    digest = computation(world, account.root, sensitive.content, config, own, [digest_of_tensors(voters.network.state_dict().values())])
+    digest = computation(
+        world,
+        account.root,
+        sensitive.content,
+        config,
+        own,
+        [digest_of_tensors(voters.network.state_dict().values())],
+    )
     curves = Curves(run.tensorboard, "evolve", step, world.is_main, timed=False)
     private_curves = Curves(run.private / "tensorboard", "evolve", step, world.is_main)
     with Progress("evolve", plan.iterations, step, world.is_main) as bar:
         while step < plan.iterations:
             population.images, population.public = _generation(population, step, config, world)
-            name = charge_name(account.root, digest, step.to_bytes(8, "big"), digest_of_tensors([population.images])).hex()
+            name = charge_name(
+                account.root, digest, step.to_bytes(8, "big"), digest_of_tensors([population.images])
+            ).hex()
             if not world.broadcast_object(account.charge(plan, name, charges) if world.is_main else None):
                 break
             charges.append(name)
@@ -62,8 +78,12 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             if world.is_main:
                 key = account.root.derive("evolve noise", name, digest_of_tensors([votes, voters.rows]).hex())
                 rows, members = population.chances.shape
-                counts = noisy_histogram(votes, voters.rows, rows, members, plan, config.privacy.noise_source, key)
-            noisy = torch.from_numpy(world.broadcast_object(counts if world.is_main else None)).to(world.device)
+                counts = noisy_histogram(
+                    votes, voters.rows, rows, members, plan, config.privacy.noise_source, key
+                )
+            noisy = torch.from_numpy(world.broadcast_object(counts if world.is_main else None)).to(
+                world.device
+            )
             population.chances = chances(noisy, config.evolve.threshold * plan.standard_deviation)
             step += 1
             bar.advance()
@@ -77,12 +97,23 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     curves.close()
     private_curves.close()
     if not step:
-        raise UserError(f"{run.path}: all histograms of this run were drawn before, and what they made is lost; choose another run.dir")
+        raise UserError(
+            f"{run.path}: all histograms of this run were drawn before, and what they made is lost; choose "
+            "another run.dir"
+        )
     if world.is_main:
-        known = {"n_classes": n_classes, "classes": list(sensitive.classes), "public_classes": population.public_classes}
+        known = {
+            "n_classes": n_classes,
+            "classes": list(sensitive.classes),
+            "public_classes": population.public_classes,
+        }
         made = {"steps": step, "charges": {"evolve": charges}}
         checkpoint.save(run.stage("evolve") / "weights.pt", {"ema": population.state_dict()} | known | made)
-    return {"images": step * len(sensitive.images), "iterations": step, "population": population.public.numel()}
+    return {
+        "images": step * len(sensitive.images),
+        "iterations": step,
+        "population": population.public.numel(),
+    }
 
 
 def _population(config: Config, run: RunDir, world: World, rows: int) -> Population:
@@ -94,7 +125,9 @@ def _population(config: Config, run: RunDir, world: World, rows: int) -> Populat
 
 
 def _generation(population: Population, step: int, config: Config, world: World) -> tuple[Tensor, Tensor]:
-    """The images (R, P, C, H, W) and public classes (R, P) that are voted for in `step`; the ranks make a block each in turn.
+    """The images (R, P, C, H, W) and public classes (R, P) that are voted for in `step`.
+
+    The ranks make a block each in turn.
 
     Raises Stopped between two blocks: what is lost saw no sensitive image, and is made again.
     """
@@ -107,11 +140,17 @@ def _generation(population: Population, step: int, config: Config, world: World)
             raise Stopped(f"evolve: saved at iteration {step}")
         if turn + world.rank < len(blocks):
             own = blocks[turn + world.rank]
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
-                images[own], public[own] = population.offspring(own, draws, step - 1) if step else population.first(own, draws)
+            with torch.autocast(
+                world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"
+            ):
+                images[own], public[own] = (
+                    population.offspring(own, draws, step - 1) if step else population.first(own, draws)
+                )
     world.all_reduce_(images)
     world.all_reduce_(public)
-    return images.unflatten(0, (members, rows)).transpose(0, 1).contiguous(), public.view(members, rows).T.contiguous()
+    return images.unflatten(0, (members, rows)).transpose(0, 1).contiguous(), public.view(
+        members, rows
+    ).T.contiguous()
 
 
 class Voters:
@@ -122,7 +161,10 @@ class Voters:
         self.rows = sensitive.labels
         run.require("query")
         self.network = load_query(config, run, world).network
-        self.own = [(block, self._embed(torch.from_numpy(sensitive.images[block]))) for block in self._blocks(self.count)]
+        self.own = [
+            (block, self._embed(torch.from_numpy(sensitive.images[block])))
+            for block in self._blocks(self.count)
+        ]
 
     def _blocks(self, count: int) -> list[slice]:
         """This rank's blocks of `count` images."""
@@ -132,11 +174,16 @@ class Voters:
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
         """Features (n, F) of up to `BLOCK` images, each a function of its image alone."""
-        ((_, features),) = blockwise(lambda block: self.network.features(to_unit(block)), images.to(self.world.device))
+        ((_, features),) = blockwise(
+            lambda block: self.network.features(to_unit(block)), images.to(self.world.device)
+        )
         return features
 
     def vote(self, population: Population) -> tuple[np.ndarray, float]:
-        """Every image's vote, int64 (N, 1): a member of its own class. And the mean distance, for `private/` only."""
+        """Every image's vote, int64 (N, 1): a member of its own class.
+
+        And the mean distance, for `private/` only.
+        """
         images = population.images.flatten(0, 1)
         candidates = torch.zeros(len(images), self.network.head.in_features, device=self.world.device)
         for block in self._blocks(len(images)):
@@ -145,9 +192,13 @@ class Voters:
         votes = torch.zeros(self.count, dtype=torch.int64, device=self.world.device)
         total = torch.zeros((), device=self.world.device)
         for block, features in self.own:
-            votes[block], distances = nearest(features, torch.from_numpy(self.rows[block]).to(self.world.device), candidates)
+            votes[block], distances = nearest(
+                features, torch.from_numpy(self.rows[block]).to(self.world.device), candidates
+            )
             total += distances.sum()
-        return self.world.all_reduce_(votes)[:, None].cpu().numpy(), self.world.all_reduce_(total).item() / self.count
+        return self.world.all_reduce_(votes)[:, None].cpu().numpy(), self.world.all_reduce_(
+            total
+        ).item() / self.count
 
 
 def _figures(account: Account, population: Population, charged: Mechanism, world: World) -> dict[str, float]:
@@ -159,21 +210,27 @@ def _figures(account: Account, population: Population, charged: Mechanism, world
 
 
 def nearest(features: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidate of its own class that each image is closest to, int64 (B,) in [0, P), and its distance (B,).
+    """The candidate of its own class that each image is closest to, int64 (B,) in [0, P), and its distance
+    (B,).
 
-    features (B, F), labels int64 (B,) in [0, R), candidates (R, P, F). Each distance is computed on its own, not by a product of matrices:
-    rounding there depends on what else is multiplied, and one image could turn the vote of another.
+    features (B, F), labels int64 (B,) in [0, R), candidates (R, P, F). Each distance is computed on its own,
+    not by a product of matrices: rounding there depends on what else is multiplied, and one image could turn
+    the vote of another.
     """
     votes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
     distances = torch.zeros(len(features), device=features.device)
     for label in labels.unique().tolist():
         own = labels == label
-        distances[own], votes[own] = torch.cdist(features[own], candidates[label], compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        distances[own], votes[own] = torch.cdist(
+            features[own], candidates[label], compute_mode="donot_use_mm_for_euclid_dist"
+        ).min(1)
     return votes, distances
 
 
 def chances(counts: Tensor, threshold: float) -> Tensor:
-    """Noisy counts of votes (R, P) -> chances float64 (R, P): counts lowered by `threshold`, to 0 at least, over their sum.
+    """Noisy counts of votes (R, P) -> chances float64 (R, P).
+
+    Counts lowered by `threshold`, to 0 at least, over their sum.
 
     A row in which nothing is left has equal chances.
     """

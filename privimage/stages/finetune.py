@@ -26,10 +26,13 @@ from privimage.rundir import RunDir, read_json, write_json
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """T private steps: Poisson sample, per-image gradients averaged over an image's copies, clip, sum, noise, update.
+    """T private steps.
 
-    Writes finetune/weights.pt with the averaged generator, the number of steps and the charges that made it. Losses and clipping rates
-    go to private/tensorboard. Raises UserError if the run has used up its steps, and what they made is lost.
+    Poisson sample, per-image gradients averaged over an image's copies, clip, sum, noise, update.
+
+    Writes finetune/weights.pt with the averaged generator, the number of steps and the charges that made it.
+    Losses and clipping rates go to private/tensorboard. Raises UserError if the run has used up its steps,
+    and what they made is lost.
     """
     settings = config.finetune
     sensitive = open_sensitive(config, "train", world)
@@ -58,7 +61,12 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             watched.add(step, training.after_step(step), figures, bar.rate)
             if step % settings.checkpoint_every == 0 or step == plan.steps or figures.stop:
                 watched.flush()
-                own = {"module": training.module.state_dict(), "optimizer": training.optimizer.state_dict(), "step": step, "charges": behind}
+                own = {
+                    "module": training.module.state_dict(),
+                    "optimizer": training.optimizer.state_dict(),
+                    "step": step,
+                    "charges": behind,
+                }
                 state = training.state() | own
                 if world.is_main:
                     checkpoint.save(file, state)
@@ -67,16 +75,27 @@ def run(config: Config, run: RunDir, world: World) -> dict:
                 raise Stopped(f"finetune: saved at step {step} of {plan.steps}")
     watched.close()
     if not steps.step:
-        raise UserError(f"{run.path}: all private steps of this run were made before, and what they made is lost; choose another run.dir")
+        raise UserError(
+            f"{run.path}: all private steps of this run were made before, and what they made is lost; "
+            "choose another run.dir"
+        )
     if world.is_main:
-        known = {"n_classes": n_classes, "classes": list(sensitive.classes), "steps": steps.step, "charges": behind}
+        known = {
+            "n_classes": n_classes,
+            "classes": list(sensitive.classes),
+            "steps": steps.step,
+            "charges": behind,
+        }
         checkpoint.save(run.stage("finetune") / "weights.pt", {"ema": training.weights()} | known)
     images, size = steps.step * plan.logical_batch_size, parameters(training.module)
     return {"images": images, "steps": steps.step, "physical_batch_size": steps.physical, "parameters": size}
 
 
 def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tuple[PrivateTraining, Behind]:
-    """The networks with the pretrained weights, and the charges behind those; fresh ones for methods without pretraining."""
+    """The networks with the pretrained weights, and the charges behind those.
+
+    Fresh ones for methods without pretraining.
+    """
     kind = family(config)
     if config.spec.pretraining == "none":
         return kind.private_training(config, n_classes, world, None), {}
@@ -90,11 +109,20 @@ def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tupl
 
 
 def _steps(
-    config: Config, run: RunDir, world: World, account: Account, training: PrivateTraining, sensitive: ImageSet, behind: Behind, first: int
+    config: Config,
+    run: RunDir,
+    world: World,
+    account: Account,
+    training: PrivateTraining,
+    sensitive: ImageSet,
+    behind: Behind,
+    first: int,
 ) -> PrivateSteps:
     """The private steps from number `first` on."""
     settings, plan, losses = config.finetune, account.plan.finetune, training.losses
-    physical = world.broadcast_object(physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size))
+    physical = world.broadcast_object(
+        physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size)
+    )
     gradients, digest = _gradients(config, run, world, account, training, sensitive, physical)
 
     def charge(name: str) -> bool:
@@ -117,22 +145,35 @@ def _steps(
 
 
 def _gradients(
-    config: Config, run: RunDir, world: World, account: Account, training: PrivateTraining, sensitive: ImageSet, physical: int
+    config: Config,
+    run: RunDir,
+    world: World,
+    account: Account,
+    training: PrivateTraining,
+    sensitive: ImageSet,
+    physical: int,
 ) -> tuple[PerImageGradients, bytes]:
     """Per-image gradients, and the digest of all that a step depends on beside its weights.
 
-    The way through each convolution is the fastest one; what was found is kept, so that a restart repeats its predecessor to the bit.
+    The way through each convolution is the fastest one; what was found is kept, so that a restart repeats its
+    predecessor to the bit.
     """
 
     def digest(**more: dict) -> bytes:
-        own: dict[str, Any] = {"stage": "finetune", "plan": account.plan.to_dict(), "physical_batch_size": physical} | more
+        own: dict[str, Any] = {
+            "stage": "finetune",
+            "plan": account.plan.to_dict(),
+            "physical_batch_size": physical,
+        } | more
         return computation(world, account.root, sensitive.content, config, own, each_rank=True)
 
     path, without = run.stage("finetune") / "kernels.json", digest().hex()
     kept = read_json(path) if world.is_main and path.exists() else {}
     found = world.broadcast_object(kept["backends"] if kept.get("computation") == without else {})
     gradients = GRADIENTS[config.finetune.gradients](training.module, found, filled_to=physical)
-    gradients.backward(training.losses, *training.losses.probe(physical))  # finds the fastest way for each layer that has none yet
+    gradients.backward(
+        training.losses, *training.losses.probe(physical)
+    )  # finds the fastest way for each layer that has none yet
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()
     if world.is_main and kept.get("computation") != without:
@@ -144,16 +185,30 @@ class _Curves:
     """Public curves, of which the plan alone decides what they show and when, and the private ones."""
 
     def __init__(self, config: Config, run: RunDir, world: World, account: Account, first: int):
-        self.account, self.plan, self.learning_rate = account, account.plan.finetune, config.finetune.learning_rate
+        self.account, self.plan, self.learning_rate = (
+            account,
+            account.plan.finetune,
+            config.finetune.learning_rate,
+        )
         self.shown = world.is_main
         self.public = Curves(run.tensorboard, "finetune", first, world.is_main, timed=False)
         self.private = Curves(run.private / "tensorboard", "finetune", first, world.is_main)
 
     def add(self, step: int, figures: dict[str, float], sensitive: StepFigures, rate: float) -> None:
-        """Points of all curves after a step; `figures` are computed from the noised weights, `rate` is in steps a second."""
+        """Points of all curves after a step.
+
+        `figures` are computed from the noised weights, `rate` is in steps a second.
+        """
         shown = figures | {"learning rate": self.learning_rate}
-        if self.shown and self.account.private and (step % max(1, self.plan.steps // 20) == 0 or step == self.plan.steps):
-            parts = [replace(part.mechanism, count=step) if part is self.plan else part.mechanism for part in self.account.plan.parts]
+        if (
+            self.shown
+            and self.account.private
+            and (step % max(1, self.plan.steps // 20) == 0 or step == self.plan.steps)
+        ):
+            parts = [
+                replace(part.mechanism, count=step) if part is self.plan else part.mechanism
+                for part in self.account.plan.parts
+            ]
             shown["epsilon"] = epsilon(parts, self.account.plan.delta, self.account.plan.accountant, 1e-3)
         self.public.scalars(step, shown)
         images = max(sensitive.images, 1)

@@ -1,4 +1,7 @@
-"""DP-MERF (Harder et al. 2021): one noisy mean embedding of the sensitive set, and a generator that is trained to have the same."""
+"""DP-MERF (Harder et al. 2021).
+
+One noisy mean embedding of the sensitive set, and a generator that is trained to have the same.
+"""
 
 import itertools
 import math
@@ -30,17 +33,22 @@ from privimage.training import train
 def run(config: Config, run: RunDir, world: World) -> dict:
     """The noisy embedding, drawn once; then training that sees nothing else of the sensitive set.
 
-    Writes match/embedding.npz, `embedding` float64 (rows, F) and the `charge` that it cost, and match/weights.pt with the averaged
-    generator. Raises UserError for a resolution that the generator cannot have, or if the embedding was drawn before and is lost.
+    Writes match/embedding.npz, `embedding` float64 (rows, F) and the `charge` that it cost, and
+    match/weights.pt with the averaged generator. Raises UserError for a resolution that the generator cannot
+    have, or if the embedding was drawn before and is lost.
     """
     settings = config.match
     sensitive = open_sensitive(config, "train", world)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
-    size = family(config).sizes(config, n_classes)["generator"]  # refuses what the generator cannot make, before anything is charged
+    size = family(config).sizes(config, n_classes)[
+        "generator"
+    ]  # refuses what the generator cannot make, before anything is charged
     account = open_account(config, run, sensitive, world)
     embedding, charge = _embedding(config, run, world, account, sensitive, max(n_classes, 1))
     target = torch.from_numpy(embedding)
-    generator = MatchedGenerator(config, n_classes, world, _features(config, world, torch.float32), target.float().to(world.device))
+    generator = MatchedGenerator(
+        config, n_classes, world, _features(config, world, torch.float32), target.float().to(world.device)
+    )
 
     def steps(first: int) -> Iterator[None]:
         for step in itertools.count(first):
@@ -49,18 +57,36 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
     train("match", settings, settings.batch_size, generator, steps, run, world)
     if world.is_main:
-        known = {"n_classes": n_classes, "classes": list(sensitive.classes), "steps": 1, "charges": {"match": [charge]}}
-        checkpoint.save(run.stage("match") / "weights.pt", {"ema": generator.settled(averaged=True).state_dict()} | known)
-    return {"images": settings.steps * settings.batch_size, "steps": settings.steps, "features": settings.features, "parameters": size}
+        known = {
+            "n_classes": n_classes,
+            "classes": list(sensitive.classes),
+            "steps": 1,
+            "charges": {"match": [charge]},
+        }
+        checkpoint.save(
+            run.stage("match") / "weights.pt", {"ema": generator.settled(averaged=True).state_dict()} | known
+        )
+    return {
+        "images": settings.steps * settings.batch_size,
+        "steps": settings.steps,
+        "features": settings.features,
+        "parameters": size,
+    }
 
 
-def _embedding(config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int) -> tuple[np.ndarray, str]:
-    """The noisy mean embedding (rows, F), the one that is there or the only one that is ever drawn, and the name of its charge."""
+def _embedding(
+    config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int
+) -> tuple[np.ndarray, str]:
+    """The noisy mean embedding (rows, F), the one that is there or the only one that is ever drawn, and the
+    name of its charge.
+    """
     path, plan = run.stage("match") / "embedding.npz", account.plan.training
     assert isinstance(plan, MatchPlan)  # this stage belongs to methods with one
     if not world.broadcast_object(path.exists()):
         own = {"stage": "match", "plan": account.plan.to_dict(), "rows": rows}
-        name = charge_name(account.root, computation(world, account.root, sensitive.content, config, own)).hex()
+        name = charge_name(
+            account.root, computation(world, account.root, sensitive.content, config, own)
+        ).hex()
         total = _sum_over_ranks(config, world, sensitive, rows)
         account.charge_once(plan, name, world, run.path)
         if world.is_main:
@@ -79,7 +105,10 @@ def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int
     features = _features(config, world, torch.float64)
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
     for start in range(world.rank * BLOCK, len(sensitive.images), world.size * BLOCK):
-        images, own = (torch.from_numpy(array[start : start + BLOCK]).to(world.device) for array in (sensitive.images, sensitive.labels))
+        images, own = (
+            torch.from_numpy(array[start : start + BLOCK]).to(world.device)
+            for array in (sensitive.images, sensitive.labels)
+        )
         for _, embedded in blockwise(lambda block: features(to_unit(block)), images):
             total += embedding_sum(embedded, own, rows)
     return world.all_reduce_(total).cpu().numpy()

@@ -12,8 +12,8 @@ from privimage.rundir import RunDir
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Write prepare/public.beton (or .npy), or check the .beton that the configuration names.
 
-    Returns where it is (seen from prepare/), its count and its classes, one if it is unlabelled. Raises UserError for
-    whatever is wrong with the public set.
+    Returns where it is (seen from prepare/), its count and its classes, one if it is unlabelled. Raises
+    UserError for whatever is wrong with the public set.
     """
     data = config.data
     if data.public.kind == "beton" and data.public.path is not None:
@@ -35,5 +35,8 @@ def _format(config: Config, world: World) -> str:
         return config.data.store
     missing = store.ffcv_missing()
     if missing and world.is_main:
-        say(f"prepare: {missing}; the public set is kept as a memory-mapped .npy instead, which is slower and otherwise the same")
+        say(
+            f"prepare: {missing}; the public set is kept as a memory-mapped .npy instead, which is slower "
+            "and otherwise the same"
+        )
     return "npy" if missing else "beton"

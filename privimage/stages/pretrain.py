@@ -1,4 +1,7 @@
-"""Pretrain the generator on public images: those that were selected, with the sensitive class as label, or all of them."""
+"""Pretrain the generator on public images.
+
+Those that were selected, with the sensitive class as label, or all of them.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +23,17 @@ from privimage.training import train
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Train the method's family on the stream of public images.
 
-    Writes pretrain/weights.pt with `raw` and `ema` weights, the number of classes they know, and the charges behind the selection.
+    Writes pretrain/weights.pt with `raw` and `ema` weights, the number of classes they know, and the charges
+    behind the selection.
     """
     settings, seed = config.pretrain, config.runtime.seed
     path, indices, labels, n_classes = pretraining_set(config, run)
     behind = _charges(config, run, world)
     batch_size = -(-settings.batch_size // world.size)
     training = family(config).public_training(config, n_classes, world)
-    stream = PublicStream(path, indices, labels, batch_size, world.rank, world.size, world.device, seed, config.data.workers)
+    stream = PublicStream(
+        path, indices, labels, batch_size, world.rank, world.size, world.device, seed, config.data.workers
+    )
 
     def steps(first: int) -> Iterator[None]:
         for step, batch in enumerate(stream.batches(first), first):
@@ -36,36 +42,58 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
     train("pretrain", settings, batch_size * world.size, training, steps, run, world, text=config.to_yaml())
     if world.is_main:
-        checkpoint.save(run.stage("pretrain") / "weights.pt", training.weights() | {"n_classes": n_classes, "charges": behind})
+        checkpoint.save(
+            run.stage("pretrain") / "weights.pt",
+            training.weights() | {"n_classes": n_classes, "charges": behind},
+        )
         (run.stage("pretrain") / "checkpoint.pt").unlink(missing_ok=True)
-    return {"images": settings.steps * batch_size * world.size, "selected": len(indices), "n_classes": n_classes}
+    return {
+        "images": settings.steps * batch_size * world.size,
+        "selected": len(indices),
+        "n_classes": n_classes,
+    }
 
 
 def _charges(config: Config, run: RunDir, world: World) -> Behind:
-    """The charges behind every selection that this stage has ever trained on, by stage; none for a method without a query."""
+    """The charges behind every selection that this stage has ever trained on, by stage.
+
+    None for a method without a query.
+    """
     if config.spec.pretraining != "selected":
         return {}
     path = run.stage("pretrain") / "charges.json"
     if world.is_main:
         before = read_json(path) if path.exists() else {}
-        write_json(path, merged(before, {"select": np.load(run.stage("select") / "selection.npz")["charges"].tolist()}))
+        write_json(
+            path,
+            merged(before, {"select": np.load(run.stage("select") / "selection.npz")["charges"].tolist()}),
+        )
     world.barrier()
     return read_json(path)
 
 
 def pretraining_set(config: Config, run: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:
-    """The store, the indices of its images to train on, their labels, and the number of classes of those labels (0 without labels).
+    """The store, the indices of its images to train on, their labels, and the number of classes of those
+    labels (0 without labels).
 
     Raises UserError if the selection kept no image.
     """
     path = run.public_store
     if config.spec.pretraining == "all":
         public = public_labels(run)
-        return path, np.arange(len(public.of_images)), public.of_images, len(public.names) if len(public.names) > 1 else 0
+        return (
+            path,
+            np.arange(len(public.of_images)),
+            public.of_images,
+            len(public.names) if len(public.names) > 1 else 0,
+        )
     run.require("select")
     selection = np.load(run.stage("select") / "selection.npz")
     labels = selection["assignment"][public_semantics(config, run).of_images]
     indices = np.flatnonzero(labels >= 0)
     if not len(indices):
-        raise UserError(f"{run.stage('select') / 'selection.npz'}: the selection kept no public image; raise select.per_class")
+        raise UserError(
+            f"{run.stage('select') / 'selection.npz'}: the selection kept no public image; raise "
+            "select.per_class"
+        )
     return path, indices, labels[indices], len(selection["counts"]) if config.data.sensitive.labelled else 0

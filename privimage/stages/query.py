@@ -1,4 +1,6 @@
-"""Train the semantic query function: a ResNet on the public labels, or without labels by contrast; and cluster what its features tell apart.
+"""Train the semantic query function: a ResNet on the public labels, or without labels by contrast.
+
+And cluster what its features tell apart.
 
 SGD, cosine schedule, the weights of the best validation accuracy (paper, Table 7).
 """
@@ -20,15 +22,23 @@ from privimage.errors import Stopped
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
 from privimage.progress import Progress
-from privimage.public_set import Semantics, clusters_path, load_query, public_labels, query_network, query_task
+from privimage.public_set import (
+    Semantics,
+    clusters_path,
+    load_query,
+    public_labels,
+    query_network,
+    query_task,
+)
 from privimage.rundir import RunDir, write_arrays
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """Train on the public set, keep the weights with the best accuracy on its held-out part, and make clusters if they are wanted.
+    """Train on the public set, keep the weights with the best accuracy on its held-out part, and make
+    clusters if they are wanted.
 
-    Writes query/network.pt, and query/clusters.npz (see `clusters_path`). Returns the best validation accuracy in percent and the names
-    of the clusters.
+    Writes query/network.pt, and query/clusters.npz (see `clusters_path`). Returns the best validation
+    accuracy in percent and the names of the clusters.
     """
     settings, public = config.query, public_labels(run)
     record = _trained(config, run, world, public)
@@ -39,12 +49,19 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> dict:
     """Train the network by the task that the public set allows."""
-    settings, path, labels, task = config.query, run.public_store, public.of_images, query_task(config, public)
+    settings, path, labels, task = (
+        config.query,
+        run.public_store,
+        public.of_images,
+        query_task(config, public),
+    )
     train, held_out = split(len(labels), settings.validation_fraction, config.runtime.seed)
     batch_size = -(-min(settings.batch_size, len(train)) // world.size)
     torch.manual_seed(config.runtime.seed)
     network = query_network(config, public).to(world.device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     devices = [world.device.index] if world.device.type == "cuda" else None
     wrapped = DistributedDataParallel(network, device_ids=devices) if world.size > 1 else network
@@ -58,7 +75,17 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
         step, best = state["step"], state["best"]
     own = held_out[world.rank :: world.size]
     validation = store.read(path, own)
-    stream = PublicStream(path, train, labels[train], batch_size, world.rank, world.size, world.device, config.runtime.seed, config.data.workers)
+    stream = PublicStream(
+        path,
+        train,
+        labels[train],
+        batch_size,
+        world.rank,
+        world.size,
+        world.device,
+        config.runtime.seed,
+        config.data.workers,
+    )
     curves = Curves(run.tensorboard, "query", step, world.is_main)
     bf16 = config.runtime.precision == "bf16"
     with Progress("query", settings.steps, step, world.is_main) as bar:
@@ -66,7 +93,9 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
             if step == settings.steps:
                 break
             network.train()
-            generator = torch.Generator().manual_seed(hash((config.runtime.seed, step, world.rank)) & 0xFFFFFFFF)
+            generator = torch.Generator().manual_seed(
+                hash((config.runtime.seed, step, world.rank)) & 0xFFFFFFFF
+            )
             with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                 loss = task.loss(wrapped, to_unit(images), targets, generator)
             optimizer.zero_grad(set_to_none=True)
@@ -79,12 +108,23 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
             looked = step % settings.checkpoint_every == 0 or step == settings.steps
             if looked:
                 accuracy = _accuracy(task, network, validation, labels[own], world)
-                curves.scalars(step, {"loss": loss.item(), "validation accuracy": accuracy, "learning rate": float(schedule.get_last_lr()[0])})
+                curves.scalars(
+                    step,
+                    {
+                        "loss": loss.item(),
+                        "validation accuracy": accuracy,
+                        "learning rate": float(schedule.get_last_lr()[0]),
+                    },
+                )
                 if accuracy > best and world.is_main:
                     checkpoint.save(best_file, {"network": network.state_dict(), "accuracy": accuracy})
                 best = max(best, accuracy)
             if (looked or wanted) and world.is_main:
-                state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                state = {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                }
                 checkpoint.save(file, state | {"step": step, "best": best})
             if wanted and step < settings.steps:
                 curves.close()
@@ -114,7 +154,7 @@ def _accuracy(task: Task, network: nn.Module, images: np.ndarray, labels: np.nda
 
 @torch.no_grad()
 def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> list[str]:
-    """Write the clusters of the public set by k-means on the trained network's features; returns their names."""
+    """Cluster the public set by k-means on the trained network's features; returns the clusters' names."""
     path, seed, count = run.public_store, config.runtime.seed, len(public.of_images)
     query = load_query(config, run, world)
     seen = np.sort(np.random.default_rng([seed, 4]).permutation(count)[:FITTED])
@@ -130,10 +170,16 @@ def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> 
         return query(to_unit(block)).argmax(1, keepdim=True)
 
     width = query.network.head.in_features
-    features = in_blocks(len(seen), width, torch.float32, lambda start, end: pixels(seen[start:end]), embed, world, stopped)
-    centroids = world.broadcast_object(centroids_of(features.cpu().numpy(), config.query.clusters, seed) if world.is_main else None)
+    features = in_blocks(
+        len(seen), width, torch.float32, lambda start, end: pixels(seen[start:end]), embed, world, stopped
+    )
+    centroids = world.broadcast_object(
+        centroids_of(features.cpu().numpy(), config.query.clusters, seed) if world.is_main else None
+    )
     query.centroids = torch.from_numpy(centroids).to(world.device)
-    nearest = in_blocks(count, 1, torch.int64, lambda start, end: pixels(np.arange(start, end)), nearest_to, world, stopped)
+    nearest = in_blocks(
+        count, 1, torch.int64, lambda start, end: pixels(np.arange(start, end)), nearest_to, world, stopped
+    )
     clusters = nearest.flatten().cpu().numpy()
     if world.is_main:
         write_arrays(clusters_path(run), {"centroids": centroids, "clusters": clusters})

@@ -1,4 +1,7 @@
-"""Ask the sensitive set, under differential privacy, which public classes resemble it; keep those for pretraining."""
+"""Ask the sensitive set, under differential privacy, which public classes resemble it.
+
+Keep those for pretraining.
+"""
 
 import numpy as np
 import torch
@@ -23,19 +26,26 @@ from privimage.rundir import RunDir, write_arrays
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Query, add noise, choose; or choose by lot, for a method that is there to be compared with.
 
-    Writes select/selection.npz: `counts` float64 (rows, public classes), the noisy histogram, zeros without a query; `assignment`
-    int64 (public classes,), the sensitive class that each public class serves, or -1; `charges`, the names of those in the ledger that
-    the histogram has cost. Raises UserError if k1 or k2 exceed the public classes, or if the run has asked before and the answer is lost.
+    Writes select/selection.npz: `counts` float64 (rows, public classes), the noisy histogram, zeros without a
+    query; `assignment` int64 (public classes,), the sensitive class that each public class serves, or -1;
+    `charges`, the names of those in the ledger that the histogram has cost. Raises UserError if k1 or k2
+    exceed the public classes, or if the run has asked before and the answer is lost.
     """
     settings, public = config.select, public_semantics(config, run)
     sensitive = open_sensitive(config, "train", world)
     rows = len(sensitive.classes) if config.data.sensitive.labelled else 1
     columns = len(public.names)
     if rows * settings.per_class > columns:
-        raise UserError(f"select.per_class: {rows} sensitive classes times {settings.per_class} are more than the {columns} {public.kind}")
+        raise UserError(
+            f"select.per_class: {rows} sensitive classes times {settings.per_class} are more than the "
+            f"{columns} {public.kind}"
+        )
     if config.spec.pretraining == "random":
         counts = np.zeros((rows, columns))
-        scores, told = np.random.default_rng([config.runtime.seed, 3]).random(counts.shape), "drawn by lot, without asking the sensitive images"
+        scores, told = (
+            np.random.default_rng([config.runtime.seed, 3]).random(counts.shape),
+            "drawn by lot, without asking the sensitive images",
+        )
         record, charges = {}, []
     else:
         counts, plan, charge = _asked(config, run, world, sensitive, rows, public)
@@ -44,19 +54,31 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
         assignment = exclusive_top(scores, settings.per_class)
-        write_arrays(run.stage("select") / "selection.npz", {"counts": counts, "assignment": assignment, "charges": np.array(charges, np.str_)})
+        write_arrays(
+            run.stage("select") / "selection.npz",
+            {"counts": counts, "assignment": assignment, "charges": np.array(charges, np.str_)},
+        )
         chosen = (assignment[public.of_images] >= 0).mean()
-        say(f"select: {chosen * len(public.of_images):.0f} of {len(public.of_images)} public images ({100 * chosen:.1f} %), {told}")
+        say(
+            f"select: {chosen * len(public.of_images):.0f} of {len(public.of_images)} public images "
+            f"({100 * chosen:.1f} %), {told}"
+        )
         for row in range(min(rows, 20)):
             kept = [public.names[i] for i in np.flatnonzero(assignment == row)]
-            say(f"  {sensitive.classes[row] if config.data.sensitive.labelled else 'all'}: {', '.join(kept[:12])}{' ...' if len(kept) > 12 else ''}")
+            say(
+                f"  {sensitive.classes[row] if config.data.sensitive.labelled else 'all'}: "
+                f"{', '.join(kept[:12])}{' ...' if len(kept) > 12 else ''}"
+            )
     return {"images": len(sensitive.images), **record}
 
 
-def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics) -> tuple[np.ndarray, QueryPlan, str]:
+def _asked(
+    config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics
+) -> tuple[np.ndarray, QueryPlan, str]:
     """The noisy histogram (rows, columns), on the main rank, zeros elsewhere; and the name of its charge.
 
-    What is charged depends on nothing that the images vote; the noise does, so that two histograms with one noise cannot be.
+    What is charged depends on nothing that the images vote; the noise does, so that two histograms with one
+    noise cannot be.
     """
     run.require("query")
     columns, per_image = len(public.names), config.select.per_image
@@ -67,19 +89,28 @@ def _asked(config: Config, run: RunDir, world: World, sensitive: ImageSet, rows:
     assert plan is not None  # this stage belongs to methods with a query
     query = load_scores(config, run, world)
     own = {"stage": "select", "plan": account.plan.to_dict(), "rows": rows, "columns": columns}
-    network = digest_of_tensors([*query.state_dict().values(), *([] if query.centroids is None else [query.centroids])])
-    name = charge_name(account.root, computation(world, account.root, sensitive.content, config, own, [network])).hex()
+    network = digest_of_tensors(
+        [*query.state_dict().values(), *([] if query.centroids is None else [query.centroids])]
+    )
+    name = charge_name(
+        account.root, computation(world, account.root, sensitive.content, config, own, [network])
+    ).hex()
     votes = top_votes(query, sensitive.images, per_image, world)
     account.charge_once(plan, name, world, run.path)
     if not world.is_main:
         return np.zeros((rows, columns)), plan, name
     key = account.root.derive("query noise", name, digest_of_tensors([votes, sensitive.labels]).hex())
-    return noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key), plan, name
+    return (
+        noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key),
+        plan,
+        name,
+    )
 
 
 @torch.no_grad()
 def top_votes(query: SemanticQuery, images: np.ndarray, per_image: int, world: World) -> np.ndarray:
-    """The `per_image` classes or clusters with the largest scores of each image uint8 (N, C, H, W), all different: int64 (N, per_image).
+    """The `per_image` classes or clusters with the largest scores of each image uint8 (N, C, H, W), all
+    different: int64 (N, per_image).
 
     The votes of an image depend on no other image and on no number of ranks.
     """
@@ -95,9 +126,12 @@ def top_votes(query: SemanticQuery, images: np.ndarray, per_image: int, world: W
 
 
 def exclusive_top(counts: np.ndarray, per_class: int) -> np.ndarray:
-    """Give each row its `per_class` largest columns, each column to one row only: int64 (columns,), the row or -1.
+    """Give each row its `per_class` largest columns, each column to one row only.
 
-    counts (rows, columns). Conflicts are resolved by the counts, the largest over all pairs first, not by the order of rows.
+    Int64 (columns,), the row or -1.
+
+    counts (rows, columns). Conflicts are resolved by the counts, the largest over all pairs first, not by the
+    order of rows.
     """
     assignment = np.full(counts.shape[1], -1, dtype=np.int64)
     room = np.full(counts.shape[0], per_class)

@@ -1,4 +1,6 @@
-"""Sample the synthetic set and put the release together, from an allow-list, as the last thing that the run makes."""
+"""Sample the synthetic set and put the release together, from an allow-list, as the last thing that the run
+makes.
+"""
 
 import platform
 import shutil
@@ -30,8 +32,9 @@ RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
 def run(config: Config, run: RunDir, world: World) -> dict:
     """Draw `synthesize.samples` images from what the method made of the sensitive set and write release/.
 
-    The images are the same whatever the number of ranks: each has its own random numbers, and goes through the network in
-    a block that does not depend on the ranks. Labels are drawn in turn: the frequencies of the sensitive labels are private.
+    The images are the same whatever the number of ranks: each has its own random numbers, and goes through
+    the network in a block that does not depend on the ranks. Labels are drawn in turn: the frequencies of the
+    sensitive labels are private.
     """
     settings = config.synthesize
     run.require(config.spec.training)
@@ -50,7 +53,10 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def _statement(config: Config, run: RunDir, world: World, weights: dict) -> dict | None:
-    """What PRIVACY.json will say, on the main rank. Raises UserError if the ledger does not hold what made the weights."""
+    """What PRIVACY.json will say, on the main rank.
+
+    Raises UserError if the ledger does not hold what made the weights.
+    """
     account = open_account(config, run, open_sensitive(config, "train", world), world)
     if not world.is_main:
         return None
@@ -70,8 +76,14 @@ def _pretrained(config: Config, run: RunDir, world: World) -> dict | None:
 
 
 def _sample_before(config: Config, run: RunDir, world: World, pretrained: dict) -> None:
-    """Write synthesize/before.npz, images from the pretrained generator; their labels are -1 where it knows public classes only."""
-    count, n_classes = min(config.synthesize.samples, config.evaluate.fidelity_samples), pretrained["n_classes"]
+    """Write synthesize/before.npz, images from the pretrained generator.
+
+    Their labels are -1 where it knows public classes only.
+    """
+    count, n_classes = (
+        min(config.synthesize.samples, config.evaluate.fidelity_samples),
+        pretrained["n_classes"],
+    )
     _sample_blocks(config, run, world, _generator(config, world, pretrained), n_classes, count, "before")
     world.barrier()
     if world.is_main:
@@ -80,7 +92,9 @@ def _sample_before(config: Config, run: RunDir, world: World, pretrained: dict) 
         write_arrays(run.stage("synthesize") / "before.npz", {"images": images, "labels": labels})
 
 
-def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str) -> None:
+def _sample_blocks(
+    config: Config, run: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str
+) -> None:
     """Sample this rank's blocks of images; blocks that are there already are kept."""
     settings = config.synthesize
     folder = run.stage("synthesize") / f"blocks-{name}"
@@ -95,7 +109,9 @@ def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Modu
                 continue
             indices = torch.arange(start, min(start + settings.batch_size, count), device=world.device)
             labels = indices % n_classes if n_classes else None
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+            with torch.autocast(
+                world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"
+            ):
                 images = family(config).sample(config, generator, labels, indices, draws)
             write_array(path, images.permute(0, 2, 3, 1).cpu().numpy())
             if start == 0:
@@ -107,15 +123,20 @@ def _sample_blocks(config: Config, run: RunDir, world: World, generator: nn.Modu
         raise Stopped("synthesize: finished blocks are kept")
 
 
-def _gathered(config: Config, run: RunDir, count: int, n_classes: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _gathered(
+    config: Config, run: RunDir, count: int, n_classes: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
     folder = run.stage("synthesize") / f"blocks-{name}"
-    images = np.concatenate([np.load(folder / f"{start:09d}.npy") for start in range(0, count, config.synthesize.batch_size)])
+    images = np.concatenate(
+        [np.load(folder / f"{start:09d}.npy") for start in range(0, count, config.synthesize.batch_size)]
+    )
     return images, np.arange(count, dtype=np.int64) % max(n_classes, 1)
 
 
 def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
-    """Put release/ together aside, the statement first, and rename it when it is whole; then destroy the key: nobody can subtract the
-    noise any more.
+    """Put release/ together aside, the statement first, and rename it when it is whole; then destroy the key.
+
+    Nobody can subtract the noise any more.
     """
     images, labels = _gathered(config, run, config.synthesize.samples, weights["n_classes"], "after")
     aside = run.path / ".release.part"
@@ -141,7 +162,11 @@ def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
 
 def _write_model(path: Path, config: Config, weights: dict) -> None:
     on_cpu = {name: value.cpu() for name, value in weights["ema"].items()}
-    shape = {"resolution": config.data.resolution, "channels": config.data.channels, "n_classes": weights["n_classes"]}
+    shape = {
+        "resolution": config.data.resolution,
+        "channels": config.data.channels,
+        "n_classes": weights["n_classes"],
+    }
     network = {"generator": config.spec.generator, "model": config.model.model_dump(mode="json")} | shape
     torch.save({"weights": on_cpu, "classes": weights["classes"]} | network, path)
 

@@ -1,4 +1,7 @@
-"""Pretraining engines on real gloo processes: they train alike, and a state goes from any of them to any other."""
+"""Pretraining engines on real gloo processes.
+
+They train alike, and a state goes from any of them to any other.
+"""
 
 import json
 from pathlib import Path
@@ -29,12 +32,14 @@ from privimage.distributed.world import connect
 
 def train(config, world, begin, end, state=None):
     torch.manual_seed(7)
-    module = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.SiLU(), nn.Conv2d(6, 1, 3, padding=1))
+    first, last = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 1, 3, padding=1)
+    module = nn.Sequential(first, nn.GroupNorm(2, 6), nn.SiLU(), last)
     engine = make_engine(config, module, world)
     if state:
         engine.load(state)
     for step in range(begin, end):
-        images = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
+        random = torch.Generator().manual_seed(step)
+        images = torch.randn(12, 1, 8, 8, generator=random)[world.rank :: world.size]
         engine.backward_and_step((engine.forward(images) - images.roll(1, 3)).square().mean())
     return engine.state()
 """
@@ -42,11 +47,13 @@ MANY = """
 folder, jobs = Path(sys.argv[1]), sys.argv[2:]
 def config(engine):
     return load(folder / "tiny.yaml", [f"run.dir={folder}/run", "pretrain.batch_size=12"] + (
-        ["pretrain.engine=ddp"] if engine == "ddp" else ["pretrain.engine=deepspeed", f"pretrain.deepspeed_config={folder}/{engine}.json"]))
+        ["pretrain.engine=ddp"] if engine == "ddp"
+        else ["pretrain.engine=deepspeed", f"pretrain.deepspeed_config={folder}/{engine}.json"]))
 world = connect(config("ddp").runtime)
 for job in jobs:
     engine, begin, end, start_from, result = job.split(":")
-    state = train(config(engine), world, int(begin), int(end), checkpoint.load(folder / start_from) if start_from else None)
+    start = checkpoint.load(folder / start_from) if start_from else None
+    state = train(config(engine), world, int(begin), int(end), start)
     if world.is_main:
         checkpoint.save(folder / result, state)
     del state
@@ -58,7 +65,10 @@ ENGINES = ("ddp", "zero0", "zero1", "zero2")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """States of six steps: on one rank undisturbed (`alone`), on two ranks stopped after three and resumed by each engine."""
+    """States of six steps.
+
+    On one rank undisturbed (`alone`), on two ranks stopped after three and resumed by each engine.
+    """
     path = tmp_path_factory.mktemp("engines")
     (path / "tiny.yaml").write_text(TINY.read_text())
     (path / "bf16.json").write_text((SHIPPED / "zero1.json").read_text())
@@ -66,7 +76,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     halves = [f"{engine}:0:3::half-{engine}" for engine in ENGINES]
     resumed = [f"{engine}:3:6:half-{engine}:{engine}" for engine in ENGINES]
-    moved = [f"{to}:3:6:half-{engine}:{engine}-{to}" for engine, to in (("ddp", "zero2"), ("zero1", "ddp"), ("zero2", "zero0"), ("zero0", "zero1"))]
+    moved = [
+        f"{to}:3:6:half-{engine}:{engine}-{to}"
+        for engine, to in (("ddp", "zero2"), ("zero1", "ddp"), ("zero2", "zero0"), ("zero0", "zero1"))
+    ]
     for size, jobs in (
         (1, ["ddp:0:6::alone"]),
         (2, [*halves, *resumed, *moved, "bf16:0:6::bf16"]),
@@ -77,7 +90,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("result", [*ENGINES, "ddp-zero2", "zero1-ddp", "zero2-zero0", "zero0-zero1", "ddp-zero2-3", "zero1-ddp-3"])
+@pytest.mark.parametrize(
+    "result", [*ENGINES, "ddp-zero2", "zero1-ddp", "zero2-zero0", "zero0-zero1", "ddp-zero2-3", "zero1-ddp-3"]
+)
 def test_a_resumed_training_ends_like_an_undisturbed_one_on_one_rank(folder: Path, result: str):
     state, expected = checkpoint.load(folder / result), checkpoint.load(folder / "alone")
     assert state and expected
@@ -111,7 +126,9 @@ def test_a_fresh_engine_has_done_no_updates():
         ({"gradient_clipping": 1.0}, "gradient_clipping"),
     ],
 )
-def test_deepspeed_settings_that_would_change_the_training_are_refused(tmp_path: Path, settings: dict, names: str):
+def test_deepspeed_settings_that_would_change_the_training_are_refused(
+    tmp_path: Path, settings: dict, names: str
+):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(settings))
     with pytest.raises(UserError, match=names) as told:

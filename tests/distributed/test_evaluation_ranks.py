@@ -38,7 +38,10 @@ world.close()
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What each rank of one, two and three has: 65 images in batches of 32, so that some ranks have none of the last batch."""
+    """What each rank of one, two and three has.
+
+    65 images in batches of 32, so that some ranks have none of the last batch.
+    """
     folder = tmp_path_factory.mktemp("evaluation")
     for size in (1, 2, 3):
         for ended in run_ranks(SCRIPT, size, str(folder)):
@@ -51,7 +54,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 def test_all_ranks_have_the_same_network(results: dict[str, dict], name: str, size: int) -> None:
     first, *others = [results[f"{size}-{rank}"][name] for rank in range(size)]
     for other in others:
-        assert all(torch.equal(value, other[key]) for key, value in first.items() if value.is_floating_point())
+        assert all(
+            torch.equal(value, other[key]) for key, value in first.items() if value.is_floating_point()
+        )
 
 
 @pytest.mark.parametrize("size", [2, 3])

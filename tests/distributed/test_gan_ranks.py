@@ -1,4 +1,7 @@
-"""A GAN on 1 to 3 real gloo processes: batch norm sees all ranks' images, and both trainings are those of one rank."""
+"""A GAN on 1 to 3 real gloo processes.
+
+Batch norm sees all ranks' images, and both trainings are those of one rank.
+"""
 
 import pytest
 import torch
@@ -19,10 +22,12 @@ from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.plan import FinetunePlan
 
-# Small steps: rounding grows quickly in a GAN, since Adam makes as much of a gradient near zero as of any other.
+# Small steps: rounding grows quickly in a GAN, since Adam scales up gradients near zero.
 sections = {"pretrain": ("learning_rate=1e-5", "batch_size=12", "discriminator_steps=2"),
-            "finetune": ("learning_rate=1e-5", "generator_learning_rate=1e-5", "generator_batch_size=12", "discriminator_steps=2")}
-config = load(sys.argv[1], ["method=privimage+g", "run.dir=unused", *(f"{section}.{text}" for section, texts in sections.items() for text in texts)])
+            "finetune": ("learning_rate=1e-5", "generator_learning_rate=1e-5", "generator_batch_size=12",
+                         "discriminator_steps=2")}
+settings = [f"{section}.{text}" for section, texts in sections.items() for text in texts]
+config = load(sys.argv[1], ["method=privimage+g", "run.dir=unused", *settings])
 world = connect(config.runtime)
 random = torch.Generator().manual_seed(0)
 found = {}
@@ -38,12 +43,14 @@ def all_ranks(part):
 # Batch norm: a weighted sum of its outputs, so that no gradient is zero.
 norm = nn.Sequential(nn.BatchNorm2d(3))
 over_ranks(norm, world)
-images, weights = 3 + 2 * torch.randn(12, 3, 4, 4, generator=random), torch.randn(12, 3, 4, 4, generator=random)
+images = 3 + 2 * torch.randn(12, 3, 4, 4, generator=random)
+weights = torch.randn(12, 3, 4, 4, generator=random)
 own = share(images).clone().requires_grad_()
 out = norm(own)
 (out * share(weights)).sum().backward()
 gain = world.all_reduce_(norm[0].weight.grad.clone())
-found["batch norm"] = [all_ranks(out.detach()), all_ranks(own.grad), gain, norm[0].running_mean, norm[0].running_var]
+statistics = [norm[0].running_mean, norm[0].running_var]
+found["batch norm"] = [all_ranks(out.detach()), all_ranks(own.grad), gain, *statistics]
 
 # Public training: four steps of the discriminator, two of the generator.
 public = GanPublic(config, 10, world)
@@ -53,7 +60,8 @@ for step in range(4):
 found["losses"] = public.losses()
 found["public"] = public.state()
 
-# Private training without noise: four steps of the private loop, some ranks without an image. Their names leave out the weights, whose
+# Private training without noise: four private steps, some ranks without an image. Their names leave out
+# the weights, whose
 # rounding depends on the ranks: the samples would.
 private = GanPrivate(config, 10, world, public.weights())
 plan = FinetunePlan(60, 5, 4, 0.0, 0.5, 1)
@@ -64,7 +72,8 @@ steps = PrivateSteps(plan, FoldedGradients(private.module), private.losses, priv
 for _ in steps:
     private.after_step(steps.step)
 moments = {name: private.optimizer.state[p]["exp_avg"] for name, p in private.module.named_parameters()}
-found["private"] = private.state() | {"discriminator": {"module": private.module.state_dict(), "exp_avg": moments}}
+discriminator = {"module": private.module.state_dict(), "exp_avg": moments}
+found["private"] = private.state() | {"discriminator": discriminator}
 torch.save(found, f"{sys.argv[2]}/{world.size}-{world.rank}")
 world.close()
 """
@@ -77,12 +86,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     for size in (1, 2, 3):
         ended = run_ranks(SCRIPT, size, str(TINY), str(folder), seconds=300)
         assert [rank.status for rank in ended] == [0] * size, ended[0].err[-2000:]
-    return {size: [torch.load(folder / f"{size}-{rank}", weights_only=True) for rank in range(size)] for size in (1, 2, 3)}
+    return {
+        size: [torch.load(folder / f"{size}-{rank}", weights_only=True) for rank in range(size)]
+        for size in (1, 2, 3)
+    }
 
 
 def flat(tree: dict) -> Tensor:
     """All numbers of a nested state."""
-    return torch.cat([flat(value) if isinstance(value, dict) else torch.as_tensor(value).double().flatten() for value in tree.values()])
+    return torch.cat(
+        [
+            flat(value) if isinstance(value, dict) else torch.as_tensor(value).double().flatten()
+            for value in tree.values()
+        ]
+    )
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -95,8 +112,13 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch(found: dict[int, list[
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("training", ["public", "private"])
 @pytest.mark.parametrize("network", ["discriminator", "generator"])
-def test_the_gradients_of_a_training_on_more_ranks_are_those_of_one(found: dict[int, list[dict]], network: str, training: str, size: int) -> None:
-    """Adam's running mean of the gradients of all steps, equal up to float error; ReLUs that rounding switches are left room for."""
+def test_the_gradients_of_a_training_on_more_ranks_are_those_of_one(
+    found: dict[int, list[dict]], network: str, training: str, size: int
+) -> None:
+    """Adam's running mean of the gradients of all steps, equal up to float error.
+
+    ReLUs that rounding switches are left room for.
+    """
     mine, alone = (flat(found[ranks][0][training][network]["exp_avg"]) for ranks in (size, 1))
     assert alone.norm() > 0.1
     assert (mine - alone).norm() < 0.01 * alone.norm()

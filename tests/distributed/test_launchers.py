@@ -23,9 +23,22 @@ class Running:
 
     def __init__(self, name: str, folder: Path, ranks: int, *overrides: str, **env: str):
         self.log = folder.parent / f"{name}.log"
-        command = [str(REPOSITORY / "launchers" / f"{name}.sh"), "run", str(TINY), f"run.dir={folder}", *SMALL, *overrides]
+        command = [
+            str(REPOSITORY / "launchers" / f"{name}.sh"),
+            "run",
+            str(TINY),
+            f"run.dir={folder}",
+            *SMALL,
+            *overrides,
+        ]
         with self.log.open("a") as file:
-            self.process = subprocess.Popen(command, env=clean_environment(RANKS=str(ranks), **env), stdout=file, stderr=file, cwd=folder.parent)
+            self.process = subprocess.Popen(
+                command,
+                env=clean_environment(RANKS=str(ranks), **env),
+                stdout=file,
+                stderr=file,
+                cwd=folder.parent,
+            )
 
     def wait(self, seconds: float = 240) -> tuple[int, str]:
         """Exit status and output."""
@@ -59,7 +72,9 @@ def assert_identical(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, torch.Tensor]]:
+def undisturbed(
+    selected: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, torch.Tensor]]:
     """Results under torchrun, by number of ranks."""
     found = {}
     for ranks in (2, 4):
@@ -74,20 +89,26 @@ def undisturbed(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["deepspeed", "mpirun"])
-def test_all_launchers_come_to_the_same_results(name: str, ranks: int, a_copy: Callable[[str], Path], undisturbed: dict):
+def test_all_launchers_come_to_the_same_results(
+    name: str, ranks: int, a_copy: Callable[[str], Path], undisturbed: dict
+):
     folder = a_copy(name)
     status, output = Running(name, folder, ranks).wait()
     assert status == 0, output
     assert_identical(folder, undisturbed[ranks])
 
 
-def test_a_run_stopped_under_one_launcher_goes_on_under_another_to_the_same_results(a_copy: Callable[[str], Path], undisturbed: dict):
+def test_a_run_stopped_under_one_launcher_goes_on_under_another_to_the_same_results(
+    a_copy: Callable[[str], Path], undisturbed: dict
+):
     folder = a_copy("stopped")
     checkpoint_file = folder / "finetune" / "checkpoint.pt"
     for name, number in (("torchrun", signal.SIGUSR2), ("deepspeed", signal.SIGTERM)):
         before = checkpoint_file.stat().st_mtime_ns if checkpoint_file.exists() else 0
         running = Running(name, folder, 2)
-        running.wait_until(lambda before=before: checkpoint_file.exists() and checkpoint_file.stat().st_mtime_ns > before)
+        running.wait_until(
+            lambda before=before: checkpoint_file.exists() and checkpoint_file.stat().st_mtime_ns > before
+        )
         running.process.send_signal(number)
         status, output = running.wait()
         assert status == 75, output
@@ -108,7 +129,9 @@ def test_mpirun_passes_a_request_to_stop_on(a_copy: Callable[[str], Path]):
     assert "privimage: stopped: pretrain: saved at step" in output
 
 
-def test_a_killed_rank_is_started_again_under_torchrun_and_the_results_are_the_same(a_copy: Callable[[str], Path], undisturbed: dict):
+def test_a_killed_rank_is_started_again_under_torchrun_and_the_results_are_the_same(
+    a_copy: Callable[[str], Path], undisturbed: dict
+):
     folder = a_copy("killed")
     running = Running("torchrun", folder, 2)
     running.wait_until((folder / "finetune" / "checkpoint.pt").exists)
@@ -126,7 +149,11 @@ def rank_of(folder: Path, rank: int = 1) -> int:
             environ = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if f"run.dir={folder}".encode() in words and f"RANK={rank}".encode() in environ and words[1].endswith(b"bin/privimage"):
+        if (
+            f"run.dir={folder}".encode() in words
+            and f"RANK={rank}".encode() in environ
+            and words[1].endswith(b"bin/privimage")
+        ):
             return int(path.name)
     raise AssertionError(f"no rank {rank} of {folder} is running")
 
@@ -137,11 +164,18 @@ def test_a_mistake_ends_with_status_2_and_one_line(name: str, a_copy: Callable[[
     (folder / "prepare" / "done.json").write_text("{")
     status, output = Running(name, folder, 2, RESTARTS="1").wait()
     assert status == 2, output
-    assert re.findall("privimage: error: .*", output) == [f"privimage: error: {folder / 'prepare' / 'done.json'}: damaged, not readable as JSON"]
+    assert re.findall("privimage: error: .*", output) == [
+        f"privimage: error: {folder / 'prepare' / 'done.json'}: damaged, not readable as JSON"
+    ]
 
 
 def test_a_launcher_without_a_configuration_says_how_it_is_used():
-    answer = subprocess.run([REPOSITORY / "launchers" / "torchrun.sh", "run", "nothing.yaml"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [REPOSITORY / "launchers" / "torchrun.sh", "run", "nothing.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert answer.returncode == 2
     assert "nothing.yaml: no such configuration file" in answer.stderr
     assert "NODE_RANK" in answer.stderr
@@ -149,7 +183,11 @@ def test_a_launcher_without_a_configuration_says_how_it_is_used():
 
 def test_several_nodes_need_a_master():
     answer = subprocess.run(
-        [REPOSITORY / "launchers" / "torchrun.sh", "run", str(TINY)], env=clean_environment(NODES="2"), capture_output=True, text=True, check=False
+        [REPOSITORY / "launchers" / "torchrun.sh", "run", str(TINY)],
+        env=clean_environment(NODES="2"),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
     assert "MASTER_ADDR" in answer.stderr

@@ -13,7 +13,13 @@ from privimage.distributed.world import World
 from privimage.rundir import RunDir
 from privimage.stages import prepare, query
 
-SETTINGS = ("data.public.images_per_class=30", "data.public.labelled=false", "query.semantics=clusters", "query.clusters=20", "privacy.insecure_fixed_key=7")
+SETTINGS = (
+    "data.public.images_per_class=30",
+    "data.public.labelled=false",
+    "query.semantics=clusters",
+    "query.clusters=20",
+    "privacy.insecure_fixed_key=7",
+)
 SCRIPT = """
 import sys, numpy as np, torch
 from pathlib import Path
@@ -41,7 +47,9 @@ world.close()
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Run directories that one trained network was put into, with clusters, votes and selection made by 1, 2 and 3 ranks."""
+    """Run directories that one trained network was put into, with clusters, votes and selection made by 1, 2
+    and 3 ranks.
+    """
     root = tmp_path_factory.mktemp("semantics")
     config = load(TINY, [f"run.dir={root / 'trained'}", *SETTINGS])
     run = RunDir(config.run.dir)

@@ -39,7 +39,10 @@ world.barrier()
 print(world.all_reduce_(torch.ones(1)).item())
 world.close()
 """
-    assert [(e.status, e.out.strip()) for e in run_ranks(head(minutes=0.05) + script, 2)] == [(0, "2.0"), (0, "2.0")]
+    assert [(e.status, e.out.strip()) for e in run_ranks(head(minutes=0.05) + script, 2)] == [
+        (0, "2.0"),
+        (0, "2.0"),
+    ]
 
 
 FAILING = """

@@ -2,9 +2,10 @@
 
     python tests/end_to_end/kills.py --kills 200 [--method dpgan-p]
 
-A parent with everything imported forks each try, so that a restart takes no time and the kills fall into the work. Prints a
-table of the stages in which the kills fell, and whether the end is that of an undisturbed run: the same selection and the
-same weights to the bit, every step in the ledger exactly once, and no torn or temporary file. Exits with 1 if not.
+A parent with everything imported forks each try, so that a restart takes no time and the kills fall into the
+work. Prints a table of the stages in which the kills fell, and whether the end is that of an undisturbed run:
+the same selection and the same weights to the bit, every step in the ledger exactly once, and no torn or
+temporary file. Exits with 1 if not.
 """
 
 import argparse
@@ -33,7 +34,16 @@ TINY = Path(__file__).resolve().parent.parent / "tiny.yaml"
 
 def configuration(folder: Path, method: str) -> Config:
     """The tiny pipeline with a fixed key, so that two runs can be compared."""
-    return load(TINY, [f"method={method}", f"run.dir={folder / 'run'}", "privacy.insecure_fixed_key=1", "finetune.steps=12", "query.checkpoint_every=3"])
+    return load(
+        TINY,
+        [
+            f"method={method}",
+            f"run.dir={folder / 'run'}",
+            "privacy.insecure_fixed_key=1",
+            "finetune.steps=12",
+            "query.checkpoint_every=3",
+        ],
+    )
 
 
 def stages(config: Config) -> tuple[str, ...]:
@@ -66,8 +76,12 @@ def fingerprints(config: Config) -> dict[str, str]:
     import numpy as np
 
     if "select" in stages(config):
-        digests["selection"] = hashlib.sha256(np.load(run.path / "select" / "selection.npz")["counts"].tobytes()).hexdigest()
-    digests["images"] = hashlib.sha256(np.load(run.path / "release" / "synthetic.npz")["images"].tobytes()).hexdigest()
+        digests["selection"] = hashlib.sha256(
+            np.load(run.path / "select" / "selection.npz")["counts"].tobytes()
+        ).hexdigest()
+    digests["images"] = hashlib.sha256(
+        np.load(run.path / "release" / "synthetic.npz")["images"].tobytes()
+    ).hexdigest()
     return digests
 
 
@@ -76,12 +90,17 @@ def killed_run(config: Config, kills: int, longest: float, seed: int) -> Counter
     moments, fallen, stuck = random.Random(seed), Counter(), 1.0
     while True:
         before, child = _stage(config), start(config)
-        deadline = time.monotonic() + moments.uniform(0, longest * stuck) if fallen.total() < kills else float("inf")
+        deadline = (
+            time.monotonic() + moments.uniform(0, longest * stuck) if fallen.total() < kills else float("inf")
+        )
         while time.monotonic() < deadline:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 if os.waitstatus_to_exitcode(status) != 0:
-                    raise SystemExit(f"a restart ended with status {os.waitstatus_to_exitcode(status)} after {dict(fallen)}")
+                    raise SystemExit(
+                        f"a restart ended with status {os.waitstatus_to_exitcode(status)} after "
+                        f"{dict(fallen)}"
+                    )
                 return fallen
             time.sleep(0.002)
         os.kill(child, signal.SIGKILL)
@@ -97,7 +116,9 @@ def _stage(config: Config) -> str:
 
 def problems(config: Config, undisturbed: dict[str, str]) -> list[str]:
     """What is wrong with the end of a killed run; empty if all is as it should be."""
-    found = [f"{name} differs" for name, digest in fingerprints(config).items() if digest != undisturbed[name]]
+    found = [
+        f"{name} differs" for name, digest in fingerprints(config).items() if digest != undisturbed[name]
+    ]
     account = read_json(config.run.dir / "private" / "account.json")
     spent = read(Path(account["ledger"]["path"]))
     counts = sorted(m.count for m in spent.mechanisms(account["run"]))
@@ -114,7 +135,9 @@ def problems(config: Config, undisturbed: dict[str, str]) -> list[str]:
     return found
 
 
-def trial(folder: Path, kills: int, method: str, longest: float = 2.0, seed: int = 0) -> tuple[Counter, list[str]]:
+def trial(
+    folder: Path, kills: int, method: str, longest: float = 2.0, seed: int = 0
+) -> tuple[Counter, list[str]]:
     """One undisturbed run and killed ones until `kills` kills have fallen."""
     reference = configuration(folder / "undisturbed", method)
     killed_run(reference, 0, longest, seed)
@@ -129,7 +152,9 @@ def trial(folder: Path, kills: int, method: str, longest: float = 2.0, seed: int
 
 def main() -> None:
     """Run the trial and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--method", default="privimage+d")
     arguments = parser.parse_args()
@@ -138,7 +163,9 @@ def main() -> None:
     print("| stage | kills |\n|---|---|")
     for stage in METHODS[arguments.method].stages[:-1]:
         print(f"| {stage} | {fallen[stage]} |")
-    print(f"| all | {fallen.total()} |\n\n" + ("; ".join(found) or "every end was that of the undisturbed run"))
+    print(
+        f"| all | {fallen.total()} |\n\n" + ("; ".join(found) or "every end was that of the undisturbed run")
+    )
     sys.exit(bool(found))
 
 

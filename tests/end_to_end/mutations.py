@@ -1,13 +1,17 @@
-"""Kill runs at random moments, do to their files what owners and administrators do, and hold every release against the truth.
+"""Kill runs at random moments, do to their files what owners and administrators do, and hold every release
+against the truth.
 
     python tests/end_to_end/mutations.py --kills 1000
 
-Between two starts one thing happens: nothing, the directory moves, is copied, is replaced by an older copy, a label changes, the order of
-the images changes, a private file is deleted, another number of ranks starts, or one of two ranks has another copy of the set. A spy keeps
-a log of every noise draw, of the weights before and after it and of what it hides. In the end, and after each release:
+Between two starts one thing happens: nothing, the directory moves, is copied, is replaced by an older copy, a
+label changes, the order of the images changes, a private file is deleted, another number of ranks starts, or
+one of two ranks has another copy of the set. A spy keeps a log of every noise draw, of the weights before and
+after it and of what it hides. In the end, and after each release:
 
-- the stated epsilon is at least that of the draws from which the released weights came, walked back through the log;
-- the ledger holds at least as many charges of each mechanism as different noises were drawn, on the whole set;
+- the stated epsilon is at least that of the draws from which the released weights came, walked back through
+  the log;
+- the ledger holds at least as many charges of each mechanism as different noises were drawn, on the whole
+  set;
 - no noise has hidden two different things.
 
 Prints what was done, how the starts ended, and what is wrong; exits with 1 if anything is.
@@ -58,8 +62,28 @@ REFUSALS = {
     "stage not finished": "is not finished",
     "unknown uses": "that made these weights are known",
 }
-MUTATIONS = ("nothing", "move", "copy", "snapshot", "restore", "label", "order", "delete", "ranks", "order on one rank", "label on one rank")
-PRIVATE = ("private/account.json", "private/root.key", "private", "finetune/checkpoint.pt", "finetune/kernels.json", "select", "match")
+MUTATIONS = (
+    "nothing",
+    "move",
+    "copy",
+    "snapshot",
+    "restore",
+    "label",
+    "order",
+    "delete",
+    "ranks",
+    "order on one rank",
+    "label on one rank",
+)
+PRIVATE = (
+    "private/account.json",
+    "private/root.key",
+    "private",
+    "finetune/checkpoint.pt",
+    "finetune/kernels.json",
+    "select",
+    "match",
+)
 
 
 @dataclass
@@ -98,15 +122,31 @@ class Trial:
 
     def config(self, run: Run, images: str = "set.npz") -> Config:
         """The smallest settings."""
-        small = ("finetune.steps=8", "finetune.checkpoint_every=2", "finetune.logical_batch_size=30", "match.steps=4", "match.checkpoint_every=2")
-        public = ("query.steps=2", "pretrain.steps=4", "pretrain.checkpoint_every=2", "data.public.images_per_class=4", "synthesize.samples=10")
-        places = (f"run.dir={run.path}", f"privacy.ledger={self.folder / 'ledgers'}", f"data.sensitive.path={self.folder / images}")
+        small = (
+            "finetune.steps=8",
+            "finetune.checkpoint_every=2",
+            "finetune.logical_batch_size=30",
+            "match.steps=4",
+            "match.checkpoint_every=2",
+        )
+        public = (
+            "query.steps=2",
+            "pretrain.steps=4",
+            "pretrain.checkpoint_every=2",
+            "data.public.images_per_class=4",
+            "synthesize.samples=10",
+        )
+        places = (
+            f"run.dir={run.path}",
+            f"privacy.ledger={self.folder / 'ledgers'}",
+            f"data.sensitive.path={self.folder / images}",
+        )
         return load(TINY, [f"method={run.method}", "data.sensitive.kind=npz", *small, *public, *places])
 
     # What happens between two starts.
 
     def mutate(self, run: Run) -> tuple[int, str]:
-        """Do one thing; returns the number of ranks of the next start and the set that its second rank reads."""
+        """Do one thing; returns the number of ranks of the next start and the set of its second rank."""
         what = self.random.choice(MUTATIONS)
         self.done[what] += 1
         other, second = self.folder / f"run-{next(self.numbers)}", "set.npz"
@@ -165,10 +205,19 @@ class Trial:
         os.dup2(said, 1)
         os.dup2(said, 2)
         if ranks > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             os.environ.update({name: str(value) for name, value in place.items()})
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        spy.install(lambda draw: os.write(log, (json.dumps(vars(draw) | {"rank": rank}) + "\n").encode()) and None)
+        spy.install(
+            lambda draw: os.write(log, (json.dumps(vars(draw) | {"rank": rank}) + "\n").encode()) and None
+        )
         torch.set_num_threads(1)
         config = self.config(run, images)
         os._exit(pipeline.run(config, config.spec.stages[:-1]))
@@ -203,7 +252,9 @@ class Trial:
                 self.problems.append(f"{run.path.name} ({run.method}) cannot be judged: {error!r}")
             self.retire(run)
             return
-        said = "".join(path.read_text() for path in self.folder.glob("said-*") if int(path.name[-1]) < len(statuses))
+        said = "".join(
+            path.read_text() for path in self.folder.glob("said-*") if int(path.name[-1]) < len(statuses)
+        )
         reason = next((name for name, text in REFUSALS.items() if text in said), None)
         if reason is None or not set(statuses) <= {2}:
             self.problems.append(f"{run.path.name} ({run.method}) ended with {statuses}: {said[-600:]}")
@@ -214,7 +265,10 @@ class Trial:
                 self.retire(run)
 
     def retire(self, run: Run) -> None:
-        """Put a new run in place of one that has ended; a directory that is there may still be one of which others are copies."""
+        """Put a new run in place of one that has ended.
+
+        A directory that is there may still be one of which others are copies.
+        """
         self.runs.remove(run)
         if len({other.method for other in self.runs}) < len(set(METHODS)) or not self.runs:
             self.runs.append(self.new_run(run.method))
@@ -230,8 +284,15 @@ class Trial:
         """What is wrong with a release."""
         said, draws = read_json(run.path / "release" / "PRIVACY.json"), self.draws()
         plan = make_plan(self.config(run), COUNT)
-        behind = {"finetune": self.steps_behind(run, draws), "match": int(run.method == "dp-merf"), "select": int(run.method == "privimage+d")}
-        spent = [Mechanism(p.mechanism.noise_multiplier, p.mechanism.sample_rate, behind[p.stage]) for p in plan.parts]
+        behind = {
+            "finetune": self.steps_behind(run, draws),
+            "match": int(run.method == "dp-merf"),
+            "select": int(run.method == "privimage+d"),
+        }
+        spent = [
+            Mechanism(p.mechanism.noise_multiplier, p.mechanism.sample_rate, behind[p.stage])
+            for p in plan.parts
+        ]
         found = []
         if not spent or said["epsilon"] < epsilon(spent, plan.delta, plan.accountant) - 1e-6:
             found.append(f"{run.path.name}: states {said['epsilon']}, {behind} were drawn for it")
@@ -240,13 +301,19 @@ class Trial:
         return found
 
     def steps_behind(self, run: Run, draws: list[dict]) -> int:
-        """The private steps from which the released weights came, walked back through the weights before and after each draw."""
+        """The private steps from which the released weights came, walked back through the weights before and
+        after each draw.
+        """
         if run.method == "dp-merf":
             return 0
         state = checkpoint.load(run.path / "finetune" / "checkpoint.pt")
         assert state is not None
         at, steps = spy.digest(*(value.numpy() for value in state["module"].values())), 0
-        came_from = {draw["after"]: draw["before"] for draw in draws if draw["stage"] == "finetune" and draw["rank"] == 0}
+        came_from = {
+            draw["after"]: draw["before"]
+            for draw in draws
+            if draw["stage"] == "finetune" and draw["rank"] == 0
+        }
         while at in came_from:
             at, steps = came_from[at], steps + 1
         return steps
@@ -254,7 +321,11 @@ class Trial:
     def wrong_with_all(self) -> list[str]:
         """What is wrong with the ledger and the noise of the whole set."""
         found, draws = [], self.draws()
-        charges = Counter(charge.part for path in (self.folder / "ledgers").glob("*.jsonl") for charge in read(path).charges.values())
+        charges = Counter(
+            charge.part
+            for path in (self.folder / "ledgers").glob("*.jsonl")
+            for charge in read(path).charges.values()
+        )
         for stage in ("select", "match", "finetune"):
             noises = len({draw["key"] for draw in draws if draw["stage"] == stage and draw["rank"] == 0})
             if charges[stage] < noises:
@@ -276,7 +347,11 @@ def trial(folder: Path, kills: int, seed: int = 0, longest: float = 4.0) -> Tria
             print(problem, file=sys.stderr, flush=True)
         told = len(found.problems)
         if sum(found.done.values()) % 100 == 0:
-            print(f"{fallen} kills, {len(found.draws())} draws, {len(found.problems)} problems", file=sys.stderr, flush=True)
+            print(
+                f"{fallen} kills, {len(found.draws())} draws, {len(found.problems)} problems",
+                file=sys.stderr,
+                flush=True,
+            )
     for run in list(found.runs):
         while run in found.runs:
             found.killed(run, 1000.0)
@@ -286,7 +361,9 @@ def trial(folder: Path, kills: int, seed: int = 0, longest: float = 4.0) -> Tria
 
 def main() -> None:
     """Run the trial and print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -297,7 +374,10 @@ def main() -> None:
         for name, count in sorted(counts.items()):
             print(f"| {name} | {count} |")
         print()
-    print("\n".join(found.problems) or f"{arguments.kills} kills: every release states what was drawn for it, no noise hides two things")
+    print(
+        "\n".join(found.problems)
+        or f"{arguments.kills} kills: every release states what was drawn for it, no noise hides two things"
+    )
     sys.exit(bool(found.problems))
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline where the public set has no labels: clusters of printed characters stand in for classes."""
+"""The whole pipeline on a public set without labels: clusters of printed characters replace classes."""
 
 import subprocess
 import sys
@@ -12,7 +12,13 @@ from privimage.config import Config, load
 from privimage.privacy.ledger import Ledger
 from privimage.rundir import read_json
 
-SETTINGS = ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=25", "select.per_image=2", "select.per_class=2")
+SETTINGS = (
+    "data.public.labelled=false",
+    "query.semantics=clusters",
+    "query.clusters=25",
+    "select.per_image=2",
+    "select.per_class=2",
+)
 
 
 def privimage(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -30,7 +36,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def test_two_clusters_serve_each_digit_and_their_images_are_pretrained_on(finished: Config) -> None:
-    with np.load(finished.run.dir / "select" / "selection.npz") as file, np.load(finished.run.dir / "query" / "clusters.npz") as query:
+    with (
+        np.load(finished.run.dir / "select" / "selection.npz") as file,
+        np.load(finished.run.dir / "query" / "clusters.npz") as query,
+    ):
         assert file["counts"].shape == (10, 25)
         assert np.bincount(file["assignment"][file["assignment"] >= 0], minlength=10).tolist() == [2] * 10
         chosen = int((file["assignment"][query["clusters"]] >= 0).sum())
@@ -54,5 +63,7 @@ def test_the_report_speaks_of_clusters(finished: Config) -> None:
     assert report["selection"]["semantics"] == "clusters"
     assert len(report["selection"]["kept"][3]["public"]) == 2
     assert all(name.startswith("cluster ") for row in report["selection"]["kept"] for name in row["public"])
-    assert "chose the clusters that resemble them" in (finished.run.dir / "evaluate" / "report.html").read_text()
+    assert (
+        "chose the clusters that resemble them" in (finished.run.dir / "evaluate" / "report.html").read_text()
+    )
     assert report["semantics"]["sds"] is None

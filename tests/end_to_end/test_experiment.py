@@ -15,7 +15,9 @@ TEXT = """
 title: Tiny
 base: {base}
 runs: {runs}
-settings: [method=pdp-diffusion, pretrain.steps=6, finetune.steps=3, evaluate.before=true, "evaluate.classifiers=[lr,mlp]", privacy.accountant=pld]
+settings:
+  [method=pdp-diffusion, pretrain.steps=6, finetune.steps=3, evaluate.before=true,
+   "evaluate.classifiers=[lr,mlp]", privacy.accountant=pld]
 axes:
   epsilon:
     10: [privacy.epsilon=10]
@@ -66,16 +68,24 @@ def test_the_table_has_the_numbers_of_the_reports_and_the_reason_of_the_gap(made
         assert float(lines[epsilon, "spent"]["mean"]) == report["privacy"]["epsilon"] <= float(epsilon)
         assert f"| {epsilon} |" in shown.stdout
         assert f"{report['fidelity']['distance']:.3f}" in shown.stdout
-    assert (lines["lost", "LR"]["mean"], lines["lost", "LR"]["finished"], lines["lost", "LR"]["planned"]) == ("", "0", "1")
+    assert (lines["lost", "LR"]["mean"], lines["lost", "LR"]["finished"], lines["lost", "LR"]["planned"]) == (
+        "",
+        "0",
+        "1",
+    )
 
 
 def test_pretraining_on_all_public_images_was_done_once(made: tuple) -> None:
     _, runs, _ = made
     shared = sorted(path.name.split("-")[0] for path in (runs / "shared").iterdir())
     assert shared == ["prepare", "pretrain"]
-    weights = [(runs / f"epsilon{epsilon}-seed0" / "pretrain" / "weights.pt").read_bytes() for epsilon in (10, 1)]
+    weights = [
+        (runs / f"epsilon{epsilon}-seed0" / "pretrain" / "weights.pt").read_bytes() for epsilon in (10, 1)
+    ]
     assert weights[0] == weights[1]
-    tuned = [(runs / f"epsilon{epsilon}-seed0" / "finetune" / "weights.pt").read_bytes() for epsilon in (10, 1)]
+    tuned = [
+        (runs / f"epsilon{epsilon}-seed0" / "finetune" / "weights.pt").read_bytes() for epsilon in (10, 1)
+    ]
     assert tuned[0] != tuned[1]
 
 

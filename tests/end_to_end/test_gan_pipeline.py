@@ -1,4 +1,7 @@
-"""A GAN through the whole pipeline on real images, small: what leaves, and what other methods make of the same networks."""
+"""A GAN through the whole pipeline on real images, small.
+
+What leaves, and what other methods make of the same networks.
+"""
 
 import json
 import shutil
@@ -18,12 +21,17 @@ from privimage.models.edm import to_uint8
 
 def privimage(*arguments: str) -> subprocess.CompletedProcess:
     """The command as a user types it."""
-    return subprocess.run(["privimage", *arguments], capture_output=True, text=True, timeout=300, env=clean_environment())
+    return subprocess.run(
+        ["privimage", *arguments], capture_output=True, text=True, timeout=300, env=clean_environment()
+    )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished run of PrivImage+G with a key from the operating system; the generator before fine-tuning is measured too."""
+    """One finished run of PrivImage+G with a key from the operating system.
+
+    The generator before fine-tuning is measured too.
+    """
     folder = tmp_path_factory.mktemp("gan") / "run"
     ended = privimage("run", str(TINY), "method=privimage+g", f"run.dir={folder}", "evaluate.before=true")
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -35,13 +43,20 @@ def test_the_release_promises_and_describes_the_private_steps_of_the_discriminat
     assert said["private"] and said["method"] == "privimage+g" and 9.9 < said["epsilon"] <= 10
     steps = {used["name"]: used for used in said["mechanisms"]}["DP-SGD fine-tuning"]
     assert (steps["count"], steps["max_grad_norm"], steps["noise_copies"]) == (8, 1.0, 1)
-    assert sorted(path.name for path in (run / "release").iterdir()) == ["PRIVACY.json", "PRIVACY.md", "model.pt", "synthetic.npz"]
+    assert sorted(path.name for path in (run / "release").iterdir()) == [
+        "PRIVACY.json",
+        "PRIVACY.md",
+        "model.pt",
+        "synthetic.npz",
+    ]
 
 
 def test_the_released_model_makes_the_released_images(run: Path) -> None:
     model = torch.load(run / "release" / "model.pt", weights_only=True)
     assert model["generator"] == "gan"
-    generator = Generator(model["resolution"], model["channels"], model["n_classes"], model["model"]["gan_width"])
+    generator = Generator(
+        model["resolution"], model["channels"], model["n_classes"], model["model"]["gan_width"]
+    )
     generator.load_state_dict(model["weights"])
     with np.load(run / "release" / "synthetic.npz") as released:
         images, labels = released["images"], released["labels"]
@@ -68,7 +83,14 @@ def test_the_report_counts_the_generator_and_compares_with_the_pretrained_one(ru
 )
 def test_the_other_private_methods_run(method: str, private: bool, stages: str, tmp_path: Path) -> None:
     for stage in stages.split():
-        ended = privimage(stage, str(TINY), f"method={method}", f"run.dir={tmp_path / 'run'}", "pretrain.steps=4", "finetune.steps=3")
+        ended = privimage(
+            stage,
+            str(TINY),
+            f"method={method}",
+            f"run.dir={tmp_path / 'run'}",
+            "pretrain.steps=4",
+            "finetune.steps=3",
+        )
         assert ended.returncode == 0, ended.stderr[-3000:]
     said = json.loads((tmp_path / "run" / "release" / "PRIVACY.json").read_text())
     assert said["private"] is private and len(said["mechanisms"]) == 1
@@ -84,7 +106,9 @@ def test_the_same_without_noise_is_called_not_private(run: Path, tmp_path: Path)
     assert (folder / "release" / "PRIVACY.md").read_text().startswith("# Not private")
 
 
-def test_the_wrong_engine_and_the_weights_of_another_network_are_told_in_one_line(run: Path, tmp_path: Path) -> None:
+def test_the_wrong_engine_and_the_weights_of_another_network_are_told_in_one_line(
+    run: Path, tmp_path: Path
+) -> None:
     folder, told = tmp_path / "run", []
     for stage in ("prepare", "pretrain"):
         shutil.copytree(run / stage, folder / stage)
@@ -95,7 +119,9 @@ def test_the_wrong_engine_and_the_weights_of_another_network_are_told_in_one_lin
     for stage, engine in (("finetune", "ddp"), ("pretrain", "deepspeed")):
         if stage == "pretrain":
             shutil.rmtree(folder / "pretrain")
-        ended = privimage(stage, str(TINY), "method=dpgan-p", f"run.dir={folder}", f"pretrain.engine={engine}")
+        ended = privimage(
+            stage, str(TINY), "method=dpgan-p", f"run.dir={folder}", f"pretrain.engine={engine}"
+        )
         assert ended.returncode == 2
         told.append(ended.stderr.strip().splitlines()[-1])
     assert told == [

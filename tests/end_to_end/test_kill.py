@@ -13,7 +13,11 @@ def test_random_kills_change_nothing(method: str, kills: int) -> None:
     """Kills at random moments; `kills.py --kills 200` is the long form, its table is in docs/results.md."""
     script = Path(__file__).with_name("kills.py")
     ended = subprocess.run(
-        [sys.executable, str(script), "--kills", str(kills), "--method", method], capture_output=True, text=True, timeout=900, env=clean_environment()
+        [sys.executable, str(script), "--kills", str(kills), "--method", method],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=clean_environment(),
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     assert f"| all | {kills} |" in ended.stdout

@@ -18,7 +18,13 @@ TINY = REPOSITORY / "tests" / "tiny.yaml"
 def privimage(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess:
     """The command as a user types it."""
     script = "from privimage.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=seconds, env=clean_environment())
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=clean_environment(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_the_release_is_the_allow_list_and_nothing_else(finished: Config) -> None:
     release = finished.run.dir / "release"
-    assert sorted(p.relative_to(release).as_posix() for p in release.rglob("*")) == ["PRIVACY.json", "PRIVACY.md", "model.pt", "synthetic.npz"]
+    assert sorted(p.relative_to(release).as_posix() for p in release.rglob("*")) == [
+        "PRIVACY.json",
+        "PRIVACY.md",
+        "model.pt",
+        "synthetic.npz",
+    ]
 
 
 def test_the_synthetic_set_has_the_stated_form_and_labels_in_turn(finished: Config) -> None:
@@ -45,15 +56,29 @@ def test_the_synthetic_set_has_the_stated_form_and_labels_in_turn(finished: Conf
 
 def test_the_model_holds_weights_and_public_facts_only(finished: Config) -> None:
     model = torch.load(finished.run.dir / "release" / "model.pt", weights_only=True)
-    assert sorted(model) == ["channels", "classes", "generator", "model", "n_classes", "resolution", "weights"]
+    assert sorted(model) == [
+        "channels",
+        "classes",
+        "generator",
+        "model",
+        "n_classes",
+        "resolution",
+        "weights",
+    ]
 
 
 def test_the_statement_is_that_of_the_ledger(finished: Config) -> None:
     said = json.loads((finished.run.dir / "release" / "PRIVACY.json").read_text())
     assert said["private"] and said["neighbours"] == "add or remove one image" and said["delta"] == 1e-4
     assert 9.9 < said["epsilon"] <= 10.0
-    assert sorted((m["name"], m["count"]) for m in said["mechanisms"]) == [("DP-SGD fine-tuning", 8), ("semantic distribution query", 1)]
-    assert f"({said['epsilon']}, {said['delta']})-differential" in (finished.run.dir / "release" / "PRIVACY.md").read_text()
+    assert sorted((m["name"], m["count"]) for m in said["mechanisms"]) == [
+        ("DP-SGD fine-tuning", 8),
+        ("semantic distribution query", 1),
+    ]
+    assert (
+        f"({said['epsilon']}, {said['delta']})-differential"
+        in (finished.run.dir / "release" / "PRIVACY.md").read_text()
+    )
 
 
 def test_the_key_is_destroyed_and_private_is_closed(finished: Config) -> None:
@@ -67,7 +92,11 @@ def test_no_key_or_loss_of_fine_tuning_is_outside_private(finished: Config) -> N
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     public = EventAccumulator(str(finished.run.dir / "tensorboard" / "finetune")).Reload().Tags()["scalars"]
-    private = EventAccumulator(str(finished.run.dir / "private" / "tensorboard" / "finetune")).Reload().Tags()["scalars"]
+    private = (
+        EventAccumulator(str(finished.run.dir / "private" / "tensorboard" / "finetune"))
+        .Reload()
+        .Tags()["scalars"]
+    )
     assert set(public) == {"epsilon", "learning rate"}
     assert {"loss", "clipped", "images"} <= set(private)
 
@@ -80,7 +109,9 @@ def test_running_again_does_nothing(finished: Config) -> None:
 
 
 def test_other_settings_for_a_finished_run_are_refused_in_one_line(finished: Config) -> None:
-    ended = privimage("run", str(TINY), f"run.dir={finished.run.dir}", "privacy.accountant=pld", "privacy.epsilon=3")
+    ended = privimage(
+        "run", str(TINY), f"run.dir={finished.run.dir}", "privacy.accountant=pld", "privacy.epsilon=3"
+    )
     assert ended.returncode == 2
     assert "privacy.epsilon was 10.0, now 3.0" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
 
@@ -96,8 +127,18 @@ def test_privacy_of_a_run_and_of_its_ledger(finished: Config) -> None:
 
 def test_a_budget_refuses_the_next_run_before_it_draws_anything(finished: Config) -> None:
     run = finished.run.dir.parent / "second"
-    ended = privimage("run", str(TINY), f"run.dir={run}", "privacy.budget.epsilon=12", "privacy.budget.delta=1e-4", "query.steps=1")
-    assert ended.returncode == 2 and "privacy.budget: with this run epsilon on the sensitive set would be" in ended.stderr
+    ended = privimage(
+        "run",
+        str(TINY),
+        f"run.dir={run}",
+        "privacy.budget.epsilon=12",
+        "privacy.budget.delta=1e-4",
+        "query.steps=1",
+    )
+    assert (
+        ended.returncode == 2
+        and "privacy.budget: with this run epsilon on the sensitive set would be" in ended.stderr
+    )
     assert not (run / "select" / "selection.npz").exists()
 
 
@@ -109,7 +150,10 @@ def test_a_selection_that_was_never_charged_is_not_released(finished: Config, tm
     for stage in ("prepare", "query", "select", "pretrain"):
         shutil.copytree(finished.run.dir / stage, run / stage)
     ended = privimage("run", str(TINY), f"run.dir={run}", "finetune.steps=1")
-    assert ended.returncode == 2 and "1 of the charges that made it are not in the ledger of the sensitive set" in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "1 of the charges that made it are not in the ledger of the sensitive set" in ended.stderr
+    )
     assert not (run / "finetune" / "checkpoint.pt").exists() and not (run / "release").exists()
 
 

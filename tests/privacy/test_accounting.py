@@ -1,4 +1,6 @@
-"""Accounting against dp-accounting called directly and, where it applies, Opacus' PRV accountant as a third opinion."""
+"""Accounting against dp-accounting called directly and, where it applies, Opacus' PRV accountant as a third
+opinion.
+"""
 
 import dp_accounting
 import pytest
@@ -33,7 +35,9 @@ def directly(mechanisms: tuple[Mechanism, ...], delta: float, accountant: str) -
 @pytest.mark.parametrize("mechanisms", MIXES)
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_ten_mixes_agree_with_dp_accounting(mechanisms: tuple[Mechanism, ...], accountant: str) -> None:
-    assert epsilon(mechanisms, 1e-5, accountant) == pytest.approx(directly(mechanisms, 1e-5, accountant), abs=1e-3)
+    assert epsilon(mechanisms, 1e-5, accountant) == pytest.approx(
+        directly(mechanisms, 1e-5, accountant), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("mechanisms", MIXES[2:6])
@@ -42,10 +46,14 @@ def test_prv_agrees_within_its_own_error(mechanisms: tuple[Mechanism, ...]) -> N
 
     prv = PRVAccountant()
     prv.history = [(m.noise_multiplier, m.sample_rate, m.count) for m in mechanisms]
-    assert prv.get_epsilon(1e-5, eps_error=0.01, delta_error=1e-9) == pytest.approx(epsilon(mechanisms, 1e-5), abs=0.03)
+    assert prv.get_epsilon(1e-5, eps_error=0.01, delta_error=1e-9) == pytest.approx(
+        epsilon(mechanisms, 1e-5), abs=0.03
+    )
 
 
-@pytest.mark.parametrize(("target", "by_pld", "by_rdp"), [(10, 2.171, 2.310), (5, 3.736, 3.994), (1, 15.18, 16.46)])
+@pytest.mark.parametrize(
+    ("target", "by_pld", "by_rdp"), [(10, 2.171, 2.310), (5, 3.736, 3.994), (1, 15.18, 16.46)]
+)
 def test_the_paper_settings_need_the_known_noise(target: float, by_pld: float, by_rdp: float) -> None:
     training = Mechanism(1.0, 16384 / 50000, 152)
     assert training_noise(target, 1e-5, training) == pytest.approx(by_pld, rel=5e-4)

@@ -1,4 +1,5 @@
-"""What an owner or administrator may do to the files of a run between two starts, and what must hold after each of it.
+"""What an owner or administrator may do to the files of a run between two starts, and what must hold after
+each of it.
 
 A release states at least what was drawn for it, or there is none; and no noise hides two different things.
 """
@@ -52,7 +53,12 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def settings(folder: Path, images: Path, *overrides: str) -> Config:
-    data = ("data.sensitive.kind=npz", f"data.sensitive.path={images}", f"privacy.ledger={images.parent / 'ledgers'}", "finetune.logical_batch_size=30")
+    data = (
+        "data.sensitive.kind=npz",
+        f"data.sensitive.path={images}",
+        f"privacy.ledger={images.parent / 'ledgers'}",
+        "finetune.logical_batch_size=30",
+    )
     return load(TINY, ["method=dpdm", *SMALL, *data, f"run.dir={folder}", *overrides])
 
 
@@ -82,7 +88,11 @@ def true_epsilon(folder: Path, draws: list[spy.Draw]) -> float:
     """What was spent, from the log of noise draws and the plan's noise."""
     plan = plan_from_dict(read_json(folder / "private" / "account.json")["plan"])
     parts = [(part.mechanism, spy.uses(draws, part.stage)) for part in plan.parts]
-    return epsilon([type(m)(m.noise_multiplier, m.sample_rate, count) for m, count in parts if count], plan.delta, plan.accountant)
+    return epsilon(
+        [type(m)(m.noise_multiplier, m.sample_rate, count) for m, count in parts if count],
+        plan.delta,
+        plan.accountant,
+    )
 
 
 def assert_honest(folder: Path, draws: list[spy.Draw]) -> None:
@@ -94,7 +104,9 @@ def assert_honest(folder: Path, draws: list[spy.Draw]) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_a_run_that_moves_goes_on_and_states_all_its_steps(tmp_path: Path, images: Path, draws: list, steps: int) -> None:
+def test_a_run_that_moves_goes_on_and_states_all_its_steps(
+    tmp_path: Path, images: Path, draws: list, steps: int
+) -> None:
     assert go(settings(tmp_path / "a", images), steps + 1) == 75
     (tmp_path / "other").mkdir()
     shutil.move(tmp_path / "a", tmp_path / "other" / "a")
@@ -131,7 +143,11 @@ def test_a_ledger_that_is_lost_older_or_another_releases_nothing_until_it_is_bro
     capfd.readouterr()
     assert go(config) == 2 and not released(tmp_path / "a")
     told = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    assert len(told) == 1 and "the ledger of the sensitive set is" in told[0] and "bring back the file" in told[0]
+    assert (
+        len(told) == 1
+        and "the ledger of the sensitive set is" in told[0]
+        and "bring back the file" in told[0]
+    )
     shutil.rmtree(ledgers, ignore_errors=True)
     shutil.copytree(tmp_path / "true", ledgers)
     assert go(config) == 0 and stated(tmp_path / "a")["mechanisms"][0]["count"] == STEPS
@@ -148,12 +164,16 @@ def test_a_run_behind_a_symlink_uses_the_same_ledger(tmp_path: Path, images: Pat
     assert_honest(tmp_path / "a" / "run", draws)
 
 
-def test_deleting_what_a_released_run_made_does_not_release_something_else(tmp_path: Path, images: Path, draws: list, capfd: pytest.CaptureFixture) -> None:
+def test_deleting_what_a_released_run_made_does_not_release_something_else(
+    tmp_path: Path, images: Path, draws: list, capfd: pytest.CaptureFixture
+) -> None:
     assert go(settings(tmp_path / "a", images)) == 0
     for name in ("finetune", "synthesize", "release"):
         shutil.rmtree(tmp_path / "a" / name)
     assert go(settings(tmp_path / "a", images)) == 2 and not released(tmp_path / "a")
-    assert "all private steps of this run were made before, and what they made is lost" in capfd.readouterr().err
+    assert (
+        "all private steps of this run were made before, and what they made is lost" in capfd.readouterr().err
+    )
     assert spy.uses(draws, "finetune") == STEPS
 
 
@@ -185,7 +205,9 @@ def edit_checkpoint(images: Path, folder: Path) -> None:
     path = folder / "finetune" / "checkpoint.pt"
     state = checkpoint.load(path)
     assert state is not None
-    next(value for value in state["module"].values() if value.is_floating_point() and value.dim() > 1)[0] += 1e-3
+    next(value for value in state["module"].values() if value.is_floating_point() and value.dim() > 1)[0] += (
+        1e-3
+    )
     checkpoint.save(path, state)
 
 
@@ -238,7 +260,9 @@ def crash_at_step(step: int) -> Callable:
     return crashing
 
 
-def test_two_copies_that_go_on_have_noise_and_charges_of_their_own(tmp_path: Path, images: Path, draws: list, capfd: pytest.CaptureFixture) -> None:
+def test_two_copies_that_go_on_have_noise_and_charges_of_their_own(
+    tmp_path: Path, images: Path, draws: list, capfd: pytest.CaptureFixture
+) -> None:
     assert go(settings(tmp_path / "a", images), 3) == 75
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     before = len(draws)
@@ -246,7 +270,10 @@ def test_two_copies_that_go_on_have_noise_and_charges_of_their_own(tmp_path: Pat
     middle = len(draws)
     capfd.readouterr()
     assert go(settings(tmp_path / "b", images)) == 0
-    assert f"{tmp_path / 'b'}: a copy of {tmp_path / 'a'}, which is a run of its own from here on" in capfd.readouterr().err
+    assert (
+        f"{tmp_path / 'b'}: a copy of {tmp_path / 'a'}, which is a run of its own from here on"
+        in capfd.readouterr().err
+    )
     assert not {draw.key for draw in draws[before:middle]} & {draw.key for draw in draws[middle:]}
     for folder in ("a", "b"):
         assert stated(tmp_path / folder)["mechanisms"][0]["count"] == STEPS
@@ -254,7 +281,9 @@ def test_two_copies_that_go_on_have_noise_and_charges_of_their_own(tmp_path: Pat
     assert runs[0] != runs[1]
 
 
-def test_an_older_snapshot_repeats_what_was_drawn_and_pays_for_what_was_not(tmp_path: Path, images: Path, draws: list) -> None:
+def test_an_older_snapshot_repeats_what_was_drawn_and_pays_for_what_was_not(
+    tmp_path: Path, images: Path, draws: list
+) -> None:
     config = settings(tmp_path / "a", images)
     assert go(config, 3) == 75
     shutil.copytree(tmp_path / "a", tmp_path / "snapshot")
@@ -269,21 +298,34 @@ def test_an_older_snapshot_repeats_what_was_drawn_and_pays_for_what_was_not(tmp_
     assert_honest(tmp_path / "a", draws)
 
 
-def test_a_corrected_label_gives_the_embedding_no_second_draw(tmp_path: Path, images: Path, draws: list, capfd: pytest.CaptureFixture) -> None:
-    """Two embeddings under one noise would differ by the features of that image, from which all its pixels come back."""
+def test_a_corrected_label_gives_the_embedding_no_second_draw(
+    tmp_path: Path, images: Path, draws: list, capfd: pytest.CaptureFixture
+) -> None:
+    """Two embeddings under one noise would differ by the features of that image, from which all its pixels
+    come back.
+    """
     config = settings(tmp_path / "a", images, "method=dp-merf")
     assert go(config) == 0
     for name in ("match", "synthesize", "release"):
         shutil.rmtree(tmp_path / "a" / name)
     relabel(images, tmp_path / "a")
-    assert go(config) == 2 and "the noisy mean embedding of this run was drawn before" in capfd.readouterr().err
+    assert (
+        go(config) == 2 and "the noisy mean embedding of this run was drawn before" in capfd.readouterr().err
+    )
     assert go(settings(tmp_path / "b", images, "method=dp-merf")) == 0
     assert spy.uses(draws, "match") == 2 and not spy.one_noise_for_two(draws)
 
 
 @pytest.mark.parametrize("change", [relabel, reorder])
 def test_a_histogram_is_asked_for_once(tmp_path: Path, images: Path, draws: list, change: Callable) -> None:
-    config = settings(tmp_path / "a", images, "method=privimage+d", "pretrain.steps=2", "select.per_class=1", "query.steps=2")
+    config = settings(
+        tmp_path / "a",
+        images,
+        "method=privimage+d",
+        "pretrain.steps=2",
+        "select.per_class=1",
+        "query.steps=2",
+    )
     assert go(config, stages=("prepare", "query", "select")) == 0
     shutil.rmtree(tmp_path / "a" / "select")
     change(images, tmp_path / "a")
@@ -294,12 +336,15 @@ def test_a_histogram_is_asked_for_once(tmp_path: Path, images: Path, draws: list
 # 2b. Ranks with copies of their own.
 
 RANK = """
+import os
 import sys
 from pathlib import Path
 from privimage import pipeline
 from privimage.config import load
-place = Path(sys.argv[2]) / ("second" if len(sys.argv) > 3 and __import__("os").environ["RANK"] == "1" else "first")
-config = load(sys.argv[1], ["method=dpdm", "data.sensitive.kind=folder", f"data.sensitive.path={place}", "finetune.logical_batch_size=30",
+second = len(sys.argv) > 3 and os.environ["RANK"] == "1"
+place = Path(sys.argv[2]) / ("second" if second else "first")
+config = load(sys.argv[1], ["method=dpdm", "data.sensitive.kind=folder", f"data.sensitive.path={place}",
+    "finetune.logical_batch_size=30",
     "finetune.steps=3", "synthesize.samples=10", f"run.dir={sys.argv[2]}/run", *sys.argv[4:]])
 sys.exit(pipeline.run(config, ["finetune", "synthesize"]))
 """
@@ -307,7 +352,7 @@ sys.exit(pipeline.run(config, ["finetune", "synthesize"]))
 
 @pytest.fixture
 def folders(tmp_path: Path, images: Path) -> Path:
-    """The set as two folders, as on the disks of two nodes: the same images under names that sort otherwise."""
+    """The set as two folders, as on two nodes' disks: the same images under names that sort differently."""
     from PIL import Image
 
     with np.load(images) as file:
@@ -344,7 +389,9 @@ def test_a_rank_whose_copy_differs_is_named_before_anything_is_drawn(folders: Pa
     assert not (folders / "run" / "private").exists()
 
 
-def test_on_two_ranks_a_run_that_moves_states_all_its_steps_and_a_lost_ledger_releases_nothing(folders: Path) -> None:
+def test_on_two_ranks_a_run_that_moves_states_all_its_steps_and_a_lost_ledger_releases_nothing(
+    folders: Path,
+) -> None:
     assert [rank.status for rank in run_ranks(RANK, 2, str(TINY), str(folders), "apart")] == [0, 0]
     shutil.rmtree(folders / "run" / "synthesize")
     shutil.rmtree(folders / "run" / "release")
@@ -352,10 +399,14 @@ def test_on_two_ranks_a_run_that_moves_states_all_its_steps_and_a_lost_ledger_re
     at = (f"run.dir={folders}/moved",)
     shutil.move(folders / "ledgers", folders / "hidden")
     ended = run_ranks(RANK, 2, str(TINY), str(folders), "apart", *at)
-    assert [rank.status for rank in ended] == [2, 2] and any("is missing; bring back" in rank.err for rank in ended)
+    assert [rank.status for rank in ended] == [2, 2] and any(
+        "is missing; bring back" in rank.err for rank in ended
+    )
     assert not released(folders / "moved")
     ended = run_ranks(RANK, 2, str(TINY), str(folders), "apart", *at, f"privacy.ledger={folders}/hidden")
-    assert [rank.status for rank in ended] == [0, 0] and stated(folders / "moved")["mechanisms"][0]["count"] == 3
+    assert [rank.status for rank in ended] == [0, 0] and stated(folders / "moved")["mechanisms"][0][
+        "count"
+    ] == 3
 
 
 # Statements.
@@ -366,7 +417,10 @@ def test_a_fixed_key_of_an_earlier_start_is_told(tmp_path: Path, images: Path) -
     assert go(settings(tmp_path / "a", images, "privacy.insecure_fixed_key=3"), 3) == 75
     (tmp_path / "a" / "config.yaml").unlink()
     assert go(settings(tmp_path / "a", images)) == 0
-    assert stated(tmp_path / "a")["private"] is False and stated(tmp_path / "a")["reason"] == "not private: a fixed key was used"
+    assert (
+        stated(tmp_path / "a")["private"] is False
+        and stated(tmp_path / "a")["reason"] == "not private: a fixed key was used"
+    )
 
 
 def test_what_a_budget_refuses_leaves_no_plan_behind(tmp_path: Path, images: Path) -> None:
@@ -378,7 +432,9 @@ def test_what_a_budget_refuses_leaves_no_plan_behind(tmp_path: Path, images: Pat
     assert go(settings(tmp_path / "b", images)) == 2  # a run that does not name the budget
 
 
-def test_an_account_of_an_older_version_is_refused_in_one_line(tmp_path: Path, images: Path, capfd: pytest.CaptureFixture) -> None:
+def test_an_account_of_an_older_version_is_refused_in_one_line(
+    tmp_path: Path, images: Path, capfd: pytest.CaptureFixture
+) -> None:
     assert go(settings(tmp_path / "a", images), 3) == 75
     path = tmp_path / "a" / "private" / "account.json"
     path.write_text(path.read_text().replace('"version": 2,', ""))
@@ -386,13 +442,18 @@ def test_an_account_of_an_older_version_is_refused_in_one_line(tmp_path: Path, i
     assert f"{path}: made by an older version" in capfd.readouterr().err
 
 
-def test_weights_without_a_charge_for_each_step_are_not_released(tmp_path: Path, images: Path, capfd: pytest.CaptureFixture) -> None:
+def test_weights_without_a_charge_for_each_step_are_not_released(
+    tmp_path: Path, images: Path, capfd: pytest.CaptureFixture
+) -> None:
     config = settings(tmp_path / "a", images)
     assert go(config, stages=("finetune",)) == 0
     path = tmp_path / "a" / "finetune" / "weights.pt"
     weights = checkpoint.load(path)
     assert weights is not None
-    for charges, told in ((weights["charges"]["finetune"][1:], "5 of the 6 uses"), ([*weights["charges"]["finetune"], "unknown"], "1 of the 7 uses")):
+    for charges, told in (
+        (weights["charges"]["finetune"][1:], "5 of the 6 uses"),
+        ([*weights["charges"]["finetune"], "unknown"], "1 of the 7 uses"),
+    ):
         checkpoint.save(path, weights | {"charges": {"finetune": charges}})
         assert go(config) == 2 and told in capfd.readouterr().err and not released(tmp_path / "a")
 

@@ -1,4 +1,7 @@
-"""The audit: its bound holds with the stated confidence and becomes tight, and the whole of it passes, and is able to fail."""
+"""The audit.
+
+Its bound holds with the stated confidence and becomes tight, and the whole of it passes, and is able to fail.
+"""
 
 import json
 import math
@@ -31,20 +34,33 @@ def pure(value: float, delta: float = 0.0) -> TradeOff:
 
 
 def gaussian(*deviations_and_shares: tuple[float, float]) -> TradeOff:
-    """The curve of one Gaussian release, or of one whose deviation is drawn first, for all canaries alike, and shown."""
-    deltas = sum(share * profile((Mechanism(deviation),), EPSILONS) for deviation, share in deviations_and_shares)
+    """The curve of one Gaussian release, or of one whose deviation is drawn first, for all canaries alike,
+    and shown.
+    """
+    deltas = sum(
+        share * profile((Mechanism(deviation),), EPSILONS) for deviation, share in deviations_and_shares
+    )
     return TradeOff(EPSILONS, np.asarray(deltas))
 
 
 def fewest_refuting(curve: TradeOff, canaries: int, guesses: int, level: float) -> int:
-    """The smallest number of right guesses that refutes the curve; one more than there are guesses if none does."""
-    return next((right for right in range(guesses + 1) if refuted(curve, canaries, guesses, right, level)), guesses + 1)
+    """The smallest number of right guesses that refutes the curve.
+
+    One more than there are guesses if none does.
+    """
+    return next(
+        (right for right in range(guesses + 1) if refuted(curve, canaries, guesses, right, level)),
+        guesses + 1,
+    )
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("guesses", [1, 2, 7, 40])
 def test_all_guesses_right_has_the_probability_of_a_chain_of_coins(value: float, guesses: int) -> None:
-    """(e^eps / (1 + e^eps))^r for r right guesses of r, worked out by hand from the recursion: b / a falls by e^-eps a step."""
+    """(e^eps / (1 + e^eps))^r for r right guesses of r, worked out by hand from the recursion.
+
+    B / a falls by e^-eps a step.
+    """
     chance = (math.exp(value) / (1 + math.exp(value))) ** guesses
     assert refuted(pure(value), guesses, guesses, guesses, chance * 1.0001)
     assert not refuted(pure(value), guesses, guesses, guesses, chance * 0.9999)
@@ -53,15 +69,23 @@ def test_all_guesses_right_has_the_probability_of_a_chain_of_coins(value: float,
 @pytest.mark.parametrize("value", [0.0, 0.2, 1.0, 3.0])
 @pytest.mark.parametrize(("canaries", "guesses"), [(10, 10), (200, 200), (500, 100)])
 @pytest.mark.parametrize("level", [0.05, 0.001])
-def test_randomised_response_is_refuted_no_more_often_than_stated(value: float, canaries: int, guesses: int, level: float) -> None:
-    """Each answer is right with probability e^eps / (1 + e^eps): the false-alarm rate is a binomial tail, computed exactly."""
+def test_randomised_response_is_refuted_no_more_often_than_stated(
+    value: float, canaries: int, guesses: int, level: float
+) -> None:
+    """Each answer is right with probability e^eps / (1 + e^eps).
+
+    The false-alarm rate is a binomial tail, computed exactly.
+    """
     needed = fewest_refuting(pure(value), canaries, guesses, level)
     assert stats.binom.sf(needed - 1, guesses, 1 / (1 + math.exp(-value))) <= level
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.06, 0.2])
 def test_a_catastrophe_of_probability_delta_is_not_refuted(delta: float) -> None:
-    """With probability delta every coin is shown, else randomised response at epsilon 1: this is (1, delta)-DP, exactly."""
+    """With probability delta every coin is shown, else randomised response at epsilon 1.
+
+    This is (1, delta)-DP, exactly.
+    """
     needed = fewest_refuting(pure(1.0, delta), 200, 200, 0.05)
     honest = stats.binom.sf(needed - 1, 200, 1 / (1 + math.exp(-1)))
     assert delta * (needed <= 200) + (1 - delta) * honest <= 0.05
@@ -69,7 +93,10 @@ def test_a_catastrophe_of_probability_delta_is_not_refuted(delta: float) -> None
 
 
 def test_canaries_that_stand_or_fall_together_are_covered() -> None:
-    """With probability 0.06 the noise is a tenth, for all at once: then nearly all guesses are right, more often than 0.05 allows to refute."""
+    """With probability 0.06 the noise is a tenth, for all at once.
+
+    Then nearly all guesses are right, more often than 0.05 allows to refute.
+    """
     assert refuted(gaussian((1.0, 1.0)), 1000, 800, 790, 0.05)
     assert not refuted(gaussian((1.0, 0.94), (0.1, 0.06)), 1000, 800, 800, 0.05)
     assert refuted(gaussian((1.0, 0.97), (0.1, 0.03)), 1000, 800, 800, 0.05)
@@ -82,7 +109,10 @@ def play_gaussian(rng: np.random.Generator, canaries: int, deviation: float, gue
 
 @pytest.mark.parametrize("share", audit.SHARES)
 def test_gaussian_noise_is_refuted_no_more_often_than_stated(share: float) -> None:
-    """300 audits of a Gaussian release at level 0.05; more than 33 alarms would have probability 1e-5 at most; fixed seed."""
+    """300 audits of a Gaussian release at level 0.05.
+
+    More than 33 alarms would have probability 1e-5 at most; fixed seed.
+    """
     rng, guesses = np.random.default_rng(0), 2 * round(share * 200)
     needed = fewest_refuting(gaussian((1.0, 1.0)), 400, guesses, 0.05)
     alarms = sum(play_gaussian(rng, 400, 1.0, guesses) >= needed for _ in range(300))
@@ -92,19 +122,28 @@ def test_gaussian_noise_is_refuted_no_more_often_than_stated(share: float) -> No
 
 
 def test_the_bound_becomes_tight() -> None:
-    """Randomised response at epsilon 2, the number of right guesses as expected: the bound rises towards 2 with their number."""
+    """Randomised response at epsilon 2, the number of right guesses as expected.
+
+    The bound rises towards 2 with their number.
+    """
     plan, bounds = PLAN.finetune, []
     for guesses in (100, 1000, 10_000):
         right = round(guesses / (1 + math.exp(-2.0)))
         low, high = 0.0, 5.0
         while high - low > 1e-3:
             middle = (low + high) / 2
-            low, high = (middle, high) if refuted(pure(middle), guesses, guesses, right, 0.05) else (low, middle)
-        exact = stats.beta.ppf(0.05, right, guesses - right + 1)  # Clopper and Pearson: nothing can be tighter than this
+            low, high = (
+                (middle, high) if refuted(pure(middle), guesses, guesses, right, 0.05) else (low, middle)
+            )
+        exact = stats.beta.ppf(
+            0.05, right, guesses - right + 1
+        )  # Clopper and Pearson: nothing can be tighter than this
         assert low <= math.log(exact / (1 - exact)) + 1e-3
         bounds.append(low)
     assert bounds == sorted(bounds) and bounds[-1] > 1.75
-    assert audit.find(plan, 1e-9, 10_000, 10_000, right, 0.05).any_epsilon == pytest.approx(bounds[-1], abs=2e-3)
+    assert audit.find(plan, 1e-9, 10_000, 10_000, right, 0.05).any_epsilon == pytest.approx(
+        bounds[-1], abs=2e-3
+    )
 
 
 def test_the_curve_of_the_mechanism_tells_more_than_one_point() -> None:
@@ -123,8 +162,14 @@ def config() -> Config:
     return load(TINY, ["runtime.threads=1"])
 
 
-def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise: its gradient is clipped from 1000 C to C, averaged over its copies, and nothing else touches its coordinate."""
+def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without noise.
+
+    Its gradient is clipped from 1000 C to C, averaged over its copies, and nothing else touches its
+    coordinate.
+    """
     root, plan = insecure_fixed(1), PLAN.finetune
     samples: list[np.ndarray] = []
 
@@ -176,13 +221,18 @@ world.close()
 
 
 def test_several_ranks_are_audited_as_one(config: Config) -> None:
-    """Three gloo ranks: the same canaries take part, and the noise has the planned deviation; chi-squared, false-alarm rate 1e-3."""
+    """Three gloo ranks: the same canaries take part, and the noise has the planned deviation.
+
+    Chi-squared, false-alarm rate 1e-3.
+    """
     ended = run_ranks(SCRIPT, 3)
     assert [rank.status for rank in ended] == [0] * 3, ended[0].err[-2000:]
     first, *others = (json.loads(rank.out.splitlines()[-1]) for rank in ended)
     assert all(other == first for other in others)
     silent, scores = (np.array(part) for part in first)
-    assert np.allclose(silent, audit.play(config, PLAN.finetune, 600, insecure_fixed(5), ALONE, 0.0)[1], rtol=1e-4, atol=1e-9)
+    assert np.allclose(
+        silent, audit.play(config, PLAN.finetune, 600, insecure_fixed(5), ALONE, 0.0)[1], rtol=1e-4, atol=1e-9
+    )
     total = ((scores - silent) ** 2).sum() / (30 * (2.0 * 0.01) ** 2)
     assert stats.chi2.sf(total, 600) > 1e-3 and stats.chi2.cdf(total, 600) > 1e-3
 
@@ -192,7 +242,9 @@ SMALL = ("method=dpdm", "finetune.logical_batch_size=431", "finetune.steps=20", 
 
 def test_the_command_touches_neither_data_nor_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("privimage.data.sources.read", lambda *_, **__: pytest.fail("the audit has read an image set"))
+    monkeypatch.setattr(
+        "privimage.data.sources.read", lambda *_, **__: pytest.fail("the audit has read an image set")
+    )
     done = CliRunner().invoke(app, ["audit", str(TINY), *SMALL, "--canaries", "1000"])
     assert done.exit_code == 0, done.output
     assert "the claim stands" in done.output and "the audit sees the breach" in done.output
@@ -200,7 +252,9 @@ def test_the_command_touches_neither_data_nor_ledger(tmp_path: Path, monkeypatch
 
 
 def test_noise_forgotten_in_the_training_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FinetunePlan, "rank_deviation", lambda self, ranks: 0.1 * self.noise_multiplier * self.max_grad_norm)
+    monkeypatch.setattr(
+        FinetunePlan, "rank_deviation", lambda self, ranks: 0.1 * self.noise_multiplier * self.max_grad_norm
+    )
     done = CliRunner().invoke(app, ["audit", str(TINY), *SMALL, "--canaries", "1000"])
     assert done.exit_code == 1
     assert "the claim is refuted" in done.output

@@ -9,24 +9,38 @@ from privimage.privacy.batching import physical_batch_size
 
 
 def size(device: str, ranks: int, **settings) -> int:
-    return physical_batch_size(Finetune(**settings), nn.Identity(), lambda *t: t[0], lambda count: (), torch.device(device), ranks)
+    return physical_batch_size(
+        Finetune(**settings), nn.Identity(), lambda *t: t[0], lambda count: (), torch.device(device), ranks
+    )
 
 
-@pytest.mark.parametrize(("logical", "ranks", "expected"), [(16_384, 1, 32), (862, 2, 32), (20, 1, 32), (4, 1, 16), (64, 32, 16)])
+@pytest.mark.parametrize(
+    ("logical", "ranks", "expected"), [(16_384, 1, 32), (862, 2, 32), (20, 1, 32), (4, 1, 16), (64, 32, 16)]
+)
 def test_on_a_cpu_it_is_small_and_a_multiple_of_16(logical: int, ranks: int, expected: int) -> None:
     """With 20 images expected, one batch of 32 is enough 199 times in 200."""
     assert size("cpu", ranks, logical_batch_size=logical, physical_batch_size="auto") == expected
 
 
-@pytest.mark.parametrize(("logical", "given", "expected"), [(862, 64, 64), (16_384, 100, 112), (64, 16, 16), (512, 128, 128), (30, 64, 48), (5, 1, 16)])
-def test_on_a_cpu_it_is_at_most_the_next_multiple_of_what_was_asked_for(logical: int, given: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("logical", "given", "expected"),
+    [(862, 64, 64), (16_384, 100, 112), (64, 16, 16), (512, 128, 128), (30, 64, 48), (5, 1, 16)],
+)
+def test_on_a_cpu_it_is_at_most_the_next_multiple_of_what_was_asked_for(
+    logical: int, given: int, expected: int
+) -> None:
     assert size("cpu", 1, logical_batch_size=logical, physical_batch_size=given) == expected
 
 
 @pytest.mark.parametrize(("ranks", "batches"), [(1, 17), (4, 5), (16, 2), (64, 1)])
 def test_on_a_gpu_the_batches_of_a_share_are_even(ranks: int, batches: int) -> None:
-    """They are filled up there: with 64 ranks of 256 images each, a batch of 1024 would be three quarters in vain."""
+    """They are filled up there.
+
+    With 64 ranks of 256 images each, a batch of 1024 would be three quarters in vain.
+    """
     found = size("cuda", ranks, logical_batch_size=16_384, physical_batch_size=1024)
     share = 16_384 / ranks
     assert found <= 1024
-    assert share + 3 * share**0.5 <= batches * found < (share + 3 * share**0.5) + batches  # a thousandth of samples takes one more
+    assert (
+        share + 3 * share**0.5 <= batches * found < (share + 3 * share**0.5) + batches
+    )  # a thousandth of samples takes one more

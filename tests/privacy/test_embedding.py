@@ -1,4 +1,4 @@
-"""The mechanism of matching: sensitivity 1 exactly, Gaussian noise on every number, division by the public N."""
+"""The embedding mechanism: sensitivity exactly 1, Gaussian noise on every number, division by N."""
 
 import numpy as np
 import pytest
@@ -23,10 +23,20 @@ def without(tensor: Tensor, place: int) -> Tensor:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 12), st.integers(1, 40), st.integers(1, 4), st.integers(0, 12), st.sampled_from([1e-3, 1.0, 1e3]),
+    st.integers(0, 12), st.integers(1, 40), st.integers(1, 4), st.integers(0, 12), st.sampled_from([1e-3,
+    1.0, 1e3]),
     st.lists(st.sampled_from(HOSTILE), max_size=5), st.booleans(), st.integers(0, 2**31),
 )  # fmt: skip
-def test_one_image_moves_the_sum_by_at_most_1(count: int, size: int, rows: int, place: int, scale: float, hostile: list[float], all_of_it: bool, seed: int):
+def test_one_image_moves_the_sum_by_at_most_1(
+    count: int,
+    size: int,
+    rows: int,
+    place: int,
+    scale: float,
+    hostile: list[float],
+    all_of_it: bool,
+    seed: int,
+):
     """To the last bit: the sums are integers, and their difference is compared as integers."""
     generator = torch.Generator().manual_seed(seed)
     features = scale * torch.randn(count + 1, size, generator=generator, dtype=torch.float64)
@@ -36,13 +46,20 @@ def test_one_image_moves_the_sum_by_at_most_1(count: int, size: int, rows: int, 
         features[place, position % size] = value
     if hostile and all_of_it:
         features[place] = hostile[0]
-    moved = embedding_sum(features, labels, rows) - embedding_sum(without(features, place), without(labels, place), rows)
+    moved = embedding_sum(features, labels, rows) - embedding_sum(
+        without(features, place), without(labels, place), rows
+    )
     assert sum(value**2 for value in moved.flatten().tolist()) <= QUANTUM**-2
     assert moved.any(1).sum() <= 1
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 9), st.sampled_from([2, 8, 512, 2000]), st.sampled_from([1e-320, 1e-300, 1e-9, 0.5, 1e300]), st.integers(0, 2**31))
+@given(
+    st.integers(1, 9),
+    st.sampled_from([2, 8, 512, 2000]),
+    st.sampled_from([1e-320, 1e-300, 1e-9, 0.5, 1e300]),
+    st.integers(0, 2**31),
+)
 def test_images_through_the_features_move_it_by_at_most_1(count: int, size: int, bandwidth: float, seed: int):
     """Black and white images and noise, and bandwidths at which the frequencies overflow."""
     rng = np.random.default_rng(seed)
@@ -57,7 +74,9 @@ def test_images_through_the_features_move_it_by_at_most_1(count: int, size: int,
 def test_features_of_norm_1_are_summed_as_they_are_and_longer_ones_shortened():
     features = torch.tensor([[0.6, 0.8], [-0.6, 0.8], [30.0, 40.0]], dtype=torch.float64)
     total = embedding_sum(features, torch.tensor([0, 1, 1]), 3).double() * QUANTUM
-    assert torch.allclose(total, torch.tensor([[0.6, 0.8], [0.0, 1.6], [0.0, 0.0]], dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(
+        total, torch.tensor([[0.6, 0.8], [0.0, 1.6], [0.0, 0.0]], dtype=torch.float64), atol=1e-8
+    )
 
 
 def test_features_whose_norm_is_rounded_down_to_1_do_not_pass_the_bound():
@@ -74,9 +93,14 @@ def test_an_image_with_a_feature_that_is_not_finite_adds_exactly_nothing():
 
 
 def test_sums_do_not_depend_on_the_order_or_the_blocks():
-    """Integers: float sums would differ in their last bits, and with equal noise the difference of two runs would show it."""
+    """Integers.
+
+    Float sums would differ in their last bits, and with equal noise the difference of two runs would show it.
+    """
     generator = torch.Generator().manual_seed(1)
-    features = RandomFeatures(16, 64, 0.5, 0, torch.device("cpu"), torch.float64)(torch.rand(500, 16, generator=generator))
+    features = RandomFeatures(16, 64, 0.5, 0, torch.device("cpu"), torch.float64)(
+        torch.rand(500, 16, generator=generator)
+    )
     labels, order = torch.randint(0, 3, (500,), generator=generator), torch.randperm(500, generator=generator)
     whole = embedding_sum(features, labels, 3)
     shuffled, by_label = features[order], labels[order]
@@ -85,7 +109,10 @@ def test_sums_do_not_depend_on_the_order_or_the_blocks():
 
 
 def test_the_noise_is_gaussian_of_sigma_over_n_on_every_number():
-    """No images at all: what comes out is noise. Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key."""
+    """No images at all: what comes out is noise.
+
+    Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
+    """
     plan = MatchPlan(count=250, features=2000, noise_multiplier=3.0)
     noise = noisy_mean_embedding(np.zeros((10, 2000), np.int64), plan, "aes-ctr", KEY).ravel() * 250 / 3.0
     assert stats.kstest(noise, "norm").pvalue > 1e-3
@@ -95,12 +122,17 @@ def test_the_noise_is_gaussian_of_sigma_over_n_on_every_number():
 def test_it_is_the_sum_divided_by_the_public_n_not_by_the_images_that_are_there():
     features = torch.full((3, 4), 0.5, dtype=torch.float64)
     total = embedding_sum(features, torch.zeros(3, dtype=torch.int64), 1).numpy()
-    mean = noisy_mean_embedding(total, MatchPlan(count=100, features=4, noise_multiplier=1e-9), "aes-ctr", KEY)
+    mean = noisy_mean_embedding(
+        total, MatchPlan(count=100, features=4, noise_multiplier=1e-9), "aes-ctr", KEY
+    )
     assert mean == pytest.approx(np.full((1, 4), 0.015), rel=1e-6)
 
 
 def test_other_keys_give_other_noise_and_the_same_key_the_same():
     plan, total = MatchPlan(10, 50, 1.0), np.zeros((2, 50), np.int64)
-    first, again, other = (noisy_mean_embedding(total, plan, "aes-ctr", key) for key in (KEY, KEY, insecure_fixed(14).derive("test")))
+    first, again, other = (
+        noisy_mean_embedding(total, plan, "aes-ctr", key)
+        for key in (KEY, KEY, insecure_fixed(14).derive("test"))
+    )
     assert np.array_equal(first, again)
     assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.5

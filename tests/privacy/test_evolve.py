@@ -1,4 +1,7 @@
-"""Private Evolution's stage: each histogram charged once, none drawn again with other noise, the same on any number of ranks."""
+"""Private Evolution's stage.
+
+Each histogram charged once, none drawn again with other noise, the same on any number of ranks.
+"""
 
 import os
 import shutil
@@ -90,12 +93,16 @@ def test_the_ledger_holds_the_planned_uses_and_nothing_else(undisturbed: Path) -
 def test_the_population_has_the_planned_form(undisturbed: Path) -> None:
     found = population(undisturbed)
     assert found["images"].shape == (10, 7, 1, 8, 8) and found["images"].dtype == torch.uint8
-    assert found["public"].min() >= 0 and found["public"].max() < len(read_json(undisturbed / "prepare" / "done.json")["classes"])
+    assert found["public"].min() >= 0 and found["public"].max() < len(
+        read_json(undisturbed / "prepare" / "done.json")["classes"]
+    )
     torch.testing.assert_close(found["chances"].sum(1), torch.ones(10, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_crash_after_a_charge_is_repeated_to_the_bit_and_charged_once(folder: Path, undisturbed: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_after_a_charge_is_repeated_to_the_bit_and_charged_once(
+    folder: Path, undisturbed: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(evolve, "checkpoint", Checkpoints(crash_at(number)))
         assert pipeline.run(settings(folder), ["evolve"]) == 1
@@ -104,7 +111,9 @@ def test_a_crash_after_a_charge_is_repeated_to_the_bit_and_charged_once(folder: 
     assert same(folder, undisturbed) and charges(folder) == charges(undisturbed)
 
 
-def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_drawn(folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_drawn(
+    folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rounding could differ there: fresh noise, and the charges stay those of the plan."""
     noises = []
 
@@ -126,19 +135,29 @@ def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_dra
     assert all(not np.isclose(one, other).any() for one, other in combinations(noises, 2))
 
 
-def test_where_all_histograms_were_lost_the_run_ends_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_where_all_histograms_were_lost_the_run_ends_with_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(evolve, "checkpoint", Checkpoints(crash_at(1)))
         assert pipeline.run(settings(folder, "evolve.iterations=1"), ["evolve"]) == 1
     capfd.readouterr()
     assert pipeline.run(settings(folder, "evolve.iterations=1", "runtime.threads=2"), ["evolve"]) == 2
     torch.set_num_threads(1)
-    assert "all histograms of this run were drawn before, and what they made is lost; choose another run.dir" in capfd.readouterr().err
+    assert (
+        "all histograms of this run were drawn before, and what they made is lost; choose another run.dir"
+        in capfd.readouterr().err
+    )
     assert charges(folder)[0].count == 1
 
 
-def test_a_stopped_evolution_goes_on_to_the_same_population(folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request comes while the second generation is made: it is made again, and no vote is lost or repeated."""
+def test_a_stopped_evolution_goes_on_to_the_same_population(
+    folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request comes while the second generation is made.
+
+    It is made again, and no vote is lost or repeated.
+    """
     offspring = Population.offspring
 
     def signalled(self: Population, *arguments) -> tuple:
@@ -171,7 +190,12 @@ def test_two_ranks_come_to_the_population_of_one_to_the_bit(folder: Path, undist
 def test_an_unlabelled_set_is_one_class(folder: Path) -> None:
     shutil.rmtree(folder / "private", ignore_errors=True)
     (folder / "config.yaml").unlink()
-    assert pipeline.run(settings(folder, "data.sensitive.labelled=false", "evolve.iterations=1"), ["evolve", "synthesize"]) == 0
+    assert (
+        pipeline.run(
+            settings(folder, "data.sensitive.labelled=false", "evolve.iterations=1"), ["evolve", "synthesize"]
+        )
+        == 0
+    )
     assert population(folder)["images"].shape == (1, 7, 1, 8, 8)
     assert (folder / "release" / "synthetic.npz").exists()
 
@@ -180,7 +204,8 @@ def test_what_is_computed_on_sensitive_images_without_noise_is_in_private_only(u
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     public, private = (
-        EventAccumulator(str(path / "evolve")).Reload().Tags()["scalars"] for path in (undisturbed / "tensorboard", undisturbed / "private" / "tensorboard")
+        EventAccumulator(str(path / "evolve")).Reload().Tags()["scalars"]
+        for path in (undisturbed / "tensorboard", undisturbed / "private" / "tensorboard")
     )
     assert set(public) == {"images with votes"}  # and epsilon, where the key is not a fixed one
     assert set(private) == {"mean distance of a vote"}

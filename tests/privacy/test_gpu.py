@@ -1,4 +1,7 @@
-"""What must hold on a GPU as on a CPU: exact per-image gradients, the bound on one image's share, the ledger after a kill."""
+"""What must hold on a GPU as on a CPU.
+
+Exact per-image gradients, the bound on one image's share, the ledger after a kill.
+"""
 
 import copy
 import os
@@ -30,7 +33,10 @@ def noised(images: int, copies: int) -> tuple[Tensor, ...]:
     """What EDM's loss takes, for `denoiser`."""
     x = torch.randn(images, 1, 3, 16, 16).expand(-1, copies, -1, -1, -1)
     labels = torch.randint(0, 3, (images, 1)).expand(-1, copies)
-    return tuple(t.to(DEVICE) for t in (x, labels, torch.rand(images, copies) + 0.1, torch.randn(images, copies, 3, 16, 16)))
+    return tuple(
+        t.to(DEVICE)
+        for t in (x, labels, torch.rand(images, copies) + 0.1, torch.randn(images, copies, 3, 16, 16))
+    )
 
 
 def trained(network: nn.Module) -> nn.Module:
@@ -71,7 +77,10 @@ def test_per_image_gradients_are_those_of_the_oracle(kind: str, way: str | None)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_gradient_of_an_image_is_the_same_to_the_bit_whatever_the_others(precision: str) -> None:
-    """Their number, their values (one is not finite) and their places; what cuDNN would do by itself differs by 1e-4."""
+    """Their number, their values (one is not finite) and their places.
+
+    What cuDNN would do by itself differs by 1e-4.
+    """
     torch.manual_seed(0)
     network, tensors, others = denoiser(), noised(8, 2), [t.clone() for t in noised(8, 2)]
     others[0][5] = float("nan")
@@ -109,15 +118,30 @@ def test_an_automatic_physical_batch_fits_and_fills() -> None:
     images = physical_batch_size(settings, network, edm.loss, lambda count: noised(count, 2), DEVICE, 1)
     assert images > 64
     FoldedGradients(network).backward(edm.loss, *noised(images, 2))
-    clip_and_sum_(torch.zeros(parameters(network), dtype=torch.float64, device=DEVICE), list(network.parameters()), 1.0)
+    clip_and_sum_(
+        torch.zeros(parameters(network), dtype=torch.float64, device=DEVICE), list(network.parameters()), 1.0
+    )
 
 
 def test_a_killed_run_goes_on_with_fresh_noise_and_a_full_ledger(tmp_path: Path) -> None:
-    """Sums on a GPU need not repeat to the bit, so what was lost is paid for: fewer steps, never more charges than planned."""
+    """Sums on a GPU need not repeat to the bit, so what was lost is paid for.
+
+    Fewer steps, never more charges than planned.
+    """
     folder, spent = tmp_path / "run", 0
-    settings = ("runtime.device=cuda", "finetune.physical_batch_size=auto", "finetune.steps=60", "finetune.checkpoint_every=7")
-    command, account = ["privimage", "run", str(TINY), f"run.dir={folder}", *settings], folder / "private" / "account.json"
-    with subprocess.Popen(command, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+    settings = (
+        "runtime.device=cuda",
+        "finetune.physical_batch_size=auto",
+        "finetune.steps=60",
+        "finetune.checkpoint_every=7",
+    )
+    command, account = (
+        ["privimage", "run", str(TINY), f"run.dir={folder}", *settings],
+        folder / "private" / "account.json",
+    )
+    with subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as running:
         while spent < 10:
             assert running.poll() is None, running.stderr.read()
             time.sleep(0.01)

@@ -1,4 +1,7 @@
-"""Per-image gradients: the folded rules against vmap(grad), over layers, shapes, copies and both ways of a convolution."""
+"""Per-image gradients.
+
+The folded rules against vmap(grad), over layers, shapes, copies and both ways of a convolution.
+"""
 
 import copy
 
@@ -20,7 +23,9 @@ def squares(module: nn.Module, inputs: Tensor) -> Tensor:
     return module(inputs).flatten(1).square().sum(1)
 
 
-def both(module: nn.Module, losses, *tensors: Tensor, way: str | None = None) -> list[tuple[str, Tensor, Tensor]]:
+def both(
+    module: nn.Module, losses, *tensors: Tensor, way: str | None = None
+) -> list[tuple[str, Tensor, Tensor]]:
     """(name, folded gradient, oracle's gradient) of every parameter."""
     folded, oracle = copy.deepcopy(module), copy.deepcopy(module)
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
@@ -31,7 +36,9 @@ def both(module: nn.Module, losses, *tensors: Tensor, way: str | None = None) ->
 
 
 def agree(found: list[tuple[str, Tensor, Tensor]], tolerance: float = 1e-4) -> None:
-    largest = max(right.abs().max().item() for _, _, right in found)  # a gradient that cancels out has the rounding of its terms
+    largest = max(
+        right.abs().max().item() for _, _, right in found
+    )  # a gradient that cancels out has the rounding of its terms
     for name, mine, right in found:
         assert mine.shape == right.shape, name
         assert (mine - right).abs().max() <= tolerance * max(right.abs().max().item(), 1e-2 * largest), name
@@ -39,7 +46,9 @@ def agree(found: list[tuple[str, Tensor, Tensor]], tolerance: float = 1e-4) -> N
 
 layers = st.one_of(
     st.builds(
-        lambda inputs, outputs, kernel, stride, bias: nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias),
+        lambda inputs, outputs, kernel, stride, bias: nn.Conv2d(
+            inputs, outputs, kernel, stride, kernel // 2, bias=bias
+        ),
         st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3, 5]), st.integers(1, 2), st.booleans(),
     ),
     st.builds(lambda groups, wide: nn.GroupNorm(groups, groups * wide), st.integers(1, 3), st.integers(1, 3)),
@@ -48,7 +57,9 @@ layers = st.one_of(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(layers, st.integers(1, 4), st.integers(1, 4), st.integers(2, 7), st.sampled_from(sorted(WAYS)))
-def test_image_layers_agree_with_the_oracle(layer: nn.Module, images: int, copies: int, side: int, way: str) -> None:
+def test_image_layers_agree_with_the_oracle(
+    layer: nn.Module, images: int, copies: int, side: int, way: str
+) -> None:
     torch.manual_seed(0)
     channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.num_channels
     for p in layer.parameters():
@@ -57,8 +68,12 @@ def test_image_layers_agree_with_the_oracle(layer: nn.Module, images: int, copie
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans())
-def test_linear_agrees_with_the_oracle(images: int, copies: int, inputs: int, outputs: int, bias: bool, tokens: bool) -> None:
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans()
+)
+def test_linear_agrees_with_the_oracle(
+    images: int, copies: int, inputs: int, outputs: int, bias: bool, tokens: bool
+) -> None:
     torch.manual_seed(0)
     shape = (images, copies, 3, inputs) if tokens else (images, copies, inputs)
     agree(both(nn.Sequential(nn.Linear(inputs, outputs, bias=bias), nn.Tanh()), squares, torch.randn(shape)))
@@ -68,7 +83,11 @@ def test_linear_agrees_with_the_oracle(images: int, copies: int, inputs: int, ou
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
 def test_embedding_agrees_with_the_oracle(images: int, copies: int, rows: int) -> None:
     torch.manual_seed(0)
-    agree(both(nn.Sequential(nn.Embedding(rows, 3), nn.Tanh()), squares, torch.randint(0, rows, (images, copies))))
+    agree(
+        both(
+            nn.Sequential(nn.Embedding(rows, 3), nn.Tanh()), squares, torch.randint(0, rows, (images, copies))
+        )
+    )
 
 
 def perturbed(module: nn.Module) -> nn.Module:
@@ -84,18 +103,32 @@ def test_the_whole_diffusion_network_agrees_with_the_oracle(way: str) -> None:
     denoiser = perturbed(edm.Denoiser(DDPMpp(8, 1, 3, width=8, multipliers=(1, 2), attention=(4,))))
     images = torch.randn(3, 1, 1, 8, 8).expand(-1, 2, -1, -1, -1)
     labels = torch.tensor([0, 3, 1])[:, None].expand(-1, 2)
-    agree(both(denoiser, edm.loss, images, labels, torch.rand(3, 2) + 0.1, torch.randn(3, 2, 1, 8, 8), way=way))
+    agree(
+        both(denoiser, edm.loss, images, labels, torch.rand(3, 2) + 0.1, torch.randn(3, 2, 1, 8, 8), way=way)
+    )
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
 def test_the_whole_discriminator_agrees_with_the_oracle(way: str) -> None:
     network = perturbed(Discriminator(8, 1, 3, width=8))
-    agree(both(network, lambda d, x, y: d(x, y).flatten().exp(), torch.randn(3, 2, 1, 8, 8), torch.randint(0, 3, (3, 2)), way=way))
+    agree(
+        both(
+            network,
+            lambda d, x, y: d(x, y).flatten().exp(),
+            torch.randn(3, 2, 1, 8, 8),
+            torch.randint(0, 3, (3, 2)),
+            way=way,
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", [FoldedGradients, VmapGradients])
 def test_a_batch_that_is_filled_up_gives_the_gradients_of_its_own_images(kind: type) -> None:
-    module = perturbed(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)))
+    module = perturbed(
+        nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)
+        )
+    )
     inputs, seen = torch.randn(3, 2, 2, 4, 4), []
 
     def losses(m: nn.Module, x: Tensor) -> Tensor:
@@ -103,8 +136,15 @@ def test_a_batch_that_is_filled_up_gives_the_gradients_of_its_own_images(kind: t
         return squares(m, x)
 
     filled, oracle = copy.deepcopy(module), VmapGradients(module)
-    assert torch.allclose(kind(filled, filled_to=7).backward(losses, inputs), oracle.backward(squares, inputs))
-    agree([(name, p.grad_sample, q.grad_sample) for (name, p), q in zip(filled.named_parameters(), module.parameters(), strict=True)])
+    assert torch.allclose(
+        kind(filled, filled_to=7).backward(losses, inputs), oracle.backward(squares, inputs)
+    )
+    agree(
+        [
+            (name, p.grad_sample, q.grad_sample)
+            for (name, p), q in zip(filled.named_parameters(), module.parameters(), strict=True)
+        ]
+    )
     assert seen == ([7 * 2] if kind is FoldedGradients else [2])
 
 
@@ -112,12 +152,22 @@ def test_group_normalisation_in_pieces_agrees_with_the_oracle(monkeypatch: pytes
     """A GPU takes 65,535 groups in one call: what 2048 noised copies have here."""
     monkeypatch.setattr("privimage.privacy.folded.GROUPS", 7)
     torch.manual_seed(0)
-    agree(both(perturbed(nn.Sequential(nn.Conv2d(2, 6, 1), nn.GroupNorm(3, 6), nn.SiLU())), squares, torch.randn(5, 3, 2, 4, 4)))
+    agree(
+        both(
+            perturbed(nn.Sequential(nn.Conv2d(2, 6, 1), nn.GroupNorm(3, 6), nn.SiLU())),
+            squares,
+            torch.randn(5, 3, 2, 4, 4),
+        )
+    )
 
 
 def test_the_oracle_is_a_loop_over_single_images() -> None:
     """vmap(grad) itself against autograd on one image at a time, its copies averaged."""
-    module = perturbed(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)))
+    module = perturbed(
+        nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)
+        )
+    )
     inputs = torch.randn(3, 2, 2, 4, 4)
     oracle = copy.deepcopy(module)
     VmapGradients(oracle).backward(squares, inputs)
@@ -149,7 +199,11 @@ def test_the_module_is_itself_again_afterwards() -> None:
 
 
 def test_bf16_gradients_are_close_and_sums_are_fp32() -> None:
-    module = perturbed(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 2)))
+    module = perturbed(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 2)
+        )
+    )
     inputs = torch.randn(4, 2, 1, 4, 4)
     plain, half = copy.deepcopy(module), copy.deepcopy(module)
     FoldedGradients(plain).backward(squares, inputs)
@@ -163,9 +217,16 @@ def test_bf16_gradients_are_close_and_sums_are_fp32() -> None:
         assert (p.grad_sample - q.grad_sample.float()).norm() < 0.05 * p.grad_sample.norm()
 
 
-def test_the_whole_diffusion_network_in_bf16_is_near_fp32_with_activations_in_bf16_between_the_layers() -> None:
+def test_the_whole_diffusion_network_in_bf16_is_near_fp32_with_activations_in_bf16_between_the_layers() -> (
+    None
+):
     denoiser = perturbed(edm.Denoiser(DDPMpp(8, 1, 3, width=16, multipliers=(1, 2), attention=(4,))))
-    inputs = (torch.randn(3, 2, 1, 8, 8), torch.tensor([[0, 0], [3, 3], [1, 1]]), torch.rand(3, 2) + 0.1, torch.randn(3, 2, 1, 8, 8))
+    inputs = (
+        torch.randn(3, 2, 1, 8, 8),
+        torch.tensor([[0, 0], [3, 3], [1, 1]]),
+        torch.rand(3, 2) + 0.1,
+        torch.randn(3, 2, 1, 8, 8),
+    )
     half, seen = copy.deepcopy(denoiser), set()
 
     def in_bf16(m: nn.Module, *tensors: Tensor) -> Tensor:

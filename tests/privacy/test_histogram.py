@@ -16,7 +16,9 @@ KEY = insecure_fixed(11).derive("test")
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(0, 30), st.integers(1, 6), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
-def test_one_image_moves_the_histogram_by_at_most_sqrt_k1(count: int, k1: int, rows: int, columns: int, seed: int) -> None:
+def test_one_image_moves_the_histogram_by_at_most_sqrt_k1(
+    count: int, k1: int, rows: int, columns: int, seed: int
+) -> None:
     """Also for an image that votes for one class several times."""
     rng = np.random.default_rng(seed)
     votes, labels = rng.integers(0, columns, (count + 1, k1)), rng.integers(0, rows, count + 1)
@@ -31,16 +33,26 @@ def test_counts_are_votes_of_the_images_of_a_row() -> None:
 
 
 def test_the_noise_is_gaussian_of_sigma_sqrt_k1_on_every_bin() -> None:
-    """No votes at all: what comes out is noise. Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key."""
+    """No votes at all: what comes out is noise.
+
+    Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
+    """
     plan = QueryPlan(per_image=4, noise_multiplier=7.0)
-    noise = noisy_histogram(np.zeros((0, 4), np.int64), np.zeros(0, np.int64), 20, 1000, plan, "aes-ctr", KEY).ravel() / 14.0
+    noise = (
+        noisy_histogram(
+            np.zeros((0, 4), np.int64), np.zeros(0, np.int64), 20, 1000, plan, "aes-ctr", KEY
+        ).ravel()
+        / 14.0
+    )
     assert stats.kstest(noise, "norm").pvalue > 1e-3
     assert 5e-4 < stats.chi2.cdf((noise**2).sum(), noise.size) < 1 - 5e-4
 
 
 def test_more_votes_than_planned_are_refused() -> None:
     with pytest.raises(ValueError, match="3 votes an image, planned for 2"):
-        noisy_histogram(np.zeros((5, 3), np.int64), np.zeros(5, np.int64), 1, 10, QueryPlan(2, 1.0), "aes-ctr", KEY)
+        noisy_histogram(
+            np.zeros((5, 3), np.int64), np.zeros(5, np.int64), 1, 10, QueryPlan(2, 1.0), "aes-ctr", KEY
+        )
 
 
 def test_a_public_class_serves_one_row_the_one_with_the_larger_count() -> None:
@@ -51,7 +63,9 @@ def test_a_public_class_serves_one_row_the_one_with_the_larger_count() -> None:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 5), st.integers(0, 2**31))
-def test_every_row_gets_its_share_and_no_column_two_rows(rows: int, per_class: int, spare: int, seed: int) -> None:
+def test_every_row_gets_its_share_and_no_column_two_rows(
+    rows: int, per_class: int, spare: int, seed: int
+) -> None:
     columns = rows * per_class + spare
     assignment = exclusive_top(np.random.default_rng(seed).normal(size=(rows, columns)), per_class)
     assert np.bincount(assignment[assignment >= 0], minlength=rows).tolist() == [per_class] * rows

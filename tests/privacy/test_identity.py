@@ -1,4 +1,7 @@
-"""What an output depends on: each part of it makes another computation, with other noise, samples and charges."""
+"""What an output depends on.
+
+Each part of it makes another computation, with other noise, samples and charges.
+"""
 
 from pathlib import Path
 
@@ -35,7 +38,12 @@ class Beside(Alone):
 
 
 def named(
-    config: Config, root: RootKey | None = None, content: bytes = CONTENT, own: dict | None = None, inputs: tuple = (), ranks: Alone | None = None
+    config: Config,
+    root: RootKey | None = None,
+    content: bytes = CONTENT,
+    own: dict | None = None,
+    inputs: tuple = (),
+    ranks: Alone | None = None,
 ) -> bytes:
     return computation(ranks or Alone(), root or insecure_fixed(0), content, config, own or {}, inputs)
 
@@ -80,7 +88,9 @@ def test_images_key_inputs_ranks_and_what_the_stage_adds_make_another_one(tiny_c
         ("privacy.noise_source", "chacha20"),
     ],
 )
-def test_settings_that_an_output_may_depend_on_make_another_one(tiny_config: Config, key: str, value: object) -> None:
+def test_settings_that_an_output_may_depend_on_make_another_one(
+    tiny_config: Config, key: str, value: object
+) -> None:
     assert named(changed(tiny_config, key, value)) != named(tiny_config)
 
 
@@ -99,10 +109,15 @@ def test_settings_that_say_where_things_are_do_not(tiny_config: Config, key: str
     assert named(changed(tiny_config, key, value)) == named(tiny_config)
 
 
-def test_processor_threads_software_and_switches_make_another_one(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_threads_software_and_switches_make_another_one(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps with one noise and another rounding would show the difference."""
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor: 0\nmodel name: A\nflags: avx2\ncpu MHz: 2000\n\nprocessor: 1\nmodel name: A\nflags: avx2\n")
+    cpuinfo.write_text(
+        "processor: 0\nmodel name: A\nflags: avx2\ncpu MHz: 2000\n\nprocessor: 1\nmodel name: A\nflags: "
+        "avx2\n"
+    )
     monkeypatch.setattr(identity, "PROCESSOR", cpuinfo)
     first = named(tiny_config)
     cpuinfo.write_text(cpuinfo.read_text().replace("2000", "2400"))
@@ -133,7 +148,17 @@ def test_where_a_part_begins_matters() -> None:
 
 def test_tensors_differ_by_value_shape_type_and_order() -> None:
     a, b = torch.arange(6.0), torch.ones(3)
-    names = [[a, b], [b, a], [a.view(2, 3), b], [a.double(), b], [a.bfloat16(), b], [a + 1e-6, b], [a], [torch.tensor(1.0)], [torch.zeros(0)]]
+    names = [
+        [a, b],
+        [b, a],
+        [a.view(2, 3), b],
+        [a.double(), b],
+        [a.bfloat16(), b],
+        [a + 1e-6, b],
+        [a],
+        [torch.tensor(1.0)],
+        [torch.zeros(0)],
+    ]
     assert len({digest_of_tensors(tensors) for tensors in names}) == len(names)
     assert digest_of_tensors([a.view(2, 3).T]) == digest_of_tensors([a.view(2, 3).T.contiguous()])
     assert digest_of_tensors([a.numpy()]) == digest_of_tensors([a])

@@ -1,4 +1,7 @@
-"""The ledger: append-only, adds up, counts replays once and torn lines always, refuses what exceeds the budget."""
+"""The ledger.
+
+Append-only, adds up, counts replays once and torn lines always, refuses what exceeds the budget.
+"""
 
 import json
 import multiprocessing
@@ -17,7 +20,12 @@ QUERY, STEP = Mechanism(5.0), Mechanism(2.0, 0.3)
 PLAN = {"select": QUERY, "finetune": Mechanism(2.0, 0.3, 10)}
 
 
-def announce(ledger: Ledger, run: str, budget: tuple[float, float] | None = None, plan: dict[str, Mechanism] | None = None) -> None:
+def announce(
+    ledger: Ledger,
+    run: str,
+    budget: tuple[float, float] | None = None,
+    plan: dict[str, Mechanism] | None = None,
+) -> None:
     with ledger.announced(run, plan or PLAN, budget, "pld"):
         pass
 
@@ -109,7 +117,9 @@ def test_a_budget_refuses_a_run_before_it_starts(ledger: Ledger) -> None:
     two = epsilon((QUERY, QUERY, Mechanism(2.0, 0.3, 20)), 1e-5)
     announce(ledger, "second", (two + 0.01, 1e-5))
     before = ledger.path.read_bytes()
-    with pytest.raises(UserError, match=r"privacy.budget: with this run epsilon on the sensitive set would be .* more than"):
+    with pytest.raises(
+        UserError, match=r"privacy.budget: with this run epsilon on the sensitive set would be .* more than"
+    ):
         announce(ledger, "third", (two + 0.01, 1e-5))
     assert ledger.path.read_bytes() == before
     assert two > one
@@ -144,7 +154,9 @@ def at_once(count: int, work: Callable[[int], None]) -> list[int]:
         except UserError:
             sys.exit(2)
 
-    processes = [multiprocessing.get_context("fork").Process(target=one, args=(number,)) for number in range(count)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=one, args=(number,)) for number in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -165,11 +177,20 @@ def test_processes_at_once_lose_no_charge(ledger: Ledger) -> None:
 
 
 def test_of_runs_that_announce_at_once_the_budget_admits_as_many_as_fit(tmp_path) -> None:
-    """Five real processes, room for one: the check and the announcement are one, or several would find the room free."""
+    """Five real processes, room for one.
+
+    The check and the announcement are one, or several would find the room free.
+    """
     plan = {"finetune": Mechanism(2.0, 0.3, 10)}
     limit = epsilon(plan.values(), 1e-5) * 1.01
     ledger = Ledger(tmp_path, "f" * 64)
-    assert sorted(at_once(5, lambda number: announce(ledger, f"run {number}", (limit, 1e-5), plan))) == [0, 2, 2, 2, 2]
+    assert sorted(at_once(5, lambda number: announce(ledger, f"run {number}", (limit, 1e-5), plan))) == [
+        0,
+        2,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_a_full_disk_releases_nothing_and_says_so(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,13 +249,21 @@ def edited(path) -> None:
     path.write_bytes(path.read_bytes().replace(b"0.3", b"0.2"))
 
 
-@pytest.mark.parametrize(("change", "told"), [(lost, "missing"), (older, "shorter"), (another, "another one"), (edited, "another one")])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(lost, "missing"), (older, "shorter"), (another, "another one"), (edited, "another one")],
+)
 @pytest.mark.parametrize("while_open", [False, True])
-def test_a_ledger_that_is_not_the_known_one_is_refused_in_one_line(ledger: Ledger, change: Callable, told: str, while_open: bool) -> None:
+def test_a_ledger_that_is_not_the_known_one_is_refused_in_one_line(
+    ledger: Ledger, change: Callable, told: str, while_open: bool
+) -> None:
     step(ledger, "run", "a")
     head = ledger.head
     change(ledger.path)
-    with pytest.raises(UserError, match=rf"the ledger of the sensitive set is {told}.*bring back the file with identity {head.ledger}") as refused:
+    with pytest.raises(
+        UserError,
+        match=rf"the ledger of the sensitive set is {told}.*bring back the file with identity {head.ledger}",
+    ) as refused:
         step(ledger, "run", "b") if while_open else Ledger(ledger.path.parent, "f" * 64, head)
     assert "\n" not in str(refused.value) and str(ledger.path) in str(refused.value)
     if change is lost:
@@ -246,21 +275,30 @@ def test_the_budget_is_kept_and_holds_for_runs_that_do_not_name_it(ledger: Ledge
     announce(ledger, "run", limit)
     with pytest.raises(UserError, match=r"privacy.budget: with this run"):
         announce(ledger, "second")
-    with pytest.raises(UserError, match=r"privacy.budget: epsilon 100 at delta 1e-05 is not the one that the ledger of the set holds"):
+    with pytest.raises(
+        UserError,
+        match=r"privacy.budget: epsilon 100 at delta 1e-05 is not the one that the ledger of the set holds",
+    ):
         announce(ledger, "second", (100.0, 1e-5))
     ledger.set_budget((100.0, 1e-5))
     announce(ledger, "second")
 
 
 def test_what_may_not_be_announced_is_not_begun(ledger: Ledger) -> None:
-    with pytest.raises(UserError, match=r"privacy\.budget"), ledger.announced("second", PLAN, (1.0, 1e-5), "pld"):
+    with (
+        pytest.raises(UserError, match=r"privacy\.budget"),
+        ledger.announced("second", PLAN, (1.0, 1e-5), "pld"),
+    ):
         pytest.fail("the body ran")
 
 
 def test_a_ledger_of_an_older_version_counts(tmp_path) -> None:
     """Lines without parts, in front of which no identity stands."""
     path = tmp_path / f"{'f' * 32}.jsonl"
-    lines = [{"run": "old", "plan": [[5.0, 1.0, 1], [2.0, 0.3, 10]]}, {"run": "old", "charge": "a", "mechanism": [5.0, 1.0, 1]}]
+    lines = [
+        {"run": "old", "plan": [[5.0, 1.0, 1], [2.0, 0.3, 10]]},
+        {"run": "old", "charge": "a", "mechanism": [5.0, 1.0, 1]},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ledger = Ledger(tmp_path, "f" * 64)
     assert ledger.spent.identity and ledger.spent.mechanisms() == (QUERY,)

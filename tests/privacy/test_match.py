@@ -1,4 +1,7 @@
-"""DP-MERF's stage: one embedding, charged once, never drawn again; what follows sees nothing else of the sensitive images."""
+"""DP-MERF's stage: one embedding, charged once, never drawn again.
+
+What follows sees nothing else of the sensitive images.
+"""
 
 import os
 import signal
@@ -52,15 +55,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_ledger_holds_one_use_of_the_plan_and_nothing_else(undisturbed: Path) -> None:
     plan = read_json(undisturbed / "private" / "account.json")["plan"]
-    assert sorted(plan["match"]) == ["count", "features", "noise_multiplier"] and plan["match"]["count"] == 1437
+    assert (
+        sorted(plan["match"]) == ["count", "features", "noise_multiplier"] and plan["match"]["count"] == 1437
+    )
     assert charges(undisturbed) == (Mechanism(plan["match"]["noise_multiplier"]),)
 
 
 def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: Path) -> None:
-    """What is left without the features of the images is Gaussian: Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key."""
+    """What is left without the features of the images is Gaussian.
+
+    Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
+    """
     config, plan = settings(undisturbed), read_json(undisturbed / "private" / "account.json")["plan"]["match"]
     images = read_sensitive(config, "train")
-    features = RandomFeatures(64, 60, config.match.bandwidth, public_seed(config, "random features", 0), torch.device("cpu"), torch.float64)
+    features = RandomFeatures(
+        64,
+        60,
+        config.match.bandwidth,
+        public_seed(config, "random features", 0),
+        torch.device("cpu"),
+        torch.float64,
+    )
     clean = np.zeros((10, 60))
     np.add.at(clean, images.labels, features(to_unit(torch.from_numpy(images.images))).numpy())
     noise = (1437 * embedding(undisturbed) - clean).ravel() / plan["noise_multiplier"]
@@ -68,7 +83,9 @@ def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: 
     assert 5e-4 < stats.chi2.cdf((noise**2).sum(), noise.size) < 1 - 5e-4
 
 
-def test_a_crash_after_the_charge_is_repeated_to_the_bit_and_charged_once(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_after_the_charge_is_repeated_to_the_bit_and_charged_once(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(match, "write_arrays", crash)
@@ -83,8 +100,13 @@ def crash(*_) -> None:
     raise RuntimeError("crash")
 
 
-def test_in_another_arrangement_it_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """Rounding could differ there, and the same noise on two outputs would show by how much; other noise would be a second use."""
+def test_in_another_arrangement_it_is_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Rounding could differ there, and the same noise on two outputs would show by how much.
+
+    Other noise would be a second use.
+    """
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(match, "write_arrays", crash)
@@ -93,11 +115,16 @@ def test_in_another_arrangement_it_is_not_drawn_again(tmp_path: Path, monkeypatc
     capfd.readouterr()
     assert pipeline.run(settings(folder, "runtime.threads=2"), ["match"]) == 2
     torch.set_num_threads(1)
-    assert f"{folder}: the noisy mean embedding of this run was drawn before, and what came out of it is lost" in capfd.readouterr().err
+    assert (
+        f"{folder}: the noisy mean embedding of this run was drawn before, and what came out of it is lost"
+        in capfd.readouterr().err
+    )
     assert charges(folder) == before
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights_and_draws_nothing(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_training_goes_on_to_the_same_weights_and_draws_nothing(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     step: Callable = MatchedGenerator.step
 
@@ -114,7 +141,9 @@ def test_a_stopped_training_goes_on_to_the_same_weights_and_draws_nothing(tmp_pa
     written = (folder / "match" / "embedding.npz").stat().st_mtime_ns
     assert pipeline.run(settings(folder, "runtime.threads=1"), ["match"]) == 0
     assert all(torch.equal(value, weights(undisturbed)[name]) for name, value in weights(folder).items())
-    assert (folder / "match" / "embedding.npz").stat().st_mtime_ns == written and charges(folder) == charges(undisturbed)
+    assert (folder / "match" / "embedding.npz").stat().st_mtime_ns == written and charges(folder) == charges(
+        undisturbed
+    )
 
 
 RANK = """
@@ -130,7 +159,9 @@ def test_two_ranks_draw_the_embedding_of_one_to_the_bit(tmp_path: Path, undistur
     for ended in run_ranks(RANK, 2, str(TINY), *FIXED, f"run.dir={folder}"):
         assert ended.status == 0, ended.err
     assert read_json(folder / "match" / "done.json")["ranks"] == 2
-    assert np.array_equal(embedding(folder), embedding(undisturbed)) and charges(folder) == charges(undisturbed)
+    assert np.array_equal(embedding(folder), embedding(undisturbed)) and charges(folder) == charges(
+        undisturbed
+    )
 
 
 GRADIENT = """
@@ -146,44 +177,60 @@ target = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)) / 30
 trained = MatchedGenerator(config, 10, world, RandomFeatures(64, 60, 0.5, 0, world.device), target)
 trained.step(0)
 gradient = torch.cat([p.grad.flatten() for p in trained.network.parameters()])
-torch.save({"distance": trained.distance, "gradient": gradient}, Path(sys.argv[2]) / f"{world.size}-{world.rank}.pt")
+result = Path(sys.argv[2]) / f"{world.size}-{world.rank}.pt"
+torch.save({"distance": trained.distance, "gradient": gradient}, result)
 world.close()
 """
 
 
 def test_a_step_follows_the_gradient_of_the_squared_distance_on_any_number_of_ranks(tmp_path: Path) -> None:
     config, cpu = settings(tmp_path), torch.device("cpu")
-    trained = MatchedGenerator(config, 10, World(0, 0, 1, 1, cpu), RandomFeatures(64, 60, 0.5, 0, cpu), torch.zeros(10, 60))
+    trained = MatchedGenerator(
+        config, 10, World(0, 0, 1, 1, cpu), RandomFeatures(64, 60, 0.5, 0, cpu), torch.zeros(10, 60)
+    )
     target = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)) / 30
     images, labels = trained.batch(0)
     embedded = trained.features(images)
     found = torch.stack([embedded[labels == c].sum(0) for c in range(10)]) / 40
     expected = (found - target).square().sum()
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(trained.network.parameters()))])
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(expected, list(trained.network.parameters()))]
+    )
     for size in (1, 2):
         for ended in run_ranks(GRADIENT, size, str(TINY), str(tmp_path)):
             assert ended.status == 0, ended.err
         for rank in range(size):
             own = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
             torch.testing.assert_close(own["distance"], expected.detach(), rtol=1e-5, atol=0)
-            # As a whole: the ranks sum in another order, and a rectifier whose input is almost zero may turn with that.
+            # As a whole: the ranks sum in another order, and a rectifier whose input is almost zero may turn
+            # with that.
             assert (own["gradient"] - gradient).norm() < 0.01 * gradient.norm()
 
 
 def test_an_unlabelled_set_is_one_row(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert pipeline.run(settings(folder, "data.sensitive.labelled=false", "match.steps=2"), ["match", "synthesize"]) == 0
+    assert (
+        pipeline.run(
+            settings(folder, "data.sensitive.labelled=false", "match.steps=2"), ["match", "synthesize"]
+        )
+        == 0
+    )
     assert embedding(folder).shape == (1, 60)
     with np.load(folder / "release" / "synthetic.npz") as released:
         assert released["labels"].tolist() == [0] * 40
 
 
-def test_a_damaged_embedding_is_named_and_not_drawn_again(tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_damaged_embedding_is_named_and_not_drawn_again(
+    tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "run"
     assert pipeline.run(settings(folder, "match.steps=1"), ["match"]) == 0
     (folder / "match" / "done.json").unlink()
     (folder / "match" / "embedding.npz").write_bytes(b"\x93NUMPY, half of it")
     capfd.readouterr()
     assert pipeline.run(settings(folder, "match.steps=1"), ["match"]) == 2
-    assert f"privimage: error: {folder / 'match' / 'embedding.npz'}: damaged, and charged already; choose another run.dir\n" in capfd.readouterr().err
+    assert (
+        f"privimage: error: {folder / 'match' / 'embedding.npz'}: damaged, and charged already; choose "
+        "another run.dir\n" in capfd.readouterr().err
+    )
     assert charges(folder) == charges(undisturbed)

@@ -13,14 +13,36 @@ from privimage import owner_only
 from privimage.errors import UserError
 from privimage.rundir import RunDir
 
-QUICK = ("query.steps=2", "pretrain.steps=2", "finetune.steps=2", "synthesize.samples=12", "synthesize.images=true", "evaluate.fidelity_samples=10")
+QUICK = (
+    "query.steps=2",
+    "pretrain.steps=2",
+    "finetune.steps=2",
+    "synthesize.samples=12",
+    "synthesize.images=true",
+    "evaluate.fidelity_samples=10",
+)
 
 
 def privimage(folder: Path, umask: int, *arguments: str) -> subprocess.CompletedProcess:
     """The command as a user types it, under a umask."""
-    command = ["privimage", arguments[0], str(TINY), f"run.dir={folder}", *QUICK, f"run.shared={folder.parent / 'shared'}", *arguments[1:]]
+    command = [
+        "privimage",
+        arguments[0],
+        str(TINY),
+        f"run.dir={folder}",
+        *QUICK,
+        f"run.shared={folder.parent / 'shared'}",
+        *arguments[1:],
+    ]
     environment = clean_environment()
-    return subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=lambda: os.umask(umask), timeout=300)
+    return subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.umask(umask),
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module", params=[0o000, 0o077], ids=["umask 000", "umask 077"])
@@ -40,7 +62,9 @@ def readable_by_others(*places: Path) -> list[str]:
 
 def test_all_but_the_release_is_its_owners_alone(finished: Path) -> None:
     inside = [path for path in finished.iterdir() if path.name != "release"]
-    assert (finished / "evaluate" / "figures" / "sensitive-nearest.png").exists() and list((finished / "private").rglob("*.npy"))
+    assert (finished / "evaluate" / "figures" / "sensitive-nearest.png").exists() and list(
+        (finished / "private").rglob("*.npy")
+    )
     assert readable_by_others(*inside) == []
     assert stat.S_IMODE(finished.stat().st_mode) == 0o700
 
@@ -72,8 +96,14 @@ def test_what_was_there_before_is_restricted(tmp_path: Path) -> None:
     run = RunDir(folder)
     run.lock().close()
     run.close_to_others()
-    assert readable_by_others(*(folder / name for name in ("private", "evaluate", "finetune", "config.yaml"))) == []
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and stat.S_IMODE((folder / "notes").stat().st_mode) == 0o755
+    assert (
+        readable_by_others(*(folder / name for name in ("private", "evaluate", "finetune", "config.yaml")))
+        == []
+    )
+    assert (
+        stat.S_IMODE(folder.stat().st_mode) == 0o700
+        and stat.S_IMODE((folder / "notes").stat().st_mode) == 0o755
+    )
 
 
 @pytest.mark.parametrize("name", ["private", "finetune", "evaluate", "tensorboard"])
@@ -114,9 +144,18 @@ def test_modes_that_are_not_kept_are_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_process_that_dies_leaves_no_core(tmp_path: Path) -> None:
-    """Neither a file, for which the limit is too small, nor one that is piped to a handler, which a limit of 0 would not keep back."""
+    """Neither a file, for which the limit is too small, nor one that is piped to a handler, which a limit of
+    0 would not keep back.
+    """
     script = "import os, resource; from privimage.owner_only import close_process; close_process()\n"
     script += "print(*resource.getrlimit(resource.RLIMIT_CORE), flush=True); os.abort()"
     python = shutil.which("python", path=clean_environment()["PATH"])
-    ended = subprocess.run([str(python), "-c", script], env=clean_environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [str(python), "-c", script],
+        env=clean_environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == -6 and ended.stdout == "1 1\n" and not list(tmp_path.iterdir())

@@ -1,4 +1,7 @@
-"""The noise: Gaussian, of the right size, from the right keys. False-alarm rates are stated; all keys are fixed."""
+"""The noise: Gaussian, of the right size, from the right keys. False-alarm rates are stated.
+
+All keys are fixed.
+"""
 
 import numpy as np
 import pytest
@@ -22,7 +25,9 @@ def test_noise_is_gaussian_of_the_stated_deviation(source: str) -> None:
 
 
 def test_four_draws_are_combined() -> None:
-    """The first number is half the sum of the four streams' first numbers, so no single draw can be recognised in it."""
+    """The first number is half the sum of the four streams' first numbers, so no single draw can be
+    recognised in it.
+    """
     import randomgen
 
     key = KEY.derive("test")
@@ -62,7 +67,13 @@ def test_noise_is_given_once() -> None:
 
 def test_derived_keys_do_not_collide() -> None:
     """Contexts that would read the same when joined must differ: ('a', 12) and ('a1', 2), 1 and '1'."""
-    derived = [KEY.derive("a", 12), KEY.derive("a", 1, 2), KEY.derive("a1", 2), KEY.derive("a", "12"), KEY.derive("a", 1, "2")]
+    derived = [
+        KEY.derive("a", 12),
+        KEY.derive("a", 1, 2),
+        KEY.derive("a1", 2),
+        KEY.derive("a", "12"),
+        KEY.derive("a", 1, "2"),
+    ]
     assert len(set(derived)) == len(derived)
 
 

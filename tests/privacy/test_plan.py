@@ -1,4 +1,7 @@
-"""The plan of each training: noise against the closed form of the Gaussian mechanism, its way through JSON, and what needs another one."""
+"""The plan of each training.
+
+Noise against the closed form of the Gaussian mechanism, its way through JSON, and what needs another one.
+"""
 
 import json
 import math
@@ -15,11 +18,18 @@ from privimage.privacy.accounting import Mechanism
 from privimage.privacy.plan import EvolvePlan, FinetunePlan, MatchPlan, make_plan, plan_from_dict
 
 PHI = NormalDist().cdf
-KINDS = {"privimage+d": FinetunePlan, "dpdm": FinetunePlan, "dp-merf": MatchPlan, "private-evolution": EvolvePlan}
+KINDS = {
+    "privimage+d": FinetunePlan,
+    "dpdm": FinetunePlan,
+    "dp-merf": MatchPlan,
+    "private-evolution": EvolvePlan,
+}
 
 
 def closed_form(epsilon: float, delta: float, count: int) -> float:
-    """The noise multiplier of `count` Gaussian mechanisms, which together are one with sqrt(count) times the sensitivity (Balle and Wang 2018, Theorem 8)."""
+    """The noise multiplier of `count` Gaussian mechanisms, which together are one with sqrt(count) times the
+    sensitivity (Balle and Wang 2018, Theorem 8).
+    """
 
     def excess(sigma: float) -> float:
         half, whole = 1 / (2 * sigma), epsilon * sigma
@@ -31,7 +41,10 @@ def closed_form(epsilon: float, delta: float, count: int) -> float:
 @pytest.mark.parametrize("epsilon", [10, 1])
 @pytest.mark.parametrize(("method", "count"), [("dp-merf", 1), ("private-evolution", 12)])
 def test_the_noise_is_that_of_the_closed_form(method: str, count: int, epsilon: float) -> None:
-    config = load(TINY, [f"method={method}", f"privacy.epsilon={epsilon}", "privacy.accountant=pld", "evolve.iterations=12"])
+    config = load(
+        TINY,
+        [f"method={method}", f"privacy.epsilon={epsilon}", "privacy.accountant=pld", "evolve.iterations=12"],
+    )
     plan = make_plan(config, 1437)
     assert plan.mechanisms == (Mechanism(plan.training.noise_multiplier, 1.0, count),)
     assert plan.training.noise_multiplier == pytest.approx(closed_form(epsilon, 1e-4, count), rel=1e-3)
@@ -50,7 +63,15 @@ def test_a_plan_reads_back_from_json_and_names_its_mechanisms(method: str) -> No
 
 @pytest.mark.parametrize("method", ["dp-merf", "private-evolution"])
 def test_a_method_without_dp_sgd_has_nothing_to_audit(method: str) -> None:
-    with pytest.raises(UserError, match=f"method: it draws from the sensitive set by {KINDS[method].name}, not by DP-SGD"):
+    with pytest.raises(
+        UserError, match=f"method: it draws from the sensitive set by {KINDS[method].name}, not by DP-SGD"
+    ):
         _ = make_plan(load(TINY, [f"method={method}"]), 1437).finetune
-    told = subprocess.run(["privimage", "audit", str(TINY), f"method={method}"], capture_output=True, text=True, env=clean_environment(), check=False)
+    told = subprocess.run(
+        ["privimage", "audit", str(TINY), f"method={method}"],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        check=False,
+    )
     assert told.returncode == 2 and "not by DP-SGD" in told.stderr and told.stderr.count("\n") == 1

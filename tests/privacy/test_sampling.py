@@ -36,7 +36,10 @@ def test_sizes_are_binomial_and_images_are_equally_likely() -> None:
 
 
 def test_the_sizes_vary() -> None:
-    """A fixed-size or shuffled batch would have one size: the accountant's amplification does not hold for it."""
+    """A fixed-size or shuffled batch would have one size.
+
+    The accountant's amplification does not hold for it.
+    """
     assert len({len(sample(step)) for step in range(20)}) > 10
 
 

@@ -1,4 +1,6 @@
-"""Adding or removing one image moves the clipped sum by at most C, whatever the image, the network and the batches."""
+"""Adding or removing one image moves the clipped sum by at most C, whatever the image, the network and the
+batches.
+"""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +22,9 @@ HOSTILE = (0.0, 1.0, -1e30, 1e30, 3e38, float("nan"), float("inf"), float("-inf"
 def network(kind: int) -> nn.Module:
     torch.manual_seed(kind)
     return [
-        nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)),
+        nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)
+        ),
         nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 1)),
         nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(2, 1, bias=False)),
     ][kind]
@@ -44,10 +48,18 @@ def clipped_sum(module: nn.Module, images: Tensor, split: int, bound: float) -> 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 4),
-    st.sampled_from([1e-3, 0.1, 1.0, 50.0]), st.lists(st.sampled_from(HOSTILE), min_size=0, max_size=3), st.sampled_from([1e-2, 1.0, 1e3]),
+    st.sampled_from([1e-3, 0.1, 1.0, 50.0]), st.lists(st.sampled_from(HOSTILE), min_size=0, max_size=3),
+    st.sampled_from([1e-2, 1.0, 1e3]),
 )  # fmt: skip
 def test_one_image_more_moves_the_sum_by_at_most_c(
-    kind: int, copies: int, count: int, split: int, place: int, bound: float, hostile: list[float], scale: float
+    kind: int,
+    copies: int,
+    count: int,
+    split: int,
+    place: int,
+    bound: float,
+    hostile: list[float],
+    scale: float,
 ) -> None:
     torch.manual_seed(count)
     images = scale * torch.randn(count + 1, copies, 1, 4, 4)
@@ -101,9 +113,14 @@ def test_small_gradients_are_left_alone_and_large_ones_have_norm_c() -> None:
         module = copy.deepcopy(nn.Sequential(nn.Flatten(), nn.Linear(16, 1, bias=False)))
 
 
-@pytest.mark.parametrize("fill", [torch.randn, lambda *shape: torch.full(shape, 0.1)], ids=["normal", "constant"])
+@pytest.mark.parametrize(
+    "fill", [torch.randn, lambda *shape: torch.full(shape, 0.1)], ids=["normal", "constant"]
+)
 def test_a_layer_of_millions_of_weights_does_not_carry_an_image_past_the_bound(fill: Callable) -> None:
-    """The largest convolution of the 88.6M network. Summed up in one float32 its squares lose more than the margin of the bound allows."""
+    """The largest convolution of the 88.6M network.
+
+    Summed up in one float32 its squares lose more than the margin of the bound allows.
+    """
     torch.manual_seed(0)
     layer = nn.Parameter(torch.zeros(384, 768, 3, 3))
     layer.grad_sample = fill(1, *layer.shape)
@@ -113,9 +130,13 @@ def test_a_layer_of_millions_of_weights_does_not_carry_an_image_past_the_bound(f
 
 
 @pytest.mark.parametrize("physical", [32, 5000])
-def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(device: torch.device, physical: int) -> None:
-    """The rounding of a sum in float32 grows with the sum: 2e-4 of C for a logical batch like this one. In TF32, which a user may
-    have allowed for matrix products, it would be more, and so it is not allowed any longer.
+def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(
+    device: torch.device, physical: int
+) -> None:
+    """The rounding of a sum in float32 grows with the sum: 2e-4 of C for a logical batch like this one.
+
+    In TF32, which a user may have allowed for matrix products, it would be more, and so it is not allowed any
+    longer.
     """
     torch.set_float32_matmul_precision("medium")
     world, plan = World(0, 0, 1, 1, device), FinetunePlan(50_000, 16_384, 1, 0.0, 1.0, 1)
@@ -130,16 +151,37 @@ def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(device:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-EXTREME = (0.0, 1e-45, 1e-40, -1e-30, 1e-22, 1e-19, 1.0, 1e17, 9.9e17, 1.1e18, 1e19, -1e30, 1e37, 1e38, 3.4e38)
+EXTREME = (
+    0.0,
+    1e-45,
+    1e-40,
+    -1e-30,
+    1e-22,
+    1e-19,
+    1.0,
+    1e17,
+    9.9e17,
+    1.1e18,
+    1e19,
+    -1e30,
+    1e37,
+    1e38,
+    3.4e38,
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    st.floats(-8, 9), st.lists(st.integers(1, 2100), min_size=1, max_size=4), st.sampled_from(EXTREME), st.sampled_from(EXTREME),
+    st.floats(-8, 9), st.lists(st.integers(1, 2100), min_size=1, max_size=4), st.sampled_from(EXTREME),
+    st.sampled_from(EXTREME),
     st.sampled_from(EXTREME), st.integers(0, 3), st.booleans(),
 )  # fmt: skip
-def test_no_gradient_contributes_more_than_c(exponent: float, sizes: list[int], first: float, rest: float, last: float, others: int, alone: bool) -> None:
-    """Also where a norm near the largest float32 makes the factor a denormal number, and where squares underflow."""
+def test_no_gradient_contributes_more_than_c(
+    exponent: float, sizes: list[int], first: float, rest: float, last: float, others: int, alone: bool
+) -> None:
+    """Also where a norm near the largest float32 makes the factor a denormal number, and where squares
+    underflow.
+    """
     bound, sums = 10.0**exponent, []
     if alone:  # the last entry is a piece of its own, and all there is
         sizes, first, rest = [*sizes, 1024 + -sum(sizes) % 1024], 0.0, 0.0

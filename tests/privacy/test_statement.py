@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from privimage.privacy.statement import rounded_up, statement_for_people
 
-MECHANISM = {"name": "DP-SGD fine-tuning", "mechanism": "Gaussian", "noise_multiplier": 2.0, "sample_rate": 0.5, "count": 3}
+MECHANISM = {
+    "name": "DP-SGD fine-tuning",
+    "mechanism": "Gaussian",
+    "noise_multiplier": 2.0,
+    "sample_rate": 0.5,
+    "count": 3,
+}
 
 
 @given(st.floats(1e-12, 1e3))
@@ -31,7 +37,14 @@ def test_a_delta_that_was_given_in_few_digits_stays_what_it_is(value: float) -> 
 
 @given(st.floats(1e-4, 100), st.floats(1e-20, 0.1))
 def test_both_files_print_the_same(epsilon: float, delta: float) -> None:
-    said = {"private": True, "method": "dpdm", "accountant": "pld", "noise_source": "aes-ctr", "cryptographic_noise": True, "mechanisms": [MECHANISM]}
+    said = {
+        "private": True,
+        "method": "dpdm",
+        "accountant": "pld",
+        "noise_source": "aes-ctr",
+        "cryptographic_noise": True,
+        "mechanisms": [MECHANISM],
+    }
     said |= {"epsilon": rounded_up(epsilon, places=4), "delta": rounded_up(delta, digits=6)}
     for_people, kept = statement_for_people(said), json.dumps(said)
     assert f'"epsilon": {said["epsilon"]}' in kept and f'"delta": {said["delta"]}' in kept

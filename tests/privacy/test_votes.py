@@ -1,4 +1,7 @@
-"""The mechanism of Private Evolution: one vote an image, in its own class, whatever the features; noise on every bin."""
+"""The mechanism of Private Evolution: one vote an image, in its own class, whatever the features.
+
+Noise on every bin.
+"""
 
 import numpy as np
 import torch
@@ -22,15 +25,28 @@ def histogram(features: Tensor, labels: Tensor, candidates: Tensor) -> np.ndarra
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 60), st.integers(1, 3), st.integers(1, 40), st.integers(0, 60), st.lists(st.sampled_from(HOSTILE), max_size=4),
+    st.integers(0, 60), st.integers(1, 3), st.integers(1, 40), st.integers(0, 60),
+    st.lists(st.sampled_from(HOSTILE), max_size=4),
     st.booleans(), st.booleans(), st.integers(0, 2**31),
 )  # fmt: skip
 def test_one_image_moves_the_histogram_by_at_most_1(
-    count: int, rows: int, members: int, place: int, hostile: list[float], crowded: bool, spoilt: bool, seed: int
+    count: int,
+    rows: int,
+    members: int,
+    place: int,
+    hostile: list[float],
+    crowded: bool,
+    spoilt: bool,
+    seed: int,
 ) -> None:
-    """Also for features that overflow, candidates that lie within rounding of each other, and candidates that are not finite."""
+    """Also for features that overflow, candidates that lie within rounding of each other, and candidates that
+    are not finite.
+    """
     generator, place = torch.Generator().manual_seed(seed), place % (count + 1)
-    features, labels = torch.randn(count + 1, 4, generator=generator), torch.randint(0, rows, (count + 1,), generator=generator)
+    features, labels = (
+        torch.randn(count + 1, 4, generator=generator),
+        torch.randint(0, rows, (count + 1,), generator=generator),
+    )
     candidates = torch.randn(rows, members, 4, generator=generator)
     if crowded:
         candidates = candidates[:, :1] + 1e-6 * candidates
@@ -46,15 +62,25 @@ def test_one_image_moves_the_histogram_by_at_most_1(
 
 def test_an_image_votes_for_the_nearest_of_its_own_class_only() -> None:
     candidates = torch.tensor([[[0.0], [10.0]], [[4.0], [6.0]]])
-    votes, distances = nearest(torch.tensor([[4.9], [5.1], [4.9], [5.1]]), torch.tensor([0, 0, 1, 1]), candidates)
+    votes, distances = nearest(
+        torch.tensor([[4.9], [5.1], [4.9], [5.1]]), torch.tensor([0, 0, 1, 1]), candidates
+    )
     assert votes.tolist() == [0, 1, 0, 1]
     assert torch.allclose(distances, torch.tensor([4.9, 4.9, 0.9, 0.9]))
 
 
 def test_the_noise_is_gaussian_of_sigma_on_every_bin_of_every_class() -> None:
-    """No votes at all: what comes out is noise. Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key."""
+    """No votes at all: what comes out is noise.
+
+    Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
+    """
     plan, key = EvolvePlan(iterations=10, noise_multiplier=6.0), insecure_fixed(12).derive("test")
-    noise = noisy_histogram(np.zeros((0, 1), np.int64), np.zeros(0, np.int64), 10, 2000, plan, "aes-ctr", key).ravel() / 6.0
+    noise = (
+        noisy_histogram(
+            np.zeros((0, 1), np.int64), np.zeros(0, np.int64), 10, 2000, plan, "aes-ctr", key
+        ).ravel()
+        / 6.0
+    )
     assert stats.kstest(noise, "norm").pvalue > 1e-3
     assert 5e-4 < stats.chi2.cdf((noise**2).sum(), noise.size) < 1 - 5e-4
 

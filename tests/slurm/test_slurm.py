@@ -1,4 +1,7 @@
-"""A real SLURM of two nodes: chained jobs, sweeps, and what clusters do to jobs. Needs root and network namespaces."""
+"""A real SLURM of two nodes: chained jobs, sweeps, and what clusters do to jobs.
+
+Needs root and network namespaces.
+"""
 
 import fcntl
 import json
@@ -36,7 +39,9 @@ class Cluster:
 
     def call(self, *command: str | Path, **env: str) -> str:
         """Run a command as a user of the cluster and return what it prints."""
-        answer = subprocess.run(command, env=self.env | env, capture_output=True, text=True, check=False, cwd=self.folder)
+        answer = subprocess.run(
+            command, env=self.env | env, capture_output=True, text=True, check=False, cwd=self.folder
+        )
         assert answer.returncode == 0, answer.stdout + answer.stderr
         return answer.stdout
 
@@ -58,7 +63,9 @@ class Cluster:
 
     def logs(self) -> str:
         """All logs of jobs, for a test that fails."""
-        return "".join(f"\n== {path}\n{path.read_text()}" for path in sorted(self.folder.parents[1].glob("**/*.out")))
+        return "".join(
+            f"\n== {path}\n{path.read_text()}" for path in sorted(self.folder.parents[1].glob("**/*.out"))
+        )
 
     def link(self, node: int, state: str) -> None:
         """Take the network of a node up or down."""
@@ -79,7 +86,9 @@ def cluster(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     """Two nodes with fake GPUs, or a visible skip where this machine has no network namespaces."""
     folder = tmp_path_factory.mktemp("cluster") / "slurm"
     alone = (Path(tempfile.gettempdir()) / "privimage-test-cluster.lock").open("w")
-    fcntl.flock(alone, fcntl.LOCK_EX)  # names of nodes and ports are those of the machine: one cluster at a time
+    fcntl.flock(
+        alone, fcntl.LOCK_EX
+    )  # names of nodes and ports are those of the machine: one cluster at a time
     up = subprocess.run([HERE / "slurm_up.sh", folder], capture_output=True, text=True, check=False)
     if up.returncode and re.search("not permitted|not supported|Cannot open network namespace", up.stderr):
         pytest.skip(f"no SLURM on this machine: {up.stderr.splitlines()[-1]}")
@@ -103,15 +112,37 @@ def submitted(text: str) -> dict[str, str]:
 def test_the_pipeline_runs_as_chained_jobs_on_two_nodes_with_gpus(cluster: Cluster, tmp_path: Path):
     folder = tmp_path / "run"
     first = cluster.call(
-        REPOSITORY / "slurm" / "pipeline.sh", TINY, f"run.dir={folder}", *SMALL, NODES="2", GPUS="2", RANKS="1", PREPARE_NODES="1", MEMORY="4G"
+        REPOSITORY / "slurm" / "pipeline.sh",
+        TINY,
+        f"run.dir={folder}",
+        *SMALL,
+        NODES="2",
+        GPUS="2",
+        RANKS="1",
+        PREPARE_NODES="1",
+        MEMORY="4G",
     )
     jobs = submitted(first)
-    assert list(jobs) == ["prepare", "query", "select", "pretrain", "finetune", "synthesize", "evaluate", "summary"]
+    assert list(jobs) == [
+        "prepare",
+        "query",
+        "select",
+        "pretrain",
+        "finetune",
+        "synthesize",
+        "evaluate",
+        "summary",
+    ]
     cluster.wait(jobs["summary"])
     for stage in list(jobs)[:-1]:
         assert read_json(folder / stage / "done.json")["ranks"] == (1 if stage == "prepare" else 2)
     job = cluster.job(jobs["finetune"])
-    assert (job["NumNodes"], job["TresPerNode"], job["MinMemoryNode"], job["Requeue"]) == ("2", "gres:gpu:2", "4G", "1")
+    assert (job["NumNodes"], job["TresPerNode"], job["MinMemoryNode"], job["Requeue"]) == (
+        "2",
+        "gres:gpu:2",
+        "4G",
+        "1",
+    )
     assert (folder / "slurm" / f"summary-{jobs['summary']}.out").read_text() == f"{folder}: finished\n"
     assert (folder / "evaluate" / "report.html").exists()
     assert len(np.load(folder / "release" / "synthetic.npz")["images"]) == 20
@@ -122,26 +153,43 @@ def test_the_pipeline_runs_as_chained_jobs_on_two_nodes_with_gpus(cluster: Clust
 
 def test_a_sweep_over_three_epsilons_is_an_array_with_a_run_for_each(cluster: Cluster, tmp_path: Path):
     settings = ("method=dpdm", "evaluate.before=false", f"run.dir={tmp_path}/sweep", "synthesize.samples=20")
-    text = cluster.call(REPOSITORY / "slurm" / "sweep.sh", TINY, "privacy.epsilon=1,5,10", *settings, CPUS="1")
+    text = cluster.call(
+        REPOSITORY / "slurm" / "sweep.sh", TINY, "privacy.epsilon=1,5,10", *settings, CPUS="1"
+    )
     summary = submitted(text)["summary"]
     cluster.wait(summary)
     told = "".join(f"{tmp_path}/sweep-epsilon{epsilon}: finished\n" for epsilon in (1, 5, 10))
     assert (tmp_path / "slurm" / f"summary-{summary}.out").read_text() == told, cluster.logs()
-    promised = [read_json(tmp_path / f"sweep-epsilon{epsilon}" / "release" / "PRIVACY.json")["epsilon"] for epsilon in (1, 5, 10)]
+    promised = [
+        read_json(tmp_path / f"sweep-epsilon{epsilon}" / "release" / "PRIVACY.json")["epsilon"]
+        for epsilon in (1, 5, 10)
+    ]
     assert promised == sorted(promised)
     assert promised[0] <= 1 < promised[1] <= 5 < promised[2] <= 10
 
 
 def test_a_failed_stage_cancels_what_waits_for_it_and_says_what_to_do(cluster: Cluster, tmp_path: Path):
     folder, missing = tmp_path / "run", tmp_path / "missing.npz"
-    settings = ("method=dpdm", "data.sensitive.kind=npz", f"data.sensitive.path={missing}", f"run.dir={folder}")
+    settings = (
+        "method=dpdm",
+        "data.sensitive.kind=npz",
+        f"data.sensitive.path={missing}",
+        f"run.dir={folder}",
+    )
     jobs = submitted(cluster.call(REPOSITORY / "slurm" / "pipeline.sh", TINY, *settings))
     cluster.wait(jobs["summary"])
     states = {stage: cluster.job(number)["JobState"] for stage, number in jobs.items()}
-    assert states == {"finetune": "FAILED", "synthesize": "CANCELLED", "evaluate": "CANCELLED", "summary": "FAILED"}
+    assert states == {
+        "finetune": "FAILED",
+        "synthesize": "CANCELLED",
+        "evaluate": "CANCELLED",
+        "summary": "FAILED",
+    }
     assert cluster.job(jobs["finetune"])["ExitCode"] == "2:0"
     log = (folder / "slurm" / f"finetune-{jobs['finetune']}.out").read_text()
-    assert log.count("privimage: error: ") == log.count(str(missing)) - 1 == 1  # the first line repeats the command
+    assert (
+        log.count("privimage: error: ") == log.count(str(missing)) - 1 == 1
+    )  # the first line repeats the command
     assert "When it is mended, submit again" in log
     summary = (folder / "slurm" / f"summary-{jobs['summary']}.out").read_text()
     assert "ended before finetune was finished" in summary
@@ -154,7 +202,9 @@ def undisturbed(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("undisturbed") / "copy" / "run"
     shutil.copytree(selected.parent, folder.parent)
     command = [REPOSITORY / "launchers" / "torchrun.sh", "run", TINY, f"run.dir={folder}", *SMALL]
-    done = subprocess.run(command, env=clean_environment(RANKS="2"), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=clean_environment(RANKS="2"), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -166,7 +216,15 @@ def test_a_job_that_is_stopped_preempted_and_loses_a_node_and_the_network_ends_l
     file, log = folder / "finetune" / "checkpoint.pt", folder.parent / "job.out"
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={log}"]
     settings = (f"run.dir={folder}", *SMALL, "runtime.timeout_minutes=0.5")
-    job = cluster.call("sbatch", *options, REPOSITORY / "slurm" / "stage.sbatch", "run", str(TINY), *settings, PRIVIMAGE_HOME=str(REPOSITORY)).strip()
+    job = cluster.call(
+        "sbatch",
+        *options,
+        REPOSITORY / "slurm" / "stage.sbatch",
+        "run",
+        str(TINY),
+        *settings,
+        PRIVIMAGE_HOME=str(REPOSITORY),
+    ).strip()
 
     def wait_for_a_step_of_start(number: int) -> None:
         started = f"restart {number}"
@@ -178,7 +236,9 @@ def test_a_job_that_is_stopped_preempted_and_loses_a_node_and_the_network_ends_l
     cluster.call("scancel", "--signal=USR2", job)
     wait_for_a_step_of_start(1)
     assert "SIGUSR2: stopping at the end of this step" in log.read_text()
-    cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    cluster.call(
+        "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
     wait_for_a_step_of_start(2)
     assert "DUE TO PREEMPTION" in log.read_text()
     assert log.read_text().count("privimage: stopped: finetune: saved at step") == 2
@@ -210,7 +270,9 @@ def assert_curves_have_each_point_once(folder: Path, undisturbed: Path) -> None:
     """Ask TensorBoard itself, through its web interface, for the curves of both runs."""
     port = free_port()
     server = subprocess.Popen(
-        ["tensorboard", "--logdir", folder.parent, "--port", str(port), "--load_fast=false"], env=clean_environment(), stderr=subprocess.DEVNULL
+        ["tensorboard", "--logdir", folder.parent, "--port", str(port), "--load_fast=false"],
+        env=clean_environment(),
+        stderr=subprocess.DEVNULL,
     )
 
     def ask(path: str) -> list | dict:
@@ -226,7 +288,10 @@ def assert_curves_have_each_point_once(folder: Path, undisturbed: Path) -> None:
             time.sleep(0.2)
 
     try:
-        for run, tag in (("run/private/tensorboard/finetune", "loss"), ("run/tensorboard/finetune", "learning rate")):
+        for run, tag in (
+            ("run/private/tensorboard/finetune", "loss"),
+            ("run/tensorboard/finetune", "learning rate"),
+        ):
             query = urllib.parse.urlencode({"run": run, "tag": tag})
             points = ask(f"plugin/scalars/scalars?{query}")
             steps, values = curves.points(undisturbed.parent / run, tag)

@@ -9,7 +9,10 @@ from torch import nn
 
 @pytest.fixture
 def perturbed() -> Callable[[nn.Module], nn.Module]:
-    """Adds small fixed noise to every parameter: fresh networks start near zero, where many faults are invisible."""
+    """Adds small fixed noise to every parameter.
+
+    Fresh networks start near zero, where many faults are invisible.
+    """
 
     def perturb(module: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,7 @@
-"""The rendered characters: the same set everywhere and always, in the style of the digits, good enough to learn digits from."""
+"""The rendered characters.
+
+The same set everywhere and always, in the style of the digits, good enough to learn digits from.
+"""
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -10,7 +13,9 @@ from privimage.data.sources import read
 
 def test_characters_of_one_shape_share_a_class_and_none_is_forgotten() -> None:
     classes = character_classes()
-    assert sorted("".join(classes)) == sorted("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert sorted("".join(classes)) == sorted(
+        "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    )
     assert classes[:10] == ("0Oo", "1Il", *"23456789")
 
 
@@ -24,8 +29,14 @@ def test_the_set_is_the_same_in_any_order_and_size() -> None:
 
 
 def test_glyphs_fill_the_frame_as_the_digits_do() -> None:
-    """Bright strokes on black from the first row to the last; margins at the left and right; about as much ink."""
-    glyphs, digits = read(glyph_source(8, 4), 8, 1, 0).images / 255, read(open_source("digits", None, "train"), 8, 1, 0).images / 255
+    """Bright strokes on black from the first row to the last; margins at the left and right.
+
+    About as much ink.
+    """
+    glyphs, digits = (
+        read(glyph_source(8, 4), 8, 1, 0).images / 255,
+        read(open_source("digits", None, "train"), 8, 1, 0).images / 255,
+    )
     assert abs(glyphs.mean() - digits.mean()) < 0.06
     assert (glyphs[:, 0, 0].max(1) > 0).mean() > 0.8 and (glyphs[:, 0, -1].max(1) > 0).mean() > 0.8
     assert glyphs[..., 0].mean() < 0.1 and glyphs[..., -1].mean() < 0.1
@@ -42,5 +53,7 @@ def test_what_is_learnt_from_glyphs_holds_for_handwriting() -> None:
     """Public data help only as far as they resemble: 10 % would be chance."""
     glyphs, digits = read(glyph_source(8, 60), 8, 1, 0), read(open_source("digits", None, "train"), 8, 1, 0)
     numerals = glyphs.labels < 10
-    learner = LogisticRegression(max_iter=200).fit(glyphs.images[numerals].reshape(-1, 64) / 255, glyphs.labels[numerals])
+    learner = LogisticRegression(max_iter=200).fit(
+        glyphs.images[numerals].reshape(-1, 64) / 255, glyphs.labels[numerals]
+    )
     assert learner.score(digits.images.reshape(-1, 64) / 255, digits.labels) > 0.5

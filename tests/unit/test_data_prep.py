@@ -67,7 +67,9 @@ def test_imagenet_keeps_the_class_index(script, shared_data: Path, tmp_path: Pat
     assert done.status == 0, done.err
     sidecar = store.verify(tmp_path / f"set{FORMAT}")
     assert sidecar.classes == tuple(sorted(index_of)) and sidecar.shape == (3, 32, 32)
-    assert [index_of[sidecar.classes[label]] for label in store.labels(tmp_path / f"set{FORMAT}")] == sorted(index_of.values())
+    assert [index_of[sidecar.classes[label]] for label in store.labels(tmp_path / f"set{FORMAT}")] == sorted(
+        index_of.values()
+    )
 
 
 def test_faces(script, shared_data: Path, tmp_path: Path) -> None:
@@ -79,10 +81,20 @@ def test_faces(script, shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_real_handwriting_comes_through_unchanged(script, shared_data: Path, tmp_path: Path) -> None:
-    images = np.frombuffer(gzip.decompress((shared_data / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = np.frombuffer(gzip.decompress((shared_data / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+    images = np.frombuffer(
+        gzip.decompress((shared_data / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes()),
+        np.uint8,
+        offset=16,
+    ).reshape(-1, 28, 28)
+    labels = np.frombuffer(
+        gzip.decompress((shared_data / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes()),
+        np.uint8,
+        offset=8,
+    )
     save_npz(tmp_path / "test.npz", images, labels)
-    done = script("npz", tmp_path, tmp_path / f"set{FORMAT}", "--split", "test", "--resolution", 28, "--channels", 1)
+    done = script(
+        "npz", tmp_path, tmp_path / f"set{FORMAT}", "--split", "test", "--resolution", 28, "--channels", 1
+    )
     assert done.status == 0, done.err
     assert (store.labels(tmp_path / f"set{FORMAT}") == labels).all()
     assert (store.read(tmp_path / f"set{FORMAT}", np.arange(10_000))[:, 0] == images).all()
@@ -109,7 +121,14 @@ def test_every_script_explains_itself(script, name: str) -> None:
 def test_what_is_wrong_with_the_input_is_one_line_and_status_2(tmp_path: Path) -> None:
     """As users start it."""
     npz = save_npz(tmp_path / "set.npz", numbered(12), np.arange(11))
-    command = [sys.executable, REPOSITORY / "data_prep" / "npz.py", npz, tmp_path / "out.npy", "--resolution", "8"]
+    command = [
+        sys.executable,
+        REPOSITORY / "data_prep" / "npz.py",
+        npz,
+        tmp_path / "out.npy",
+        "--resolution",
+        "8",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and str(npz) in done.stderr

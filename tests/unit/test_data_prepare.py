@@ -27,17 +27,26 @@ def prepared(config: Config) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["npy", "beton", "auto"])
-def test_the_public_set_is_brought_to_the_shape_of_the_run(tiny_config: Config, tmp_path: Path, kind: str) -> None:
+def test_the_public_set_is_brought_to_the_shape_of_the_run(
+    tiny_config: Config, tmp_path: Path, kind: str
+) -> None:
     if kind == "beton" and (missing := store.ffcv_missing()):
         pytest.skip(missing)
-    path = save_npz(tmp_path / "set.npz", numbered(30, resolution=20, channels=3), np.arange(30) % 3, classes=np.array(["x", "y", "z"]))
+    path = save_npz(
+        tmp_path / "set.npz",
+        numbered(30, resolution=20, channels=3),
+        np.arange(30) % 3,
+        classes=np.array(["x", "y", "z"]),
+    )
     record = prepared(with_data(tiny_config, "npz", path, store=kind, resolution=16))
     assert (record["images"], record["count"], record["classes"]) == (30, 30, ["x", "y", "z"])
     assert store.verify(tiny_config.run.dir / "prepare" / record["store"]).shape == (1, 16, 16)
     assert Path(record["store"]).name == record["store"]  # so that the run may be moved
 
 
-def test_without_ffcv_the_run_goes_on_and_says_so(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_without_ffcv_the_run_goes_on_and_says_so(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ffcv", None)
     path = save_npz(tmp_path / "set.npz", numbered(30), np.arange(30) % 3)
     record = prepared(with_data(tiny_config, "npz", path, store="auto"))

@@ -22,7 +22,14 @@ from privimage.errors import UserError
 LABELS = np.arange(30) % 3
 
 
-def opened(kind: str, path: Path | None, resolution: int = 8, channels: int = 1, labelled: bool = True, workers: int = 0) -> ImageSet:
+def opened(
+    kind: str,
+    path: Path | None,
+    resolution: int = 8,
+    channels: int = 1,
+    labelled: bool = True,
+    workers: int = 0,
+) -> ImageSet:
     return read(open_source(kind, path, "train", labelled), resolution, channels, workers)
 
 
@@ -47,7 +54,11 @@ def told(kind: str, path: Path | None, **more) -> str:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_npz_and_folder_hold_the_same_images(tmp_path: Path, channels: int) -> None:
     images = numbered(30, channels=channels)
-    from_npz = opened("npz", save_npz(tmp_path / "set.npz", images, LABELS, classes=np.array(["x", "y", "z"])), channels=channels)
+    from_npz = opened(
+        "npz",
+        save_npz(tmp_path / "set.npz", images, LABELS, classes=np.array(["x", "y", "z"])),
+        channels=channels,
+    )
     from_folder = opened("folder", save_folder(tmp_path / "set", images, LABELS), channels=channels)
     assert holds(from_npz, images, LABELS)
     assert (from_folder.images == from_npz.images).all() and (from_folder.labels == from_npz.labels).all()
@@ -68,7 +79,7 @@ def test_grey_and_colour_are_made_from_each_other(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
-    """Order, resolution, labels and workers do not matter; one changed pixel, one image less or one twice do."""
+    """Order, resolution, labels, workers do not matter; a changed pixel, a missing or doubled image do."""
     images, shuffled = numbered(30, resolution=16), np.random.default_rng(1).permutation(30)
     content = read(source_of(images, LABELS), 16, 1, 0).fingerprint
     assert read(source_of(images[shuffled], LABELS), 8, 3, 0).fingerprint == content
@@ -76,25 +87,46 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     changed = images.copy()
     changed[17, 5, 5] ^= 1
     others = [changed, images[:29], np.concatenate([images, images[:1]]), images.reshape(30, 8, 32, 1)]
-    fingerprints = {read(source_of(other, np.arange(len(other)) % 3), 8, 1, 0).fingerprint for other in others}
+    fingerprints = {
+        read(source_of(other, np.arange(len(other)) % 3), 8, 1, 0).fingerprint for other in others
+    }
     assert len(fingerprints | {content}) == 5
 
 
 def test_workers_change_neither_images_nor_order() -> None:
     images, labels = numbered(300), np.arange(300) % 3
     alone, shared = (read(source_of(images, labels), 8, 1, workers) for workers in (0, 3))
-    assert (alone.images == shared.images).all() and (alone.labels == shared.labels).all() and holds(alone, images, labels)
+    assert (
+        (alone.images == shared.images).all()
+        and (alone.labels == shared.labels).all()
+        and holds(alone, images, labels)
+    )
 
 
 def test_the_order_is_that_of_the_content_then_of_the_label() -> None:
-    """Two nodes whose file systems list in another order have the same set; one label more or less is another content."""
+    """Two nodes whose file systems list in another order have the same set.
+
+    One label more or less is another content.
+    """
     images, shuffled = numbered(30), np.random.default_rng(1).permutation(30)
     images[1] = images[0]  # with the labels 0 and 1
-    first, other = read(source_of(images, LABELS), 8, 1, 0), read(source_of(images[shuffled], LABELS[shuffled]), 8, 1, 0)
-    assert (first.images == other.images).all() and (first.labels == other.labels).all() and first.content == other.content
+    first, other = (
+        read(source_of(images, LABELS), 8, 1, 0),
+        read(source_of(images[shuffled], LABELS[shuffled]), 8, 1, 0),
+    )
+    assert (
+        (first.images == other.images).all()
+        and (first.labels == other.labels).all()
+        and first.content == other.content
+    )
     relabelled = np.where(np.arange(30) == 7, (LABELS + 1) % 3, LABELS)
     renamed = dataclasses.replace(first, classes=("u", "v", "w"))
-    contents = {first.content, read(source_of(images, relabelled), 8, 1, 0).content, read(source_of(images[1:], LABELS[1:]), 8, 1, 0).content, renamed.content}
+    contents = {
+        first.content,
+        read(source_of(images, relabelled), 8, 1, 0).content,
+        read(source_of(images[1:], LABELS[1:]), 8, 1, 0).content,
+        renamed.content,
+    }
     assert len(contents) == 4
 
 
@@ -106,8 +138,13 @@ def test_train_and_test_below_one_folder(tmp_path: Path, tiny_config: Config) ->
             save(tmp_path / kind / (split + (".npz" if kind == "npz" else "")), images[part], LABELS[part])
         config = with_sensitive(tiny_config, kind=kind, path=tmp_path / kind, classes=3)
         assert has_test_split(config)
-        assert len(read_sensitive(config, "train").images) == 21 and len(read_sensitive(config, "test").images) == 9
-        elsewhere = with_sensitive(tiny_config, kind="folder", path=tmp_path / "folder" / "train", test_path=tmp_path / kind)
+        assert (
+            len(read_sensitive(config, "train").images) == 21
+            and len(read_sensitive(config, "test").images) == 9
+        )
+        elsewhere = with_sensitive(
+            tiny_config, kind="folder", path=tmp_path / "folder" / "train", test_path=tmp_path / kind
+        )
         if kind == "folder":
             assert len(read_sensitive(elsewhere, "test").images) == 9
 
@@ -120,7 +157,11 @@ def with_sensitive(config: Config, **settings) -> Config:
 def test_training_images_are_never_taken_for_held_out_ones(tmp_path: Path, tiny_config: Config) -> None:
     path = save_npz(tmp_path / "set.npz", numbered(30), LABELS)
     store.write(source_of(numbered(30), LABELS), tmp_path / "set.npy", 8, 1, 0)
-    for kind, place in (("npz", path), ("folder", save_folder(tmp_path / "set", numbered(30), LABELS)), ("beton", tmp_path / "set.npy")):
+    for kind, place in (
+        ("npz", path),
+        ("folder", save_folder(tmp_path / "set", numbered(30), LABELS)),
+        ("beton", tmp_path / "set.npy"),
+    ):
         config = with_sensitive(tiny_config, kind=kind, path=place)
         assert not has_test_split(config)
         with pytest.raises(UserError, match=r"data\.sensitive\.test_path"):
@@ -131,7 +172,9 @@ def test_training_images_are_never_taken_for_held_out_ones(tmp_path: Path, tiny_
 
 
 @pytest.mark.parametrize(("key", "value"), [("count", 31), ("classes", 4)])
-def test_data_that_contradict_what_was_stated_are_refused(tmp_path: Path, tiny_config: Config, key: str, value: int) -> None:
+def test_data_that_contradict_what_was_stated_are_refused(
+    tmp_path: Path, tiny_config: Config, key: str, value: int
+) -> None:
     path = save_npz(tmp_path / "set.npz", numbered(30), LABELS, classes=np.array(NAMES))
     config = with_sensitive(tiny_config, kind="npz", path=path, **{key: value})
     with pytest.raises(UserError, match=f"data.sensitive.{key}: {value}"):
@@ -147,12 +190,16 @@ def unnamed(kind: str, folder: Path, labels: np.ndarray) -> Path:
     images = numbered(len(labels))
     if kind == "npz":
         return save_npz(folder / "set.npz", images, labels)
-    store.write(open_source("npz", save_npz(folder / "was.npz", images, labels), "train"), folder / "set.npy", 8, 1, 0)
+    store.write(
+        open_source("npz", save_npz(folder / "was.npz", images, labels), "train"), folder / "set.npy", 8, 1, 0
+    )
     return folder / "set.npy"
 
 
 @pytest.mark.parametrize("kind", ["npz", "beton"])
-def test_sensitive_classes_are_never_counted_from_the_labels(tmp_path: Path, tiny_config: Config, kind: str) -> None:
+def test_sensitive_classes_are_never_counted_from_the_labels(
+    tmp_path: Path, tiny_config: Config, kind: str
+) -> None:
     """Otherwise the only image of the last class would decide how many classes are released."""
     without_the_last = LABELS[LABELS < 2]
     for name, labels in (("all", LABELS), ("fewer", without_the_last)):
@@ -162,23 +209,34 @@ def test_sensitive_classes_are_never_counted_from_the_labels(tmp_path: Path, tin
         found = read_sensitive(with_sensitive(tiny_config, kind=kind, path=path, classes=3), "train")
         assert found.classes == ("0", "1", "2") and holds(found, numbered(len(labels)), labels)
     with pytest.raises(UserError, match=r"labels from 0 to 2 do not fit 2 classes"):
-        read_sensitive(with_sensitive(tiny_config, kind=kind, path=unnamed(kind, tmp_path, LABELS), classes=2), "train")
-    assert read_sensitive(with_sensitive(tiny_config, kind=kind, path=path, labelled=False), "train").classes == ("all",)
+        read_sensitive(
+            with_sensitive(tiny_config, kind=kind, path=unnamed(kind, tmp_path, LABELS), classes=2), "train"
+        )
+    assert read_sensitive(
+        with_sensitive(tiny_config, kind=kind, path=path, labelled=False), "train"
+    ).classes == ("all",)
 
 
 def test_a_sensitive_class_that_is_named_may_have_no_image(tmp_path: Path, tiny_config: Config) -> None:
     path = save_folder(tmp_path / "set", numbered(30), LABELS)
     (path / "class1b").mkdir()
     found = read_sensitive(with_sensitive(tiny_config, kind="folder", path=path), "train")
-    assert found.classes == ("class0", "class1", "class1b", "class2") and np.bincount(found.labels).tolist() == [10, 10, 0, 10]
+    assert found.classes == ("class0", "class1", "class1b", "class2") and np.bincount(
+        found.labels
+    ).tolist() == [10, 10, 0, 10]
     path = save_npz(tmp_path / "set.npz", numbered(30), LABELS, classes=np.array([*NAMES, "w"]))
-    assert read_sensitive(with_sensitive(tiny_config, kind="npz", path=path), "train").classes == (*NAMES, "w")
+    assert read_sensitive(with_sensitive(tiny_config, kind="npz", path=path), "train").classes == (
+        *NAMES,
+        "w",
+    )
     (tmp_path / "bare" / "class0").mkdir(parents=True)
     with pytest.raises(UserError, match=r"bare: holds no image"):
         read_sensitive(with_sensitive(tiny_config, kind="folder", path=tmp_path / "bare"), "train")
 
 
-def test_held_out_images_have_the_labels_of_the_classes_of_their_names(tmp_path: Path, tiny_config: Config) -> None:
+def test_held_out_images_have_the_labels_of_the_classes_of_their_names(
+    tmp_path: Path, tiny_config: Config
+) -> None:
     train = save_folder(tmp_path / "train", numbered(30), LABELS)
     test = save_folder(tmp_path / "test", numbered(30), LABELS)
     (test / "class0").rename(tmp_path / "taken away")
@@ -186,11 +244,15 @@ def test_held_out_images_have_the_labels_of_the_classes_of_their_names(tmp_path:
     held_out = read_sensitive(config, "test")
     assert held_out.classes == ("class0", "class1", "class2") and set(held_out.labels) == {1, 2}
     (test / "class1").rename(test / "other")
-    with pytest.raises(UserError, match=rf"data\.sensitive\.test_path: {test}: its class 'other' is no class of the training"):
+    with pytest.raises(
+        UserError, match=rf"data\.sensitive\.test_path: {test}: its class 'other' is no class of the training"
+    ):
         read_sensitive(config, "test")
 
 
-def test_held_out_arrays_are_counted_by_the_names_of_the_training_images(tmp_path: Path, tiny_config: Config) -> None:
+def test_held_out_arrays_are_counted_by_the_names_of_the_training_images(
+    tmp_path: Path, tiny_config: Config
+) -> None:
     train = save_npz(tmp_path / "train.npz", numbered(30), LABELS, classes=np.array(NAMES))
     for name, labels, classes in (("turned", 2 - LABELS, NAMES[::-1]), ("bare", LABELS, None)):
         more = {} if classes is None else {"classes": np.array(classes)}
@@ -229,15 +291,18 @@ def test_mnist_as_torchvision_keeps_it(tmp_path: Path, shared_data: Path) -> Non
     assert np.bincount(source.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def test_a_set_that_is_not_there_and_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_that_is_not_there_and_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torchvision import datasets
 
     def refused(*arguments) -> None:
         raise RuntimeError("no way out\nof here")
 
     monkeypatch.setattr(datasets.CIFAR10, "download", refused)
-    assert (
-        told("cifar10", tmp_path / "nothing") == f"{tmp_path / 'nothing'}: cifar10 is not there as torchvision keeps it, and cannot be downloaded (no way out)"
+    assert told("cifar10", tmp_path / "nothing") == (
+        f"{tmp_path / 'nothing'}: cifar10 is not there as torchvision keeps it, and cannot be "
+        "downloaded (no way out)"
     )
 
 
@@ -249,7 +314,9 @@ def test_faces_are_cropped_and_others_named(tmp_path: Path) -> None:
     Image.fromarray(face).save(place / "000001.jpg", quality=100)
     assert (opened("celeba", tmp_path, resolution=32, channels=3, labelled=False).images > 250).all()
     Image.new("RGB", (64, 64)).save(place / "000002.jpg")
-    assert "000002.jpg" in told("celeba", tmp_path, resolution=32, channels=3) and "64x64" in told("celeba", tmp_path)
+    assert "000002.jpg" in told("celeba", tmp_path, resolution=32, channels=3) and "64x64" in told(
+        "celeba", tmp_path
+    )
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "beton"])
@@ -264,7 +331,10 @@ def test_a_missing_path(tmp_path: Path, kind: str) -> None:
         ({"images": numbered(30), "labels": LABELS.astype(float)}, "float64"),
         ({"images": numbered(30), "labels": LABELS - 1}, "from -1 to 1"),
         ({"images": numbered(30), "labels": LABELS, "classes": np.array(["x", "y"])}, "2 classes"),
-        ({"images": numbered(30), "labels": LABELS, "classes": np.array(["x", "y", "z", "w"])}, "class 'w' has no image"),
+        (
+            {"images": numbered(30), "labels": LABELS, "classes": np.array(["x", "y", "z", "w"])},
+            "class 'w' has no image",
+        ),
         ({"images": numbered(30), "labels": np.where(LABELS == 1, 2, LABELS)}, "class '1' has no image"),
         ({"images": numbered(30).astype(np.float32), "labels": LABELS}, "float32"),
         ({"images": numbered(30).transpose(0, 3, 1, 2), "labels": LABELS}, "(30, 1, 8, 8)"),
@@ -287,7 +357,13 @@ def test_images_of_mixed_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"not a zip", lambda data: data[:300] + bytes(200) + data[500:]], ids=["half", "text", "hole"]
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"not a zip",
+        lambda data: data[:300] + bytes(200) + data[500:],
+    ],
+    ids=["half", "text", "hole"],
 )
 def test_a_damaged_npz(tmp_path: Path, damage) -> None:
     path = save_npz(tmp_path / "set.npz", numbered(30), LABELS)
@@ -312,7 +388,11 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", jpeg()[:600], b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "cut off", "head of a PNG"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", jpeg()[:600], b"\x89PNG\r\n\x1a\n" + bytes(40)],
+    ids=["empty", "text", "cut off", "head of a PNG"],
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_does_not_decode_is_named(tmp_path: Path, content: bytes, workers: int) -> None:
     path = save_folder(tmp_path / "set", numbered(30), LABELS)

@@ -1,4 +1,6 @@
-"""A store is written whole or not at all, is read as it was written, and damage is seen before its pixels are."""
+"""A store is written whole or not at all, is read as it was written, and damage is seen before its pixels
+are.
+"""
 
 import json
 import resource
@@ -60,7 +62,10 @@ def test_ffcv_reads_what_was_written(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 256, 256, 1), dtype=np.uint8)
     store.write(source_of(images, np.arange(50) % 7), tmp_path / "set.beton", 256, 1, 0)
     read = [
-        (image.numpy().copy(), label.numpy().copy()) for image, label in Loader(str(tmp_path / "set.beton"), 10, num_workers=1, order=OrderOption.SEQUENTIAL)
+        (image.numpy().copy(), label.numpy().copy())
+        for image, label in Loader(
+            str(tmp_path / "set.beton"), 10, num_workers=1, order=OrderOption.SEQUENTIAL
+        )
     ]
     assert (np.concatenate([image for image, _ in read]) == images.transpose(0, 3, 1, 2)).all()
     assert (np.concatenate([label for _, label in read])[:, 0] == np.arange(50) % 7).all()
@@ -80,7 +85,9 @@ def test_the_first_bad_image_is_named_and_nothing_is_lost(path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.json"]
 
 
-def test_bad_images_are_skipped_and_counted_when_that_was_asked_for(path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bad_images_are_skipped_and_counted_when_that_was_asked_for(
+    path: Path, capsys: pytest.CaptureFixture
+) -> None:
     bad = {0, 70, 299}
     sidecar = store.write(with_bad(bad), path, 8, 3, 2, skip_bad=True)
     kept = np.setdiff1d(np.arange(300), list(bad))
@@ -154,7 +161,16 @@ def test_a_truncated_store_is_refused(path: Path) -> None:
         store.verify(path)
 
 
-@pytest.mark.parametrize("sidecar", [None, "{", "[]", '{"count": 3}', json.dumps({"count": "many", "shape": [1], "classes": [], "size": 1, "sha256": ""})])
+@pytest.mark.parametrize(
+    "sidecar",
+    [
+        None,
+        "{",
+        "[]",
+        '{"count": 3}',
+        json.dumps({"count": "many", "shape": [1], "classes": [], "size": 1, "sha256": ""}),
+    ],
+)
 def test_a_store_without_a_sound_sidecar_is_refused(path: Path, sidecar: str | None) -> None:
     written(path)
     beside = path.with_name(f"{path.name}.json")
@@ -171,7 +187,9 @@ def test_a_missing_store(path: Path) -> None:
         store.verify(path)
 
 
-def test_without_ffcv_the_message_names_what_is_missing_and_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ffcv_the_message_names_what_is_missing_and_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ffcv", None)
     with pytest.raises(UserError, match=r"FFCV's compiled part.*data\.store=npy"):
         written(tmp_path / "set.beton")

@@ -1,4 +1,7 @@
-"""The public stream: the right images with the right labels, the same on any number of ranks, from any step on."""
+"""The public stream.
+
+The right images with the right labels, the same on any number of ranks, from any step on.
+"""
 
 import subprocess
 import sys
@@ -38,7 +41,13 @@ def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(
-    path: Path, batch_size: int = 12, rank: int = 0, size: int = 1, seed: int = 5, indices: np.ndarray = INDICES, labels: np.ndarray = NEW_LABELS
+    path: Path,
+    batch_size: int = 12,
+    rank: int = 0,
+    size: int = 1,
+    seed: int = 5,
+    indices: np.ndarray = INDICES,
+    labels: np.ndarray = NEW_LABELS,
 ) -> PublicStream:
     return PublicStream(path, indices, labels, batch_size, rank, size, torch.device("cpu"), seed, 1)
 
@@ -89,7 +98,9 @@ def test_ranks_share_the_same_global_batches(path: Path, size: int) -> None:
 def test_going_on_from_any_step_is_as_if_undisturbed(path: Path, start: int) -> None:
     undisturbed = taken(made(path), 12)[start:]
     resumed = taken(made(path), 12 - start, start)
-    assert [(a.tolist(), b.tolist()) for a, b in undisturbed] == [(a.tolist(), b.tolist()) for a, b in resumed]
+    assert [(a.tolist(), b.tolist()) for a, b in undisturbed] == [
+        (a.tolist(), b.tolist()) for a, b in resumed
+    ]
 
 
 def test_fewer_images_than_a_batch_are_repeated_evenly(path: Path) -> None:
@@ -111,7 +122,9 @@ def test_batches_that_are_kept_stay_as_they_were(path: Path, monkeypatch: pytest
 
 def test_two_streams_at_once_do_not_disturb_each_other(path: Path) -> None:
     one, other = made(path).batches(), made(path, seed=6).batches()
-    together = [(numbers(next(one)[0].numpy()).tolist(), numbers(next(other)[0].numpy()).tolist()) for _ in range(10)]
+    together = [
+        (numbers(next(one)[0].numpy()).tolist(), numbers(next(other)[0].numpy()).tolist()) for _ in range(10)
+    ]
     one.close(), other.close()
     assert [a for a, _ in together] == [images.tolist() for images, _ in taken(made(path), 10)]
     assert [b for _, b in together] == [images.tolist() for images, _ in taken(made(path, seed=6), 10)]
@@ -146,7 +159,9 @@ print(torch.get_num_threads(), "ffcv" in sys.modules)
 @pytest.mark.parametrize("by", ["stream", "store"])
 def test_a_process_that_meets_ffcv_for_the_first_time_keeps_its_threads(path: Path, by: str) -> None:
     """FFCV sets torch's threads to one when it is imported, for whatever comes later in the process."""
-    done = subprocess.run([sys.executable, "-c", FRESH, str(path), by], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(path), by], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.split() == ["2", str(path.suffix == ".beton")], done.stderr
 
 
@@ -163,7 +178,9 @@ def test_a_stream_that_is_left_leaves_no_thread_behind(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [".beton"], indirect=True)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_loader_that_dies_ends_the_training_instead_of_hanging_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_that_dies_ends_the_training_instead_of_hanging_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ffcv.loader.epoch_iterator import EpochIterator
 
     whole = EpochIterator.run_pipeline

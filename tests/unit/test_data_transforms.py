@@ -18,7 +18,7 @@ def test_the_crop_is_the_centred_square_of_the_shorter_side() -> None:
 
 
 def test_the_resize_is_antialiased() -> None:
-    """One-pixel stripes become an even grey; a resize that only picks pixels would keep them black or white."""
+    """One-pixel stripes become an even grey; nearest-neighbour resizing would keep black and white."""
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
     small = transforms.to_array(stripes, 64, 8)
     assert small.shape == (1, 8, 8)

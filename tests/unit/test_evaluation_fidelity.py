@@ -16,7 +16,9 @@ ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def gaussian(count: int, seed: int, shift: float = 0.0, scale: float = 1.0, size: int = 8) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(shift, scale, (count, size)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(seed).normal(shift, scale, (count, size)).astype(np.float32)
+    )
 
 
 def images(count: int, seed: int, channels: int = 3, side: int = 8) -> np.ndarray:
@@ -27,7 +29,11 @@ def images(count: int, seed: int, channels: int = 3, side: int = 8) -> np.ndarra
 def partial_weights(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Inception weights that are good up to the 768 features and zero beyond."""
     folder = tmp_path_factory.mktemp("inception")
-    subprocess.run([sys.executable, str(shared_data / "unpack.py"), "inception", str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(shared_data / "unpack.py"), "inception", str(folder)],
+        check=True,
+        capture_output=True,
+    )
     return next(folder.glob("*.pth"))
 
 
@@ -37,7 +43,8 @@ def test_frechet_distance_of_a_set_to_itself_is_zero() -> None:
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
 def test_frechet_distance_is_the_closed_form_for_gaussians(shift: float) -> None:
-    # ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for means 0 and shift, deviations 1 and 2, in 8 dimensions
+    # ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for means 0 and shift, deviations 1 and 2, in 8
+    # dimensions
     expected = 8 * shift**2 + 8 * (1 - 2) ** 2
     found = fidelity.frechet_distance(gaussian(40_000, 1, shift, 2.0), gaussian(40_000, 2))
     assert found == pytest.approx(expected, rel=0.03)
@@ -45,7 +52,10 @@ def test_frechet_distance_is_the_closed_form_for_gaussians(shift: float) -> None
 
 def test_kernel_distance_is_unbiased_where_the_distributions_are_equal() -> None:
     # over independent pairs of sets the mean is 0: a biased estimate would be positive every time
-    means = [fidelity.kernel_distance(gaussian(120, 2 * seed), gaussian(120, 2 * seed + 1))[0] for seed in range(12)]
+    means = [
+        fidelity.kernel_distance(gaussian(120, 2 * seed), gaussian(120, 2 * seed + 1))[0]
+        for seed in range(12)
+    ]
     error = np.std(means, ddof=1) / np.sqrt(len(means))
     assert abs(np.mean(means)) < 4 * error
     assert min(means) < 0 < max(means)
@@ -73,7 +83,9 @@ def test_a_synthetic_set_without_variety_has_precision_but_no_recall() -> None:
 
 def test_without_weights_there_is_a_stand_in_that_is_not_called_fid(tmp_path: Path) -> None:
     extractor = fidelity.choose("auto", None, tmp_path)
-    features = [fidelity.extract(extractor, images(60, seed, channels=1), ALONE, "features") for seed in (0, 1)]
+    features = [
+        fidelity.extract(extractor, images(60, seed, channels=1), ALONE, "features") for seed in (0, 1)
+    ]
     told = fidelity.described(extractor, *features)
     assert (told["name"], told["kernel_name"], told["features"]) == ("stand-in FD", "stand-in KD", "stand-in")
     assert told["fid"] is None
@@ -89,7 +101,15 @@ def test_the_stand_in_ranks_noisier_images_as_further_away(tmp_path: Path) -> No
     real = fidelity.extract(extractor, digits[:800], ALONE, "real")
     noise = np.random.default_rng(0).normal(size=digits[800:1600].shape)
     distances = [
-        fidelity.frechet_distance(fidelity.extract(extractor, np.clip(digits[800:1600] + level * noise, 0, 255).astype(np.uint8), ALONE, "synthetic"), real)
+        fidelity.frechet_distance(
+            fidelity.extract(
+                extractor,
+                np.clip(digits[800:1600] + level * noise, 0, 255).astype(np.uint8),
+                ALONE,
+                "synthetic",
+            ),
+            real,
+        )
         for level in (0, 10, 30, 90)
     ]
     assert distances == sorted(distances)
@@ -103,7 +123,9 @@ def test_the_stand_in_is_the_same_on_every_machine(tmp_path: Path) -> None:
     assert features[0, [0, 40, 120, 160]].numpy() == pytest.approx([0.3970, 0.9725, 0.2500, 0.4710], abs=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [images(2, 0).astype(np.float32), images(2, 0).transpose(0, 2, 3, 1), images(2, 0)[0]])
+@pytest.mark.parametrize(
+    "wrong", [images(2, 0).astype(np.float32), images(2, 0).transpose(0, 2, 3, 1), images(2, 0)[0]]
+)
 def test_only_uint8_images_in_channel_order_are_accepted(wrong: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="uint8 images N,C,H,W"):
         fidelity.extract(fidelity.choose("stand-in", None, tmp_path), wrong, ALONE, "features")
@@ -123,7 +145,9 @@ def test_partial_weights_are_refused_for_fid(partial_weights: Path, tmp_path: Pa
         fidelity.choose("2048", partial_weights, tmp_path)
 
 
-def test_whole_weights_give_fid_and_say_when_they_are_not_the_published_file(partial_weights: Path, tmp_path: Path) -> None:
+def test_whole_weights_give_fid_and_say_when_they_are_not_the_published_file(
+    partial_weights: Path, tmp_path: Path
+) -> None:
     state = torch.load(partial_weights, weights_only=True)
     for name, value in state.items():
         if name.startswith("Mixed_7") and value.is_floating_point():
@@ -155,7 +179,9 @@ def test_bad_weights_end_in_one_line_and_run_nothing(content: str, tmp_path: Pat
 
 
 def test_named_features_without_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.inception_weights: evaluate\.features=2048 needs the weights file"):
+    with pytest.raises(
+        UserError, match=r"evaluate\.inception_weights: evaluate\.features=2048 needs the weights file"
+    ):
         fidelity.choose("2048", None, tmp_path)
 
 

@@ -22,7 +22,9 @@ def test_copies_are_found() -> None:
 
 
 def test_noisy_copies_are_found() -> None:
-    noisy = np.clip(TRAIN[:100] + np.random.default_rng(3).normal(0, 20, (100, 3, 6, 6)), 0, 255).astype(np.uint8)
+    noisy = np.clip(TRAIN[:100] + np.random.default_rng(3).normal(0, 20, (100, 3, 6, 6)), 0, 255).astype(
+        np.uint8
+    )
     measures, found = check(noisy, TRAIN, HELD_OUT)
     assert measures["excess"] > 0.95
     assert measures["identical"] == 0

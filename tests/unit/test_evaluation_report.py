@@ -23,7 +23,9 @@ PROMISE = {
     "neighbours": "add or remove one image",
     "promised_epsilon": 10.0,
     "best_guess": 0.8201,
-    "mechanisms": [{"name": "DP-SGD fine-tuning", "noise_multiplier": 2.17, "sample_rate": 0.3, "count": 100}],
+    "mechanisms": [
+        {"name": "DP-SGD fine-tuning", "noise_multiplier": 2.17, "sample_rate": 0.3, "count": 100}
+    ],
 }
 FIDELITY = {
     "name": "FD-768",
@@ -42,7 +44,11 @@ FIDELITY = {
     "note": "middle features",
 }
 MEMORY = {"nearest_is_training": 0.8, "expected": 0.8, "excess": 0.0, "identical": 0, "images": 40}
-SECTIONS = {"How useful", "How alike", "Does it repeat sensitive images?"}  # all that they tell was computed on sensitive images
+SECTIONS = {
+    "How useful",
+    "How alike",
+    "Does it repeat sensitive images?",
+}  # all that they tell was computed on sensitive images
 
 
 def results(**changes: object) -> dict:
@@ -76,7 +82,10 @@ def run(tiny_config: Config) -> RunDir:
     """A run directory with two finished stages and the figures of the page."""
     run = RunDir(tiny_config.run.dir)
     for stage in ("prepare", "finetune"):
-        run.finish(stage, {"images": 100, "seconds": 90.0, "peak_memory_bytes": 2**28, "images_per_second": 1.1, "more": 0})
+        run.finish(
+            stage,
+            {"images": 100, "seconds": 90.0, "peak_memory_bytes": 2**28, "images_per_second": 1.1, "more": 0},
+        )
     folder = run.stage("evaluate") / "figures"
     folder.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
@@ -104,7 +113,11 @@ def test_report_json_holds_the_contract(run: RunDir, tiny_config: Config) -> Non
     assert {"fid", "kid", "precision", "recall", "samples", "features"} <= set(told["fidelity"])
     assert told["semantics"]["sds"] == 0.42
     assert set(told["resources"]) == {"prepare", "finetune", "evaluate"}
-    assert told["resources"]["finetune"] == {"seconds": 90.0, "peak_memory_bytes": 2**28, "images_per_second": 1.1}
+    assert told["resources"]["finetune"] == {
+        "seconds": 90.0,
+        "peak_memory_bytes": 2**28,
+        "images_per_second": 1.1,
+    }
     assert told["parameters"] == 1234
     assert {"privimage", "python", "torch"} <= set(told["versions"])
     assert {"accuracy", "fidelity", "memorization"} <= set(told["not_covered_by_the_promise"])
@@ -126,11 +139,15 @@ def test_every_sensitive_measure_is_marked(run: RunDir, tiny_config: Config) -> 
     assert set(parts) >= SECTIONS
     for name in SECTIONS:  # in the words above the numbers, not only somewhere below
         assert "not covered by the promise" in parts[name].split("</p>")[0], name
-    similarity = next(part for part in parts["What the generator learnt from first"].split("</p>") if "similarity" in part)
+    similarity = next(
+        part for part in parts["What the generator learnt from first"].split("</p>") if "similarity" in part
+    )
     assert "not covered by the promise" in similarity
     pictures = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
     marked = [picture for picture in pictures if "not covered by the promise" in picture]
-    assert ["Accuracy of each classifier" in picture for picture in marked] == [True]  # the one sensitive figure among these
+    assert ["Accuracy of each classifier" in picture for picture in marked] == [
+        True
+    ]  # the one sensitive figure among these
     assert "not covered by the promise" in re.search(r"The closest pairs:.*?</h3>", text).group()  # type: ignore[union-attr]
     tile = re.search(r'<div class="tile wide">.*?</div>', text, re.DOTALL)
     assert tile and "not covered by the promise" in tile.group()
@@ -166,7 +183,14 @@ def test_names_of_classes_cannot_inject(run: RunDir, tiny_config: Config) -> Non
 
 
 def test_a_run_without_privacy_says_so_first(run: RunDir, tiny_config: Config) -> None:
-    nothing = {"private": False, "epsilon": None, "delta": None, "accountant": "pld", "reason": "not private: a fixed key was used", "mechanisms": []}
+    nothing = {
+        "private": False,
+        "epsilon": None,
+        "delta": None,
+        "accountant": "pld",
+        "reason": "not private: a fixed key was used",
+        "mechanisms": [],
+    }
     report.write(run, tiny_config, results(privacy=nothing))
     text = page(run)
     assert "synthetic images, not private</h1>" in text
@@ -175,10 +199,26 @@ def test_a_run_without_privacy_says_so_first(run: RunDir, tiny_config: Config) -
     assert 'class="badge covered"' not in text
 
 
-def test_classifiers_trained_on_the_sensitive_set_itself_are_the_ceiling(run: RunDir, tiny_config: Config) -> None:
-    nothing = {"private": False, "epsilon": None, "delta": None, "accountant": None, "reason": "trained on sensitive images", "mechanisms": []}
+def test_classifiers_trained_on_the_sensitive_set_itself_are_the_ceiling(
+    run: RunDir, tiny_config: Config
+) -> None:
+    nothing = {
+        "private": False,
+        "epsilon": None,
+        "delta": None,
+        "accountant": None,
+        "reason": "trained on sensitive images",
+        "mechanisms": [],
+    }
     absent = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
-    without: dict = {"synthetic": None, "memorization": None, "selection": None, "accuracy_before": None, "fidelity_before": None, "grid_classes": []}
+    without: dict = {
+        "synthetic": None,
+        "memorization": None,
+        "selection": None,
+        "accuracy_before": None,
+        "fidelity_before": None,
+        "grid_classes": [],
+    }
     report.write(run, tiny_config, results(privacy=nothing, fidelity=absent, parameters=None, **without))
     assert "What is possible without privacy" in page(run)
     assert set(sections(page(run))) >= {"How useful", "What it took"}
@@ -186,7 +226,12 @@ def test_classifiers_trained_on_the_sensitive_set_itself_are_the_ceiling(run: Ru
 
 def test_an_unlabelled_set_tells_why_there_is_no_accuracy(run: RunDir, tiny_config: Config) -> None:
     empty = dict.fromkeys(("lr", "mlp", "cnn"))
-    changes = results(accuracy=empty, accuracy_before=None, accuracy_note="Not measured: the sensitive set has no classes to tell apart.", grid_classes=[])
+    changes = results(
+        accuracy=empty,
+        accuracy_before=None,
+        accuracy_note="Not measured: the sensitive set has no classes to tell apart.",
+        grid_classes=[],
+    )
     report.write(run, tiny_config, changes)
     assert "no classes to tell apart" in page(run)
 
@@ -197,7 +242,9 @@ def test_rebuilding_needs_no_data_and_adds_what_finished_since(run: RunDir, tiny
     (run.path / "evaluate" / "report.html").unlink()
     report.rebuild(run)
     assert page(run) == before
-    run.finish("evaluate", {"images": 40, "seconds": 7200.0, "peak_memory_bytes": 2**31, "images_per_second": 0.5})
+    run.finish(
+        "evaluate", {"images": 40, "seconds": 7200.0, "peak_memory_bytes": 2**31, "images_per_second": 0.5}
+    )
     report.rebuild(run)
     assert "120.0 min" not in before
     assert "2.0 h" in page(run)
@@ -216,7 +263,8 @@ def test_the_promise_in_plain_words_is_the_accountants_number(run: RunDir, tiny_
 
 @pytest.mark.parametrize("noise_multiplier", [0.5, 1.0, 5.0])
 def test_the_best_guess_is_the_closed_form_of_a_gaussian(noise_multiplier: float) -> None:
-    # two unit-sensitivity Gaussians differ by TV = 2 Phi(1 / (2 sigma)) - 1, and (1 + TV) / 2 = Phi(1 / (2 sigma))
+    # two unit-sensitivity Gaussians differ by TV = 2 Phi(1 / (2 sigma)) - 1, and (1 + TV) / 2 = Phi(1 / (2
+    # sigma))
     expected = NormalDist().cdf(1 / (2 * noise_multiplier))
     assert expected - 1e-6 <= best_guess([Mechanism(noise_multiplier)]) <= expected + 1e-3
 
@@ -244,13 +292,28 @@ def test_each_figure_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
     random, names = np.random.default_rng(0), ["automobile", "bird", "cat"]
     figures.accuracies(tmp_path / "accuracy.png", {"lr": 80.0, "cnn": 90.0}, {}, 33.3)
     figures.confusion_matrix(tmp_path / "confusion.png", random.integers(0, 50, (3, 3)), names)
-    figures.embedding(tmp_path / "tsne.png", random.normal(size=(20, 4)), np.arange(20) % 3, random.normal(size=(10, 4)), np.arange(10) % 3, names, 0)
+    figures.embedding(
+        tmp_path / "tsne.png",
+        random.normal(size=(20, 4)),
+        np.arange(20) % 3,
+        random.normal(size=(10, 4)),
+        np.arange(10) % 3,
+        names,
+        0,
+    )
     figures.loss_curve(tmp_path / "loss.png", [10, 20, 30], [3.0, 0.5, 0.2])
-    kept, columns = np.where(np.arange(60) < 3, np.arange(60), -1), [f"cluster {i} (cat/dog)" for i in range(60)]
-    figures.selection(tmp_path / "selection.png", random.normal(10, 5, (3, 60)), kept, names, columns, "clusters")
+    kept, columns = (
+        np.where(np.arange(60) < 3, np.arange(60), -1),
+        [f"cluster {i} (cat/dog)" for i in range(60)],
+    )
+    figures.selection(
+        tmp_path / "selection.png", random.normal(10, 5, (3, 60)), kept, names, columns, "clusters"
+    )
     figures.budget(tmp_path / "budget.png", [0, 50, 100], [0.1, 5.0, 9.9], 10.0)
     for name in ("accuracy", "confusion", "tsne", "loss", "selection", "budget"):
-        light, dark = (np.asarray(Image.open(tmp_path / f"{name}{suffix}.png").convert("L")) for suffix in ("", "-dark"))
+        light, dark = (
+            np.asarray(Image.open(tmp_path / f"{name}{suffix}.png").convert("L")) for suffix in ("", "-dark")
+        )
         assert light.shape == dark.shape
         assert light[0, 0] > 200 > 60 > dark[0, 0]
         assert light.std() > 5  # something is drawn

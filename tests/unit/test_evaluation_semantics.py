@@ -8,11 +8,17 @@ import pytest
 from privimage.errors import UserError
 from privimage.evaluation.semantics import embed, load_vectors, similarity
 
-VECTORS = {"dog": np.array([2.0, 0.0]), "cat": np.array([0.0, 1.0]), "wolf": np.array([3.0, 4.0]), "car": np.array([-1.0, 0.0])}
+VECTORS = {
+    "dog": np.array([2.0, 0.0]),
+    "cat": np.array([0.0, 1.0]),
+    "wolf": np.array([3.0, 4.0]),
+    "car": np.array([-1.0, 0.0]),
+}
 
 
 def test_a_hand_computed_example() -> None:
-    # A: dog 3, cat 1. B: wolf 1, car 1. cos(dog, wolf) = 0.6, cos(cat, wolf) = 0.8, cos(dog, car) = -1, cos(cat, car) = 0
+    # A: dog 3, cat 1. B: wolf 1, car 1. cos(dog, wolf) = 0.6, cos(cat, wolf) = 0.8, cos(dog, car) = -1,
+    # cos(cat, car) = 0
     expected = 0.75 * 0.5 * 0.6 + 0.25 * 0.5 * 0.8 + 0.75 * 0.5 * -1 + 0.25 * 0.5 * 0
     found = similarity(["dog", "cat"], np.array([3, 1]), ["wolf", "car"], np.array([5, 5]), VECTORS)
     assert found["sds"] == pytest.approx(expected)
@@ -40,7 +46,10 @@ def test_real_vectors_find_cifars_animals_nearer_to_animals_than_to_vehicles(sha
     animals, vehicles = ["cat", "dog", "horse"], ["truck", "ship", "airplane"]
     pets = ["Siamese cat, Siamese", "Egyptian cat", "golden retriever dog"]
     equal = np.ones(3)
-    assert similarity(pets, equal, animals, equal, vectors)["sds"] > similarity(pets, equal, vehicles, equal, vectors)["sds"] + 0.1
+    assert (
+        similarity(pets, equal, animals, equal, vectors)["sds"]
+        > similarity(pets, equal, vehicles, equal, vectors)["sds"] + 0.1
+    )
 
 
 @pytest.mark.parametrize("content", ["absent", "garbage", "other", "ragged"])

@@ -1,4 +1,6 @@
-"""The stage measures what is in release/, keeps what it has measured, and leaves sensitive things where they belong."""
+"""The stage measures what is in release/, keeps what it has measured, and leaves sensitive things where they
+belong.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,14 @@ from privimage.stages import evaluate
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
-SAID = {"private": True, "epsilon": 9.9, "delta": 1e-4, "accountant": "pld", "neighbours": "add or remove one image", "promised_epsilon": 10.0}
+SAID = {
+    "private": True,
+    "epsilon": 9.9,
+    "delta": 1e-4,
+    "accountant": "pld",
+    "neighbours": "add or remove one image",
+    "promised_epsilon": 10.0,
+}
 USED = {"name": "DP-SGD fine-tuning", "noise_multiplier": 2.0, "sample_rate": 0.3, "count": 10}
 
 
@@ -32,7 +41,10 @@ def release(settings: Config, images: np.ndarray, labels: np.ndarray) -> RunDir:
     run.release.mkdir(parents=True, exist_ok=True)
     np.savez(run.release / "synthetic.npz", images=images.transpose(0, 2, 3, 1), labels=labels)
     write_json(run.release / "PRIVACY.json", SAID | {"mechanisms": [USED]})
-    run.finish("synthesize", {"images": len(images), "seconds": 1.0, "peak_memory_bytes": 1, "images_per_second": 1.0})
+    run.finish(
+        "synthesize",
+        {"images": len(images), "seconds": 1.0, "peak_memory_bytes": 1, "images_per_second": 1.0},
+    )
     return run
 
 
@@ -74,7 +86,11 @@ def test_before_and_after_fine_tuning_are_measured_apart(tmp_path: Path) -> None
     settings = config(tmp_path, "evaluate.before=true")
     images, labels = noisy_digits(settings)
     run = release(settings, images, labels)
-    np.savez(run.stage("synthesize") / "before.npz", images=255 - images[:100].transpose(0, 2, 3, 1), labels=labels[:100])
+    np.savez(
+        run.stage("synthesize") / "before.npz",
+        images=255 - images[:100].transpose(0, 2, 3, 1),
+        labels=labels[:100],
+    )
     evaluate.run(settings, run, ALONE)
     report = told(run)
     assert report["accuracy_before"]["lr"] < 50 < report["accuracy"]["lr"]
@@ -114,7 +130,9 @@ def test_a_request_to_stop_keeps_what_was_measured(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("change", ["images", "settings", "figures"])
-def test_results_of_something_else_are_not_kept(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_something_else_are_not_kept(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(tmp_path)
     images, labels = noisy_digits(settings)
     run = release(settings, images, labels)
@@ -161,14 +179,28 @@ def test_without_held_out_images_there_is_no_accuracy_and_the_report_says_why(tm
     assert told(run)["accuracy"] == {"lr": None, "mlp": None, "cnn": None}
     assert told(run)["memorization"] is None
     assert told(run)["fidelity"]["distance"] > 0
-    assert "data.sensitive.test_path names no held-out images" in (run.path / "evaluate" / "report.html").read_text()
+    assert (
+        "data.sensitive.test_path names no held-out images"
+        in (run.path / "evaluate" / "report.html").read_text()
+    )
 
 
 def test_held_out_images_of_other_classes_are_refused(tmp_path: Path) -> None:
     digits = config(tmp_path)
-    train, test = (sensitive_npz(tmp_path, name, digits, *keep) for name, keep in (("train.npz", (1, 2, 3)), ("test.npz", (1, 7))))
-    settings = config(tmp_path, "data.sensitive.kind=npz", f"data.sensitive.path={train}", f"data.sensitive.test_path={test}")
-    with pytest.raises(UserError, match=r"data\.sensitive\.test_path: .*its class 'digit 7' is no class of the training images"):
+    train, test = (
+        sensitive_npz(tmp_path, name, digits, *keep)
+        for name, keep in (("train.npz", (1, 2, 3)), ("test.npz", (1, 7)))
+    )
+    settings = config(
+        tmp_path,
+        "data.sensitive.kind=npz",
+        f"data.sensitive.path={train}",
+        f"data.sensitive.test_path={test}",
+    )
+    with pytest.raises(
+        UserError,
+        match=r"data\.sensitive\.test_path: .*its class 'digit 7' is no class of the training images",
+    ):
         evaluate.run(settings, release(settings, *noisy_digits(digits)), ALONE)
 
 
@@ -202,7 +234,9 @@ def test_a_synthetic_set_that_does_not_fit_is_named(damage: str, message: str, t
     assert "\n" not in str(raised.value)
 
 
-def test_mistakes_in_the_settings_are_told_before_the_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_in_the_settings_are_told_before_the_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(utility.SHALLOW, "lr", lambda *_: pytest.fail("began the long work"))
     for setting in ("inception_weights", "word_vectors"):
         settings = config(tmp_path, f"evaluate.{setting}={tmp_path / 'missing'}")
@@ -212,7 +246,7 @@ def test_mistakes_in_the_settings_are_told_before_the_long_work(tmp_path: Path, 
 
 
 def test_a_class_without_an_image_is_measured_like_any_other(tmp_path: Path) -> None:
-    """The class exists because it is named, not because an image has it: every measure and figure bears that."""
+    """A class exists because it is named, not because an image has it, in every measure and figure."""
     digits = config(tmp_path)
     train = read_sensitive(digits, "train")
     kept = (train.labels != 9) & (np.arange(len(train.labels)) < 500)
@@ -230,12 +264,18 @@ def test_a_class_without_an_image_is_measured_like_any_other(tmp_path: Path) -> 
     run = release(settings, *noisy_digits(digits))
     evaluate.run(settings, run, ALONE)
     report = told(run)
-    assert min(report["accuracy"]["lr"], report["accuracy"]["mlp"]) > 50 and (run.path / "evaluate/figures/sensitive-tsne.png").exists()
+    assert (
+        min(report["accuracy"]["lr"], report["accuracy"]["mlp"]) > 50
+        and (run.path / "evaluate/figures/sensitive-tsne.png").exists()
+    )
     assert report["synthetic"]["classes"] == names
     ceiling = config(
         tmp_path / "ceiling",
         "method=nonpriv",
-        *(f"data.sensitive.{k}" for k in ("kind=npz", f"path={tmp_path / 'train.npz'}", f"test_path={tmp_path / 'test.npz'}")),
+        *(
+            f"data.sensitive.{k}"
+            for k in ("kind=npz", f"path={tmp_path / 'train.npz'}", f"test_path={tmp_path / 'test.npz'}")
+        ),
     )
     evaluate.run(ceiling, RunDir(ceiling.run.dir), ALONE)
     assert told(RunDir(ceiling.run.dir))["accuracy"]["lr"] > 75

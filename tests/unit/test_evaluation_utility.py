@@ -57,16 +57,24 @@ def test_the_cnn_learns_separable_classes() -> None:
 def test_the_cnn_is_the_same_each_time() -> None:
     train = bars(100, 0)
     first, second = cnn(train, epochs=1), cnn(train, epochs=1)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_mirrored_images_are_seen_only_where_images_may_be_mirrored() -> None:
     # classes that are each other's mirror image cannot be told apart once training mirrors them
     train, test = bars(400, 0), bars(400, 1)
-    sides = {name: Labelled(s.images[s.labels != 1], s.labels[s.labels != 1]) for name, s in (("train", train), ("test", test))}
+    sides = {
+        name: Labelled(s.images[s.labels != 1], s.labels[s.labels != 1])
+        for name, s in (("train", train), ("test", test))
+    }
     accuracy = {}
     for flip in (False, True):
-        predicted = utility.predict(cnn(sides["train"], flip=flip, epochs=4), sides["test"].images, ALONE.device).labels
+        predicted = utility.predict(
+            cnn(sides["train"], flip=flip, epochs=4), sides["test"].images, ALONE.device
+        ).labels
         accuracy[flip] = utility.percent(predicted, sides["test"].labels)
     assert accuracy[False] >= 99
     assert accuracy[True] < 80

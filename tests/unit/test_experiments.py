@@ -1,4 +1,7 @@
-"""Experiments: their files, their combinations, and tables that tell what the runs told and why some are missing."""
+"""Experiments.
+
+Their files, their combinations, and tables that tell what the runs told and why some are missing.
+"""
 
 import csv
 import signal
@@ -67,29 +70,43 @@ def finish(run: PlannedRun, accuracy: float | None, distance: float = 1.0, **res
     folder.reconcile(run.config)
     for stage in run.config.spec.stages:
         folder.finish(stage, {"images": 1})
-    write_json(folder.path / "evaluate" / "report.json", {"accuracy": {"lr": accuracy}, "fidelity": {"distance": distance}, "resources": resources})
+    write_json(
+        folder.path / "evaluate" / "report.json",
+        {"accuracy": {"lr": accuracy}, "fidelity": {"distance": distance}, "resources": resources},
+    )
 
 
 def test_all_combinations_are_runs_with_places_of_their_own(path: Path, tmp_path: Path) -> None:
     runs = load(path).all_runs()
     # every combination before any second seed, so that a table of what is there so far has all rows
-    assert [run.name for run in runs] == [f"{m}-epsilon{e}-seed{s}" for s in (0, 3) for m in ("privimage+d", "dpdm") for e in (10, 1)]
+    assert [run.name for run in runs] == [
+        f"{m}-epsilon{e}-seed{s}" for s in (0, 3) for m in ("privimage+d", "dpdm") for e in (10, 1)
+    ]
     for run in runs:
         config = run.config
         assert config.run.dir == tmp_path / "runs" / run.name
         assert config.run.shared == tmp_path / "runs" / "shared"
-        assert (config.method, config.privacy.epsilon, config.runtime.seed) == (run.choice["method"], float(run.choice["epsilon"]), run.seed)
+        assert (config.method, config.privacy.epsilon, config.runtime.seed) == (
+            run.choice["method"],
+            float(run.choice["epsilon"]),
+            run.seed,
+        )
         assert config.synthesize.samples == 30
         expected = {("privimage+d", "10"): 8, ("privimage+d", "1"): 8, ("dpdm", "10"): 5, ("dpdm", "1"): 7}
         assert config.finetune.steps == expected[run.choice["method"], run.choice["epsilon"]]
 
 
-def test_an_option_may_have_a_configuration_of_its_own_and_combinations_may_be_left_out(path: Path, tmp_path: Path) -> None:
+def test_an_option_may_have_a_configuration_of_its_own_and_combinations_may_be_left_out(
+    path: Path, tmp_path: Path
+) -> None:
     (tmp_path / "other.yaml").write_text(TINY.read_text().replace("resolution: 8", "resolution: 16"))
     edited(path, "dpdm: [method=dpdm, finetune.steps=5]", "dpdm: {base: other.yaml, settings: [method=dpdm]}")
     edited(path, "seeds:", "skip: [{when: {method: dpdm, epsilon: 10}}]\nseeds:")
     runs = load(path).all_runs(["runtime.threads=3"])
-    assert [(run.config.method, run.config.data.resolution) for run in runs] == [*[("privimage+d", 8)] * 2, ("dpdm", 16)] * 2
+    assert [(run.config.method, run.config.data.resolution) for run in runs] == [
+        *[("privimage+d", 8)] * 2,
+        ("dpdm", 16),
+    ] * 2
     assert {run.config.runtime.threads for run in runs} == {3}
     assert {run.choice["epsilon"] for run in runs if run.choice["method"] == "dpdm"} == {"1"}
 
@@ -98,21 +115,55 @@ def test_an_option_may_have_a_configuration_of_its_own_and_combinations_may_be_l
     ("old", "new", "told"),
     [
         ("seeds:", "seed:", "seed: unknown setting (did you mean 'seeds'?)"),
-        ("{settings: [privacy.epsilon=1]}", "{setings: [privacy.epsilon=1]}", "axes.epsilon.1.setings: unknown setting (did you mean 'settings'?)"),
+        (
+            "{settings: [privacy.epsilon=1]}",
+            "{setings: [privacy.epsilon=1]}",
+            "axes.epsilon.1.setings: unknown setting (did you mean 'settings'?)",
+        ),
         ("epsilon: [1]", "epsilom: [1]", "rules.0.when: unknown axis 'epsilom' (did you mean 'epsilon'?)"),
-        ("when: {method: dpdm", "when: {method: dpgm", "rules.0.when.method: unknown option 'dpgm' (did you mean 'dpdm'?)"),
-        ("values: {LR: 20.75}", "values: {LRR: 20.75}", "published.1.values: unknown measure 'LRR' (did you mean 'LR'?)"),
-        ("key: accuracy.lr", "key: acuracy.lr", "measures.LR.key: no report has this number (did you mean 'accuracy.lr'?)"),
-        ("finetune.steps=5", "finetune.stesp=5", "dpdm-epsilon10-seed0: .*finetune.stesp: unknown setting (did you mean 'steps'?)"),
-        ("method=dpdm", "method=dpdn", "dpdm-epsilon10-seed0: .*method: unknown 'dpdn' (did you mean 'dpdm'?)"),
+        (
+            "when: {method: dpdm",
+            "when: {method: dpgm",
+            "rules.0.when.method: unknown option 'dpgm' (did you mean 'dpdm'?)",
+        ),
+        (
+            "values: {LR: 20.75}",
+            "values: {LRR: 20.75}",
+            "published.1.values: unknown measure 'LRR' (did you mean 'LR'?)",
+        ),
+        (
+            "key: accuracy.lr",
+            "key: acuracy.lr",
+            "measures.LR.key: no report has this number (did you mean 'accuracy.lr'?)",
+        ),
+        (
+            "finetune.steps=5",
+            "finetune.stesp=5",
+            "dpdm-epsilon10-seed0: .*finetune.stesp: unknown setting (did you mean 'steps'?)",
+        ),
+        (
+            "method=dpdm",
+            "method=dpdn",
+            "dpdm-epsilon10-seed0: .*method: unknown 'dpdn' (did you mean 'dpdm'?)",
+        ),
         ("base:", "# base:", "base: required setting is missing"),
         (str(TINY), "nowhere.yaml", "nowhere.yaml: no such configuration file"),
-        ("  epsilon:\n    10: [privacy.epsilon=10]\n    1: {settings: [privacy.epsilon=1]}", "  epsilon: {}", "axes.epsilon: has no option"),
-        ("    10: [", '    "10 ": [privacy.epsilon=10]\n    10: [', "two combinations would have the run directory"),
+        (
+            "  epsilon:\n    10: [privacy.epsilon=10]\n    1: {settings: [privacy.epsilon=1]}",
+            "  epsilon: {}",
+            "axes.epsilon: has no option",
+        ),
+        (
+            "    10: [",
+            '    "10 ": [privacy.epsilon=10]\n    10: [',
+            "two combinations would have the run directory",
+        ),
         ("title: Two methods", "", "title: required setting is missing"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_file_and_the_key(path: Path, old: str, new: str, told: str) -> None:
+def test_a_mistake_is_one_line_that_names_the_file_and_the_key(
+    path: Path, old: str, new: str, told: str
+) -> None:
     edited(path, old, new)
     with pytest.raises(UserError) as error:
         load(path).all_runs()
@@ -143,7 +194,9 @@ def test_the_table_tells_what_the_reports_tell(path: Path, tmp_path: Path) -> No
     given, file = {}, load(path)
     for number, run in enumerate(run for choice in file.experiment.choices for run in file.runs_of(choice)):
         given[run.name] = 50 + number**2 / 7
-        finish(run, given[run.name], distance=100 - number, query={"seconds": 90.0}) if run.choice["method"] != "dpdm" else finish(run, given[run.name])
+        finish(run, given[run.name], distance=100 - number, query={"seconds": 90.0}) if run.choice[
+            "method"
+        ] != "dpdm" else finish(run, given[run.name])
     text = table.write(path)
     assert text == (tmp_path / "runs" / f"{path.stem}.md").read_text()
     assert "8 of 8 runs, mean ± standard deviation over 2 seeds. In brackets: a paper." in text
@@ -156,7 +209,9 @@ def test_the_table_tells_what_the_reports_tell(path: Path, tmp_path: Path) -> No
             assert [float(value) for value in line["values"].split()] == expected
             assert float(line["mean"]) == statistics.fmean(expected)
             assert float(line["std"]) == statistics.stdev(expected)
-            assert line["published"] == {("privimage+d", "10"): "32.5", ("dpdm", "10"): "20.75"}.get((method, epsilon), "")
+            assert line["published"] == {("privimage+d", "10"): "32.5", ("dpdm", "10"): "20.75"}.get(
+                (method, epsilon), ""
+            )
             assert f"{statistics.fmean(expected):.1f} ± {statistics.stdev(expected):.1f}" in text
         if measure == "time":
             assert line["mean"] == ("" if method == "dpdm" else "1.5")
@@ -175,8 +230,15 @@ def test_a_gap_is_shown_with_its_reason(path: Path, tmp_path: Path) -> None:
     finish(runs["privimage+d-epsilon10-seed0"], 70.0)
     finish(runs["privimage+d-epsilon10-seed3"], 80.0)
     finish(runs["dpdm-epsilon10-seed0"], 40.0)
-    failed, stopped, running = (RunDir(runs[name].config.run.dir) for name in ("dpdm-epsilon10-seed3", "dpdm-epsilon1-seed0", "privimage+d-epsilon1-seed0"))
-    for run, name in ((failed, "dpdm-epsilon10-seed3"), (stopped, "dpdm-epsilon1-seed0"), (running, "privimage+d-epsilon1-seed0")):
+    failed, stopped, running = (
+        RunDir(runs[name].config.run.dir)
+        for name in ("dpdm-epsilon10-seed3", "dpdm-epsilon1-seed0", "privimage+d-epsilon1-seed0")
+    )
+    for run, name in (
+        (failed, "dpdm-epsilon10-seed3"),
+        (stopped, "dpdm-epsilon1-seed0"),
+        (running, "privimage+d-epsilon1-seed0"),
+    ):
         run.path.mkdir(parents=True)
         run.reconcile(runs[name].config)
         run.finish("finetune", {"images": 1})
@@ -194,7 +256,10 @@ def test_a_gap_is_shown_with_its_reason(path: Path, tmp_path: Path) -> None:
         "- dpdm-epsilon1-seed0: stopped: before synthesize was finished; run the experiment again to go on",
         "- dpdm-epsilon1-seed3: missing: not started",
     ]
-    assert "seed 3 failed: data.sensitive.path: not there" in (tmp_path / "runs" / f"{path.stem}.csv").read_text()
+    assert (
+        "seed 3 failed: data.sensitive.path: not there"
+        in (tmp_path / "runs" / f"{path.stem}.csv").read_text()
+    )
 
 
 def test_results_of_other_settings_are_a_gap(path: Path) -> None:
@@ -213,12 +278,24 @@ def test_without_any_run_the_table_says_so(path: Path) -> None:
 
 
 def test_all_numbers_of_a_report_can_be_tabulated_and_no_others() -> None:
-    """The list of keys and the sections of the report, against each other; a real report is compared end to end."""
-    assert {key.split(".")[0] for key in report.NUMBERS} >= {"accuracy", "fidelity", "semantics", "resources", "memorization", "privacy"}
+    """The list of keys and the sections of the report, against each other.
+
+    A real report is compared end to end.
+    """
+    assert {key.split(".")[0] for key in report.NUMBERS} >= {
+        "accuracy",
+        "fidelity",
+        "semantics",
+        "resources",
+        "memorization",
+        "privacy",
+    }
     assert len(set(report.NUMBERS)) == len(report.NUMBERS)
 
 
-def test_what_is_computed_on_sensitive_images_is_marked_wherever_a_table_shows_it(path: Path, tmp_path: Path) -> None:
+def test_what_is_computed_on_sensitive_images_is_marked_wherever_a_table_shows_it(
+    path: Path, tmp_path: Path
+) -> None:
     """Accuracy and distance are, the time of a public stage is not; what is not declared public is."""
     text = table.write(path)
     assert "| method | LR (%) ↑ † | FD ↓ † | time (min) |" in text and table.NOTE in text
@@ -226,7 +303,11 @@ def test_what_is_computed_on_sensitive_images_is_marked_wherever_a_table_shows_i
         marked = {line["measure"]: line["sensitive"] for line in csv.DictReader(file)}
     assert marked == {"LR": "yes", "FD": "yes", "time": "no"}
     assert {key for key in report.NUMBERS if not Measure(key=key).sensitive} == {
-        *(f"resources.{stage}.{name}" for stage in ("prepare", "query", "pretrain") for name in report.MEASURED),
+        *(
+            f"resources.{stage}.{name}"
+            for stage in ("prepare", "query", "pretrain")
+            for name in report.MEASURED
+        ),
         *("privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
     }
 
@@ -243,13 +324,20 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         signal.signal(number, handler)
 
 
-def test_a_failed_run_does_not_end_the_others(path: Path, stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    stand_in.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *dpdm-epsilon10-seed0*) kill -9 $$ ;; *epsilon1-seed*) exit 2 ;; esac\n')
+def test_a_failed_run_does_not_end_the_others(
+    path: Path, stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *dpdm-epsilon10-seed0*) kill -9 $$ ;; '
+        "*epsilon1-seed*) exit 2 ;; esac\n"
+    )
     finish(load(path).all_runs()[0], 70.0)
     assert execute.execute(path, ["runtime.threads=2"]) == 1
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 7  # the finished one is skipped
-    assert all(call.startswith(f"-m privimage run {TINY} ") and call.endswith(" runtime.threads=2") for call in calls)
+    assert all(
+        call.startswith(f"-m privimage run {TINY} ") and call.endswith(" runtime.threads=2") for call in calls
+    )
     said = capfd.readouterr().err
     assert "[1/8] privimage+d-epsilon10-seed0: done before" in said
     assert "3 of 8 runs are finished" in said
@@ -257,15 +345,24 @@ def test_a_failed_run_does_not_end_the_others(path: Path, stand_in: Path, tmp_pa
     assert state_of(load(path).all_runs()[2]).told == "failed: killed by SIGKILL; out of memory?"
 
 
-def test_a_request_to_stop_reaches_the_run_and_ends_the_experiment(path: Path, stand_in: Path, tmp_path: Path) -> None:
-    lines = (f"trap 'echo stopped >>{tmp_path}/calls; exit 75' TERM", f"echo started >>{tmp_path}/calls", "kill -USR2 $PPID", "while true; do sleep 0.1; done")
+def test_a_request_to_stop_reaches_the_run_and_ends_the_experiment(
+    path: Path, stand_in: Path, tmp_path: Path
+) -> None:
+    lines = (
+        f"trap 'echo stopped >>{tmp_path}/calls; exit 75' TERM",
+        f"echo started >>{tmp_path}/calls",
+        "kill -USR2 $PPID",
+        "while true; do sleep 0.1; done",
+    )
     stand_in.write_text("\n".join(["#!/bin/sh", *lines]))
     assert execute.execute(path) == 75
     assert (tmp_path / "calls").read_text() == "started\nstopped\n"
 
 
 def test_a_run_that_cannot_save_yet_when_it_is_stopped_is_no_failure(path: Path, stand_in: Path) -> None:
-    stand_in.write_text("#!/bin/sh\nkill -USR2 $PPID\nexec sleep 60\n")  # as Python while it still loads its modules
+    stand_in.write_text(
+        "#!/bin/sh\nkill -USR2 $PPID\nexec sleep 60\n"
+    )  # as Python while it still loads its modules
     assert execute.execute(path) == 75
     assert state_of(load(path).all_runs()[0]).kind == "missing"
 

@@ -33,20 +33,30 @@ def pretrained(config: Config, n_classes: int) -> dict:
 
 def networks(training) -> dict[str, nn.Module]:
     """All networks of a private training."""
-    return {"module": training.module} | ({"generator": training.generator.network} if isinstance(training, GanPrivate) else {})
+    return {"module": training.module} | (
+        {"generator": training.generator.network} if isinstance(training, GanPrivate) else {}
+    )
 
 
 @pytest.mark.parametrize(("same", "other"), [("privimage+d", "pdp-diffusion"), ("privimage+g", "dpgan-p")])
 @pytest.mark.parametrize("start_from", ["ema", "raw"])
-def test_label_embeddings_are_kept_for_the_labels_of_a_selection_and_fresh_for_others(same: str, other: str, start_from: str) -> None:
-    """PrivImage pretrains with the sensitive labels; where public labels were others, only the embeddings start anew, in all networks."""
+def test_label_embeddings_are_kept_for_the_labels_of_a_selection_and_fresh_for_others(
+    same: str, other: str, start_from: str
+) -> None:
+    """PrivImage pretrains with the sensitive labels.
+
+    Where public labels were others, only the embeddings start anew, in all networks.
+    """
     config = settings(same, f"finetune.start_from={start_from}")
     own, label = pretrained(config, 10), LABELS[config.spec.generator]
     sources = {"generator": own[start_from], "module": own.get("discriminator", own[start_from])}
     begun = networks(family(config).private_training(config, 10, ALONE, own))
     config = settings(other, f"finetune.start_from={start_from}")
     public = pretrained(config, 34)
-    public_sources = {"generator": public[start_from], "module": public.get("discriminator", public[start_from])}
+    public_sources = {
+        "generator": public[start_from],
+        "module": public.get("discriminator", public[start_from]),
+    }
     again = networks(family(config).private_training(config, 10, ALONE, public))
     fresh = networks(family(config).private_training(config, 10, ALONE, None))
     for name, network in begun.items():
@@ -55,7 +65,10 @@ def test_label_embeddings_are_kept_for_the_labels_of_a_selection_and_fresh_for_o
         found = dict(again[name].named_parameters())
         assert len([key for key in found if key in label]) == 1
         for key, value in found.items():
-            assert torch.equal(value, dict(fresh[name].named_parameters())[key] if key in label else public_sources[name][key]), key
+            assert torch.equal(
+                value,
+                dict(fresh[name].named_parameters())[key] if key in label else public_sources[name][key],
+            ), key
 
 
 @pytest.mark.parametrize("method", ["pdp-diffusion", "dpgan-p"])
@@ -95,7 +108,11 @@ def test_every_network_is_counted(method: str) -> None:
     sizes = family(config).sizes(config, 10)
     training = family(config).private_training(config, 10, ALONE, None)
     own = {name: sum(p.numel() for p in network.parameters()) for name, network in networks(training).items()}
-    assert sizes == ({"generator": own["module"]} if method == "dpdm" else {"generator": own["generator"], "discriminator": own["module"]})
+    assert sizes == (
+        {"generator": own["module"]}
+        if method == "dpdm"
+        else {"generator": own["generator"], "discriminator": own["module"]}
+    )
 
 
 @pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
@@ -105,7 +122,9 @@ def test_a_public_training_goes_on_to_the_bit_from_its_state(method: str, tmp_pa
 
     def trained(training, begin: int, end: int):
         for step in range(begin, end):
-            images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
+            images = torch.randint(
+                0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
+            )
             training.step(images, torch.arange(8) % 10, step)
         return training
 
@@ -120,8 +139,13 @@ def test_a_public_training_goes_on_to_the_bit_from_its_state(method: str, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["dpdm", "dpgan"])
-def test_a_private_training_goes_on_to_the_bit_from_a_checkpoint_between_two_turns(method: str, tmp_path: Path) -> None:
-    """A generator's turn comes after steps 3 and 6; the checkpoint is that of step 4. Made-up gradients stand for the noised ones."""
+def test_a_private_training_goes_on_to_the_bit_from_a_checkpoint_between_two_turns(
+    method: str, tmp_path: Path
+) -> None:
+    """A generator's turn comes after steps 3 and 6; the checkpoint is that of step 4.
+
+    Made-up gradients stand for the noised ones.
+    """
     config = settings(method)
     whole, half, resumed = (family(config).private_training(config, 10, ALONE, None) for _ in range(3))
 
@@ -136,7 +160,10 @@ def test_a_private_training_goes_on_to_the_bit_from_a_checkpoint_between_two_tur
 
     trained(whole, range(1, 8))
     trained(half, range(1, 5))
-    checkpoint.save(tmp_path / "4", half.state() | {"module": half.module.state_dict(), "optimizer": half.optimizer.state_dict()})
+    checkpoint.save(
+        tmp_path / "4",
+        half.state() | {"module": half.module.state_dict(), "optimizer": half.optimizer.state_dict()},
+    )
     state = checkpoint.load(tmp_path / "4")
     assert state
     resumed.module.load_state_dict(state["module"])
@@ -152,7 +179,10 @@ def test_a_private_training_goes_on_to_the_bit_from_a_checkpoint_between_two_tur
 
 
 def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
-    """One picture a class: the discriminator moves every step, the generator every second, and its averaged images come near."""
+    """One picture a class.
+
+    The discriminator moves every step, the generator every second, and its averaged images come near.
+    """
     config = settings("privimage+g", "pretrain.discriminator_steps=2", "pretrain.learning_rate=2e-3")
     training = GanPublic(config, 2, ALONE)
     pictures = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
@@ -165,7 +195,10 @@ def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
     def moved(step: int) -> list[bool]:
         before = [{name: p.detach().clone() for name, p in network.named_parameters()} for network in trained]
         training.step(pictures.repeat(8, 1, 1, 1), torch.arange(16) % 2, step)
-        return [any(not torch.equal(p, old[name]) for name, p in network.named_parameters()) for network, old in zip(trained, before, strict=True)]
+        return [
+            any(not torch.equal(p, old[name]) for name, p in network.named_parameters())
+            for network, old in zip(trained, before, strict=True)
+        ]
 
     start = distance()
     assert [moved(step) for step in range(130)] == [[True, step % 2 == 1] for step in range(130)]

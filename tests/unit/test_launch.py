@@ -5,7 +5,14 @@ import pytest
 from privimage.distributed.launch import Place, find_place, first_host, tasks_per_node
 from privimage.errors import UserError
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "29500",
+}
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_ID": "0",
@@ -23,7 +30,14 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "PMIX_NAMESPACE": "prterun-12@1",
 }
-PMI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
+PMI = {
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+    "MPI_LOCALRANKID": "0",
+    "MPI_LOCALNRANKS": "1",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "1234",
+}
 
 
 def test_without_a_launcher_a_process_is_alone():
@@ -31,7 +45,10 @@ def test_without_a_launcher_a_process_is_alone():
 
 
 def test_inside_a_batch_script_without_srun_a_process_is_alone():
-    assert find_place({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}).size == 1
+    assert (
+        find_place({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}).size
+        == 1
+    )
 
 
 def test_torchrun():
@@ -46,7 +63,13 @@ def test_the_deepspeed_launcher_names_the_local_size_differently():
 
 def test_slurm():
     place = find_place(SLURM)
-    assert (place.rank, place.size, place.local_rank, place.local_size, place.address) == (5, 6, 1, 2, "gpu007")
+    assert (place.rank, place.size, place.local_rank, place.local_size, place.address) == (
+        5,
+        6,
+        1,
+        2,
+        "gpu007",
+    )
 
 
 def test_all_ranks_of_a_slurm_step_find_the_same_port_and_a_requeued_one_another():
@@ -61,8 +84,17 @@ def test_torchrun_inside_slurm_is_torchrun():
 
 def test_open_mpi_on_one_node_needs_no_master_address():
     place = find_place(OPEN_MPI)
-    assert (place.rank, place.size, place.local_rank, place.local_size, place.address) == (1, 2, 1, 2, "127.0.0.1")
-    assert place.port == find_place({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}).port
+    assert (place.rank, place.size, place.local_rank, place.local_size, place.address) == (
+        1,
+        2,
+        1,
+        2,
+        "127.0.0.1",
+    )
+    assert (
+        place.port
+        == find_place({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}).port
+    )
 
 
 def test_pmi_on_two_nodes():
@@ -92,7 +124,15 @@ def test_what_is_half_set_or_wrong_is_told_in_one_line(environ: dict[str, str], 
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(("text", "host"), [("gpu7", "gpu7"), ("gpu[007-012,020],login1", "gpu007"), ("a-[3,5]-ib", "a-3-ib"), ("node2,node[4-5]", "node2")])
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[007-012,020],login1", "gpu007"),
+        ("a-[3,5]-ib", "a-3-ib"),
+        ("node2,node[4-5]", "node2"),
+    ],
+)
 def test_the_first_host_of_a_node_list(text: str, host: str):
     assert first_host(text) == host
 

@@ -26,13 +26,19 @@ def test_cifar10_sizes_come_out_to_the_parameter() -> None:
 
 
 def test_celeba64_sizes_come_out_as_published() -> None:
-    # 11.29 M and 19.56 M were published to four digits; the discriminator's holds with ten label rows of 1,024, one of which is used.
+    # 11.29 M and 19.56 M were published to four digits; the discriminator's holds with ten label rows of
+    # 1,024, one of which is used.
     with torch.device("meta"):
         generator, discriminator = both(settings(64, 3, 64), 10)
-    assert (round(parameters(generator) / 1e6, 2), round(parameters(discriminator) / 1e6, 2)) == (11.29, 19.56)
+    assert (round(parameters(generator) / 1e6, 2), round(parameters(discriminator) / 1e6, 2)) == (
+        11.29,
+        19.56,
+    )
 
 
-@pytest.mark.parametrize(("resolution", "channels", "n_classes"), [(8, 1, 10), (28, 1, 10), (32, 3, 10), (64, 3, 0)])
+@pytest.mark.parametrize(
+    ("resolution", "channels", "n_classes"), [(8, 1, 10), (28, 1, 10), (32, 3, 10), (64, 3, 0)]
+)
 def test_images_and_scores_have_their_shapes(resolution: int, channels: int, n_classes: int) -> None:
     generator, discriminator = both(settings(resolution, channels, 8), n_classes)
     labels = torch.zeros(3, dtype=torch.int64)
@@ -48,9 +54,16 @@ def test_every_weight_of_both_networks_learns(resolution: int) -> None:
     labels = torch.arange(4)
     if generator.attention is not None:
         nn.init.ones_(generator.attention.gate)
-    biggan.g_loss(discriminator(generator(torch.randn(4, generator.latent_size), labels), labels)).mean().backward()
-    # Biases inside the generator are cancelled by the batch norm behind them; the discriminator's are the other file's claim.
-    learning = [(name, value) for name, value in generator.named_parameters() if not name.endswith("bias") or name == "output.bias"]
+    biggan.g_loss(
+        discriminator(generator(torch.randn(4, generator.latent_size), labels), labels)
+    ).mean().backward()
+    # Biases inside the generator are cancelled by the batch norm behind them; the discriminator's are the
+    # other file's claim.
+    learning = [
+        (name, value)
+        for name, value in generator.named_parameters()
+        if not name.endswith("bias") or name == "output.bias"
+    ]
     assert [name for name, value in learning if value.grad is None or value.grad.abs().sum() == 0] == []
     assert all(value.grad is not None for value in discriminator.parameters())
 
@@ -66,7 +79,7 @@ def test_each_chunk_of_the_latent_and_the_label_change_the_image() -> None:
     assert (generator(latents, torch.tensor([4])) - image).abs().max() > 1e-4
 
 
-def test_convolutions_of_the_generator_have_a_spectral_norm_of_one_and_those_of_the_discriminator_are_free() -> None:
+def test_convolutions_have_spectral_norm_one_in_the_generator_and_none_in_the_discriminator() -> None:
     generator, discriminator = both(settings(32, 3, 8), 10)
     layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
@@ -81,7 +94,11 @@ def test_convolutions_of_the_generator_have_a_spectral_norm_of_one_and_those_of_
 
 def test_the_discriminator_normalises_32_groups_or_single_channels() -> None:
     discriminator = build_discriminator(settings(32, 3, 96), 10)
-    norms = {(module.num_channels, module.num_groups) for module in discriminator.modules() if isinstance(module, nn.GroupNorm)}
+    norms = {
+        (module.num_channels, module.num_groups)
+        for module in discriminator.modules()
+        if isinstance(module, nn.GroupNorm)
+    }
     assert norms == {(3, 3), (192, 32)}
 
 
@@ -104,7 +121,7 @@ def latents_and_labels(size: int, count: int = 6) -> list[tuple[torch.Tensor, to
 
 
 def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_else() -> None:
-    """Whatever statistics came with the weights, as with an average of weights that were never run together."""
+    """Whatever statistics came with the weights, as for averaged weights that never ran together."""
     generator = build_generator(settings(8, 1, 8), 10)
     batches = latents_and_labels(generator.latent_size)
     weights = {name: value.clone() for name, value in generator.named_parameters()}
@@ -121,7 +138,9 @@ def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_el
     for name, value in found[0].items():
         assert torch.allclose(value.float(), found[1][name].float(), atol=1e-2), name
     with torch.no_grad():  # the first batch norm sees the linear map of the first chunk of the latents
-        seen = torch.cat([generator.input(latents[:, : generator.chunk]) for latents, _ in batches]).unflatten(1, (-1, 4, 4))
+        seen = torch.cat(
+            [generator.input(latents[:, : generator.chunk]) for latents, _ in batches]
+        ).unflatten(1, (-1, 4, 4))
     norm = generator.blocks[0].norm_1.norm
     assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-2)
     assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.1)
@@ -147,4 +166,8 @@ def test_an_image_of_a_settled_generator_is_its_own() -> None:
     with torch.no_grad():
         together = generator(latents, labels)
         for index in range(5):
-            assert torch.allclose(generator(latents[index : index + 1], labels[index : index + 1])[0], together[index], atol=1e-5)
+            assert torch.allclose(
+                generator(latents[index : index + 1], labels[index : index + 1])[0],
+                together[index],
+                atol=1e-5,
+            )

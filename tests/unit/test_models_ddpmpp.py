@@ -15,10 +15,12 @@ CIFAR10 = [
     (96, (1, 2, 2), 15_708_291), (128, (1, 2, 2), 27_907_587), (192, (1, 2, 2, 2), 88_578_819),
 ]  # fmt: skip
 CELEBA32 = [
-    (32, (1, 2, 2), 1_804_451), (32, (1, 2, 4), 4_153_123), (32, (1, 4, 4), 6_275_683), (96, (1, 2, 2), 16_153_059), (128, (1, 2, 2), 28_697_219),
+    (32, (1, 2, 2), 1_804_451), (32, (1, 2, 4), 4_153_123), (32, (1, 4, 4), 6_275_683), (96, (1, 2, 2),
+    16_153_059), (128, (1, 2, 2), 28_697_219),
 ]  # fmt: skip
 CELEBA64 = [
-    (32, (1, 1, 2, 2), 1_999_907), (32, (1, 1, 2, 4), 4_348_579), (32, (1, 1, 4, 4), 6_471_139), (96, (1, 1, 2, 2), 17_900_643),
+    (32, (1, 1, 2, 2), 1_999_907), (32, (1, 1, 2, 4), 4_348_579), (32, (1, 1, 4, 4), 6_471_139), (96, (1,
+    1, 2, 2), 17_900_643),
     (128, (1, 1, 2, 2), 31_801_475),
 ]  # fmt: skip
 MNIST = [
@@ -35,12 +37,26 @@ SIZES = [
 
 def settings(resolution: int, channels: int, **model: object) -> Config:
     kind = {"kind": "digits"}
-    return parse({"run": {"dir": "unused"}, "data": {"resolution": resolution, "channels": channels, "public": kind, "sensitive": kind}, "model": model})
+    return parse(
+        {
+            "run": {"dir": "unused"},
+            "data": {"resolution": resolution, "channels": channels, "public": kind, "sensitive": kind},
+            "model": model,
+        }
+    )
 
 
-@pytest.mark.parametrize(("resolution", "channels", "n_classes", "attention", "width", "multipliers", "expected"), SIZES)
+@pytest.mark.parametrize(
+    ("resolution", "channels", "n_classes", "attention", "width", "multipliers", "expected"), SIZES
+)
 def test_every_published_size_comes_out_to_the_parameter(
-    resolution: int, channels: int, n_classes: int, attention: tuple[int, ...], width: int, multipliers: tuple[int, ...], expected: int
+    resolution: int,
+    channels: int,
+    n_classes: int,
+    attention: tuple[int, ...],
+    width: int,
+    multipliers: tuple[int, ...],
+    expected: int,
 ) -> None:
     config = settings(resolution, channels, width=width, multipliers=multipliers, attention=attention)
     with torch.device("meta"):
@@ -71,16 +87,28 @@ def test_a_fresh_block_passes_its_input_on_divided_by_sqrt_2_and_again_by_its_at
 
 def test_attention_follows_every_block_down_the_first_in_the_middle_and_the_last_of_a_level_up() -> None:
     network = DDPMpp(32, 3, 0, width=8, multipliers=(1, 2, 2), attention=(16,))
-    placed = [[block.attention is not None for block in part] for part in (network.encoder, network.middle, network.decoder)]
-    down, up = [False, False, False, True, True, False, False, False], [False, False, False, False, False, False, True, False, False, False, False]
+    placed = [
+        [block.attention is not None for block in part]
+        for part in (network.encoder, network.middle, network.decoder)
+    ]
+    down, up = (
+        [False, False, False, True, True, False, False, False],
+        [False, False, False, False, False, False, True, False, False, False, False],
+    )
     assert placed == [down, [True, False], up]
     assert [block.resample for block in network.decoder] == ["none", "none", "none", "up"] * 2 + ["none"] * 3
 
 
 def test_attention_is_scaled_dot_product_attention_over_positions(perturbed) -> None:
     layer, images = perturbed(Attention(8)), torch.randn(2, 8, 3, 5)
-    query, key, value = (part.transpose(1, 2) for part in layer.query_key_value(layer.norm(images)).flatten(2).chunk(3, dim=1))
-    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(2, 8, 3, 5)
+    query, key, value = (
+        part.transpose(1, 2) for part in layer.query_key_value(layer.norm(images)).flatten(2).chunk(3, dim=1)
+    )
+    mixed = (
+        torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        .transpose(1, 2)
+        .reshape(2, 8, 3, 5)
+    )
     assert torch.allclose(layer(images), (images + layer.output(mixed)) / math.sqrt(2), atol=1e-5)
 
 
@@ -118,14 +146,29 @@ def test_sinusoidal_embedding_runs_from_frequency_1_to_1e_4() -> None:
 def test_norms_have_a_quarter_of_the_channels_as_groups_and_at_most_32() -> None:
     with torch.device("meta"):
         modules = list(DDPMpp(32, 3, 10).modules()) + list(DDPMpp(32, 3, 10, width=96).modules())
-    norms = {module.num_channels: (module.num_groups, module.eps) for module in modules if isinstance(module, torch.nn.GroupNorm)}
-    assert norms == {channels: (min(channels // 4, 32), 1e-6) for channels in (32, 64, 96, 128, 192, 288, 384)}
+    norms = {
+        module.num_channels: (module.num_groups, module.eps)
+        for module in modules
+        if isinstance(module, torch.nn.GroupNorm)
+    }
+    assert norms == {
+        channels: (min(channels // 4, 32), 1e-6) for channels in (32, 64, 96, 128, 192, 288, 384)
+    }
 
 
 def test_groups_divide_the_channels() -> None:
-    assert [groups(32, 8), groups(96, 24), groups(288, 32), groups(10, 2), groups(14, 3), groups(3, 32)] == [8, 24, 32, 2, 2, 3]
+    assert [groups(32, 8), groups(96, 24), groups(288, 32), groups(10, 2), groups(14, 3), groups(3, 32)] == [
+        8,
+        24,
+        32,
+        2,
+        2,
+        3,
+    ]
 
 
 def test_a_resolution_that_cannot_be_halved_is_told_by_its_key() -> None:
-    with pytest.raises(UserError, match=r"model\.multipliers: 4 levels need a data\.resolution divisible by 8, not 28"):
+    with pytest.raises(
+        UserError, match=r"model\.multipliers: 4 levels need a data\.resolution divisible by 8, not 28"
+    ):
         build_diffusion(settings(28, 1, multipliers=(1, 2, 2, 2)), 10)

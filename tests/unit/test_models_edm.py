@@ -1,4 +1,7 @@
-"""The EDM formulation against closed forms: preconditioning, loss, and both samplers on a Gaussian, whose denoiser is known."""
+"""The EDM formulation against closed forms.
+
+Preconditioning, loss, and both samplers on a Gaussian, whose denoiser is known.
+"""
 
 import math
 from itertools import pairwise
@@ -40,24 +43,36 @@ class GaussianDenoiser(nn.Module):
 
 
 def levels(steps: int) -> list[float]:
-    """The noise levels of the paper's equation 5, in another form: a geometric-like mean of the ends' 7th roots."""
-    return [((1 - i / (steps - 1)) * 80 ** (1 / 7) + i / (steps - 1) * 0.002 ** (1 / 7)) ** 7 for i in range(steps)] + [0.0]
+    """The noise levels of the paper's equation 5, in another form.
+
+    A geometric-like mean of the ends' 7th roots.
+    """
+    return [
+        ((1 - i / (steps - 1)) * 80 ** (1 / 7) + i / (steps - 1) * 0.002 ** (1 / 7)) ** 7
+        for i in range(steps)
+    ] + [0.0]
 
 
 def test_the_image_comes_back_as_the_noise_vanishes() -> None:
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    assert torch.allclose(edm.Denoiser(Constant(5.0))(images, torch.full((2,), 1e-6), None), images, atol=1e-4)
+    assert torch.allclose(
+        edm.Denoiser(Constant(5.0))(images, torch.full((2,), 1e-6), None), images, atol=1e-4
+    )
 
 
 def test_the_output_is_the_network_s_as_the_noise_drowns_the_image() -> None:
     images = torch.rand(1, 1, 4, 4)
-    assert torch.allclose(edm.Denoiser(Constant(2.0))(images, torch.tensor([1e6]), None), torch.tensor(2.0 * SD), atol=1e-4)
+    assert torch.allclose(
+        edm.Denoiser(Constant(2.0))(images, torch.tensor([1e6]), None), torch.tensor(2.0 * SD), atol=1e-4
+    )
 
 
 def test_the_network_s_input_has_unit_variance_and_its_noise_label_is_a_quarter_of_ln_sigma() -> None:
     network, sigma = Constant(), torch.tensor([0.002, 0.5, 80.0])
     images = SD * torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    noisy = images + sigma[:, None, None, None] * torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    noisy = images + sigma[:, None, None, None] * torch.randn(
+        3, 3, 64, 64, generator=torch.Generator().manual_seed(1)
+    )
     edm.Denoiser(network)(noisy, sigma, None)
     inputs, c_noise, _ = network.calls[0]
     assert torch.allclose(inputs.flatten(1).std(1), torch.ones(3), atol=0.03)
@@ -83,11 +98,15 @@ def test_a_perfect_denoiser_has_no_loss() -> None:
         def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
             return images
 
-    assert edm.loss(Perfect(), images, None, torch.tensor([0.1, 10.0]), torch.randn(2, 1, 4, 4)).abs().max() == 0
+    assert (
+        edm.loss(Perfect(), images, None, torch.tensor([0.1, 10.0]), torch.randn(2, 1, 4, 4)).abs().max() == 0
+    )
 
 
 def test_training_noise_levels_are_log_normal() -> None:
-    assert torch.allclose(edm.draw_sigma(torch.tensor([-1.0, 0.0, 1.0])).log(), torch.tensor([-2.4, -1.2, 0.0]), atol=1e-6)
+    assert torch.allclose(
+        edm.draw_sigma(torch.tensor([-1.0, 0.0, 1.0])).log(), torch.tensor([-2.4, -1.2, 0.0]), atol=1e-6
+    )
 
 
 def test_pixels_survive_the_way_to_floats_and_back() -> None:
@@ -96,7 +115,9 @@ def test_pixels_survive_the_way_to_floats_and_back() -> None:
     assert unit.dtype == torch.float32
     assert (unit.min(), unit.max()) == (-1, 1)
     assert torch.equal(edm.to_uint8(unit), pixels)
-    assert torch.equal(edm.to_uint8(torch.tensor([-7.0, 7.0, 0.999])), torch.tensor([0, 255, 255], dtype=torch.uint8))
+    assert torch.equal(
+        edm.to_uint8(torch.tensor([-7.0, 7.0, 0.999])), torch.tensor([0, 255, 255], dtype=torch.uint8)
+    )
 
 
 def test_guidance_0_needs_one_network_call_and_guidance_g_leads_away_from_no_label() -> None:
@@ -108,7 +129,9 @@ def test_guidance_0_needs_one_network_call_and_guidance_g_leads_away_from_no_lab
     assert len(network.calls) == 3
     assert network.calls[2][2] is None
     # F = 0.5 + label with one, 0.5 without: D_cond + 2 (D_cond - D_uncond) = c_out (0.5 + 3 label).
-    assert torch.allclose(guided / plain, ((0.5 + 3 * labels) / (0.5 + labels))[:, None, None, None].expand_as(plain))
+    assert torch.allclose(
+        guided / plain, ((0.5 + 3 * labels) / (0.5 + labels))[:, None, None, None].expand_as(plain)
+    )
 
 
 def test_euler_follows_its_closed_form_on_a_gaussian() -> None:
@@ -122,8 +145,11 @@ def test_euler_follows_its_closed_form_on_a_gaussian() -> None:
 
 
 @pytest.mark.parametrize(("sampler", "steps", "tolerance"), [("euler", 1000, 0.01), ("heun", 50, 0.01)])
-def test_samplers_converge_to_the_exact_flow(sampler: Literal["euler", "heun"], steps: int, tolerance: float) -> None:
-    # d(x - mean)/d sigma = sigma (x - mean) / (deviation^2 + sigma^2), so x - mean shrinks like sqrt(deviation^2 + sigma^2).
+def test_samplers_converge_to_the_exact_flow(
+    sampler: Literal["euler", "heun"], steps: int, tolerance: float
+) -> None:
+    # d(x - mean)/d sigma = sigma (x - mean) / (deviation^2 + sigma^2), so x - mean shrinks like
+    # sqrt(deviation^2 + sigma^2).
     denoiser, latents = GaussianDenoiser(-0.1, 0.4), torch.randn(4, 1, 2, 2)
     images = edm.sample(denoiser, latents, None, sampler, steps)
     exact = -0.1 + (80 * latents + 0.1) * 0.4 / math.hypot(0.4, 80)
@@ -144,16 +170,26 @@ def test_halving_the_steps_halves_euler_s_error_and_quarters_heun_s() -> None:
     assert error("heun", 72) / error("heun", 144) == pytest.approx(4, abs=0.5)
 
 
-def test_the_stochastic_sampler_keeps_mean_and_variance_and_asks_for_noise_only_between_s_min_and_s_max() -> None:
+def test_the_stochastic_sampler_keeps_mean_and_variance_and_asks_for_noise_only_between_s_min_and_s_max() -> (
+    None
+):
     generator, asked = torch.Generator().manual_seed(0), []
 
     def churn(step: int) -> Tensor:
         asked.append(step)
         return torch.randn(100, 1, 16, 16, generator=generator)
 
-    images = edm.sample(GaussianDenoiser(0.3, 0.5), torch.randn(100, 1, 16, 16, generator=generator), None, "heun", 200, churn_noise=churn)
+    images = edm.sample(
+        GaussianDenoiser(0.3, 0.5),
+        torch.randn(100, 1, 16, 16, generator=generator),
+        None,
+        "heun",
+        200,
+        churn_noise=churn,
+    )
     assert asked == [i for i, level in enumerate(levels(200)[:-1]) if 0.05 <= level <= 50]
-    # 25,600 pixels: the standard errors of mean and deviation are 0.003 and 0.0022; S_noise = 1.003 and the steps widen by less than 1 %.
+    # 25,600 pixels: the standard errors of mean and deviation are 0.003 and 0.0022; S_noise = 1.003 and the
+    # steps widen by less than 1 %.
     assert images.mean().item() == pytest.approx(0.3, abs=0.015)
     assert images.std().item() == pytest.approx(0.5, abs=0.01)
 
@@ -162,7 +198,11 @@ def test_churn_changes_the_samples_and_equal_churn_repeats_them() -> None:
     denoiser, latents = GaussianDenoiser(0.0, 0.5), torch.randn(2, 1, 2, 2)
 
     def run(seed: int | None) -> Tensor:
-        noise = None if seed is None else lambda step: torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(seed + step))
+        noise = (
+            None
+            if seed is None
+            else lambda step: torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(seed + step))
+        )
         return edm.sample(denoiser, latents, None, "heun", 10, churn_noise=noise)
 
     assert torch.equal(run(1), run(1))
@@ -172,4 +212,9 @@ def test_churn_changes_the_samples_and_equal_churn_repeats_them() -> None:
 def test_the_sampler_hands_labels_and_guidance_on() -> None:
     network = Constant()
     edm.sample(edm.Denoiser(network), torch.randn(2, 1, 4, 4), torch.tensor([4, 2]), "euler", 2, guidance=1.0)
-    assert [labels if labels is None else labels.tolist() for _, _, labels in network.calls] == [[4, 2], None, [4, 2], None]
+    assert [labels if labels is None else labels.tolist() for _, _, labels in network.calls] == [
+        [4, 2],
+        None,
+        [4, 2],
+        None,
+    ]

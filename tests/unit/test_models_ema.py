@@ -23,7 +23,8 @@ def test_the_ramp_is_min_of_decay_and_1_plus_n_over_10_plus_n() -> None:
         with torch.no_grad():
             module.weight.fill_(value)
         ema.update()
-    # The share of the n-th weights is (1 - d_n) times the product of the decays after it; the ramp reaches 0.5 at n = 8.
+    # The share of the n-th weights is (1 - d_n) times the product of the decays after it; the ramp reaches
+    # 0.5 at n = 8.
     decays = torch.tensor([min(0.5, (1 + n) / (10 + n)) for n in range(1, 31)], dtype=torch.float64)
     shares = (1 - decays) * torch.tensor([decays[n + 1 :].prod() for n in range(30)])
     assert decays[6] < 0.5 == decays[7]

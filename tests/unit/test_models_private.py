@@ -1,4 +1,4 @@
-"""What per-image gradients ask of the networks that see sensitive images: DDPM++ and BigGAN's discriminator."""
+"""What per-image gradients require of networks that see sensitive images: DDPM++, BigGAN."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,11 +16,18 @@ Case = tuple[nn.Module, Callable[[Tensor], tuple]]
 
 def _diffusion(resolution: int, channels: int, n_classes: int, **model: object) -> Case:
     network = DDPMpp(resolution, channels, n_classes, width=8, **model)  # type: ignore[arg-type]
-    return network, lambda images: (images, torch.linspace(-1, 1, len(images)), torch.arange(len(images)) if n_classes else None)
+    return network, lambda images: (
+        images,
+        torch.linspace(-1, 1, len(images)),
+        torch.arange(len(images)) if n_classes else None,
+    )
 
 
 def _discriminator(resolution: int, channels: int) -> Case:
-    return Discriminator(resolution, channels, 10, width=32), lambda images: (images, torch.arange(len(images)))
+    return Discriminator(resolution, channels, 10, width=32), lambda images: (
+        images,
+        torch.arange(len(images)),
+    )
 
 
 @pytest.fixture(
@@ -34,7 +41,16 @@ def _discriminator(resolution: int, channels: int) -> Case:
         lambda: (*_discriminator(32, 3), 32, 3),
         lambda: (*_discriminator(64, 3), 64, 3),
     ],
-    ids=["diffusion-8", "diffusion-28", "diffusion-32", "diffusion-64", "discriminator-8", "discriminator-28", "discriminator-32", "discriminator-64"],
+    ids=[
+        "diffusion-8",
+        "diffusion-28",
+        "diffusion-32",
+        "diffusion-64",
+        "discriminator-8",
+        "discriminator-28",
+        "discriminator-32",
+        "discriminator-64",
+    ],
 )
 def case(request, perturbed):
     """(network with weights that are nowhere zero, arguments from images, images)."""
@@ -45,7 +61,9 @@ def case(request, perturbed):
 
 def test_parameters_live_in_four_kinds_of_layers_and_there_are_no_statistics(case) -> None:
     network, _, _ = case
-    assert {type(module) for module in network.modules() if list(module.parameters(recurse=False))} <= set(LAYERS)
+    assert {type(module) for module in network.modules() if list(module.parameters(recurse=False))} <= set(
+        LAYERS
+    )
     assert not list(network.buffers())
 
 
@@ -58,7 +76,11 @@ def test_each_layer_runs_exactly_once_and_every_parameter_gets_a_gradient(case) 
     network(*arguments(images)).square().sum().backward()
     assert set(calls) == {name for name, module in network.named_modules() if isinstance(module, LAYERS)}
     assert set(calls.values()) == {1}
-    assert [name for name, value in network.named_parameters() if value.grad is None or not value.grad.abs().sum() > 1e-4] == []
+    assert [
+        name
+        for name, value in network.named_parameters()
+        if value.grad is None or not value.grad.abs().sum() > 1e-4
+    ] == []
 
 
 def test_no_image_touches_the_output_of_another(case) -> None:
@@ -75,6 +97,10 @@ def test_layer_outputs_are_not_changed_in_place(case) -> None:
     kept: list[tuple[str, Tensor, Tensor]] = []
     for name, module in network.named_modules():
         if isinstance(module, LAYERS):
-            module.register_forward_hook(lambda _m, inputs, output, name=name: kept.extend((name, t, t.detach().clone()) for t in (inputs[0], output)))
+            module.register_forward_hook(
+                lambda _m, inputs, output, name=name: kept.extend(
+                    (name, t, t.detach().clone()) for t in (inputs[0], output)
+                )
+            )
     network(*arguments(images))
     assert [name for name, now, then in kept if not torch.equal(now, then)] == []

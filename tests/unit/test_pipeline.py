@@ -30,16 +30,22 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict:
     def stand_in(stage: str) -> Callable:
         def run(*arguments) -> dict:
             ran.append(stage)
-            return own.get(stage, lambda *_: {"images": 10, "count": 960, "classes": list(map(str, range(48)))})(*arguments)
+            return own.get(
+                stage, lambda *_: {"images": 10, "count": 960, "classes": list(map(str, range(48)))}
+            )(*arguments)
 
         return run
 
     for stage in METHODS["privimage+d"].stages:
-        monkeypatch.setitem(sys.modules, f"privimage.stages.{stage}", types.SimpleNamespace(run=stand_in(stage)))
+        monkeypatch.setitem(
+            sys.modules, f"privimage.stages.{stage}", types.SimpleNamespace(run=stand_in(stage))
+        )
     return own
 
 
-def test_the_stages_of_the_method_run_in_order_and_finished_ones_are_skipped(tiny_config: Config, stages: dict):
+def test_the_stages_of_the_method_run_in_order_and_finished_ones_are_skipped(
+    tiny_config: Config, stages: dict
+):
     write_json(RunDir(tiny_config.run.dir).stage("query") / "done.json", {"images": 1})
     assert pipeline.run(tiny_config) == 0
     assert stages["ran"] == ["prepare", "select", "pretrain", "finetune", "synthesize", "evaluate"]
@@ -62,11 +68,16 @@ def test_the_peak_of_memory_is_that_of_the_stage(tiny_config: Config, stages: di
 
     stages["prepare"] = hungry
     assert pipeline.run(tiny_config, ["prepare", "query"]) == 0
-    peaks = [read_json(tiny_config.run.dir / name / "done.json")["peak_memory_bytes"] for name in ("prepare", "query")]
+    peaks = [
+        read_json(tiny_config.run.dir / name / "done.json")["peak_memory_bytes"]
+        for name in ("prepare", "query")
+    ]
     assert peaks[0] > peaks[1] + 200e6
 
 
-def test_a_mistake_is_told_in_one_line_and_the_status_is_2(tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture):
+def test_a_mistake_is_told_in_one_line_and_the_status_is_2(
+    tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
+):
     def mistaken(config, run, world):
         raise UserError("data.public.path: not there")
 
@@ -76,7 +87,9 @@ def test_a_mistake_is_told_in_one_line_and_the_status_is_2(tiny_config: Config, 
     assert stages["ran"] == ["prepare", "query"]
 
 
-def test_settings_of_a_stage_that_failed_before_it_did_anything_may_be_mended(tiny_config: Config, stages: dict, tmp_path: Path):
+def test_settings_of_a_stage_that_failed_before_it_did_anything_may_be_mended(
+    tiny_config: Config, stages: dict, tmp_path: Path
+):
     def mistaken(config, run, world):
         run.stage("prepare")
         raise UserError("data.public.path: not there")
@@ -87,7 +100,9 @@ def test_settings_of_a_stage_that_failed_before_it_did_anything_may_be_mended(ti
     assert pipeline.run(load(TINY, [f"run.dir={tiny_config.run.dir}", "data.resolution=16"])) == 0
 
 
-def test_an_error_that_nobody_foresaw_shows_where_it_happened_and_the_status_is_1(tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture):
+def test_an_error_that_nobody_foresaw_shows_where_it_happened_and_the_status_is_1(
+    tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
+):
     stages["prepare"] = lambda config, run, world: 1 // 0
     assert pipeline.run(tiny_config) == 1
     told = capfd.readouterr().err
@@ -95,7 +110,9 @@ def test_an_error_that_nobody_foresaw_shows_where_it_happened_and_the_status_is_
     assert "ZeroDivisionError" in told
 
 
-def test_a_stopped_run_has_status_75_and_goes_on(tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture):
+def test_a_stopped_run_has_status_75_and_goes_on(
+    tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
+):
     def stopped(config, run, world):
         (run.stage("prepare") / "half").touch()
         raise Stopped("prepare: saved")
@@ -120,20 +137,26 @@ def test_a_signal_between_two_stages_ends_the_run_before_the_next(tiny_config: C
     assert stages["ran"] == ["prepare", "query"]
 
 
-def test_a_second_run_in_the_same_directory_is_refused(tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture):
+def test_a_second_run_in_the_same_directory_is_refused(
+    tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
+):
     with RunDir(tiny_config.run.dir).lock():
         assert pipeline.run(tiny_config) == 2
     assert "another run is using this directory" in capfd.readouterr().err
     assert stages["ran"] == []
 
 
-def test_a_stage_that_the_method_does_not_have_is_refused(tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture):
+def test_a_stage_that_the_method_does_not_have_is_refused(
+    tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
+):
     config = load(TINY, ["method=dpdm", f"run.dir={tiny_config.run.dir}"])
     assert pipeline.run(config, ["query"]) == 2
     assert "dpdm has no stage query; it runs finetune, synthesize, evaluate" in capfd.readouterr().err
 
 
-def test_the_plan_is_settled_when_the_query_has_drawn_from_it(tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture):
+def test_the_plan_is_settled_when_the_query_has_drawn_from_it(
+    tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
+):
     def select(config, run, world):
         write_json(run.private / "account.json", {})
         return {"images": 1}
@@ -142,7 +165,9 @@ def test_the_plan_is_settled_when_the_query_has_drawn_from_it(tiny_config: Confi
     assert pipeline.run(tiny_config, ["select"]) == 0
     assert pipeline.run(load(TINY, [f"run.dir={tiny_config.run.dir}", "finetune.steps=9"]), ["finetune"]) == 2
     assert "finetune.steps was 8, now 9" in capfd.readouterr().err
-    assert not RunDir(tiny_config.run.dir).clashes(load(TINY, [f"run.dir={tiny_config.run.dir}", "finetune.checkpoint_every=9"]))
+    assert not RunDir(tiny_config.run.dir).clashes(
+        load(TINY, [f"run.dir={tiny_config.run.dir}", "finetune.checkpoint_every=9"])
+    )
 
 
 @pytest.fixture
@@ -169,7 +194,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Ca
         (("privacy", "nowhere"), "nowhere"),
     ],
 )
-def test_the_command_tells_mistakes_in_one_line_with_status_2(command: Callable, arguments: tuple[str, ...], told: str):
+def test_the_command_tells_mistakes_in_one_line_with_status_2(
+    command: Callable, arguments: tuple[str, ...], told: str
+):
     status, _, err = command(*arguments)
     assert status == 2
     assert err.startswith("privimage: error: ")
@@ -194,7 +221,9 @@ def test_the_command_ends_with_the_status_of_the_pipeline(command: Callable, sta
     assert stages["ran"] == ["prepare", "query"]
 
 
-def test_ranks_that_torchrun_starts_again_after_a_mistake_end_at_once_with_its_status(command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_ranks_that_torchrun_starts_again_after_a_mistake_end_at_once_with_its_status(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("PRIVIMAGE_STATUS_FILE", str(tmp_path / "status"))
     assert command("run", "nothing.yaml")[0] == 2
     assert (tmp_path / "status").read_text() == "2\n"
@@ -202,20 +231,43 @@ def test_ranks_that_torchrun_starts_again_after_a_mistake_end_at_once_with_its_s
     assert command("run", "nothing.yaml") == (2, "", "")
 
 
-@pytest.mark.parametrize(("flags", "found"), [("avx2 amx_bf16 amx_tile", "bf16"), ("avx512f avx512_bf16", "bf16"), ("avx2 fma", "fp32")])
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [("avx2 amx_bf16 amx_tile", "bf16"), ("avx512f avx512_bf16", "bf16"), ("avx2 fma", "fp32")],
+)
 def test_auto_is_the_precision_that_the_processor_is_fast_in(
     flags: str, found: str, tmp_path: Path, tiny_config: Config, stages: dict, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "cpuinfo").write_text(flags)
     monkeypatch.setattr(precision, "PROCESSOR", tmp_path / "cpuinfo")
     seen = []
-    stages["prepare"] = lambda config, run, world: seen.append((config.runtime.precision, config.finetune.precision)) or {"images": 1}
+    stages["prepare"] = lambda config, run, world: (
+        seen.append((config.runtime.precision, config.finetune.precision)) or {"images": 1}
+    )
     folder = tiny_config.run.dir
-    assert pipeline.run(load(TINY, [f"run.dir={folder}", "runtime.precision=auto", "finetune.precision=auto", "runtime.device=cpu"]), ["prepare"]) == 0
+    assert (
+        pipeline.run(
+            load(
+                TINY,
+                [
+                    f"run.dir={folder}",
+                    "runtime.precision=auto",
+                    "finetune.precision=auto",
+                    "runtime.device=cpu",
+                ],
+            ),
+            ["prepare"],
+        )
+        == 0
+    )
     assert seen == [(found, found)]
-    assert load(folder / "config.yaml").runtime.precision == "auto"  # the run may go on with another kind of machine
+    assert (
+        load(folder / "config.yaml").runtime.precision == "auto"
+    )  # the run may go on with another kind of machine
 
 
 def test_a_precision_that_was_chosen_stays(tiny_config: Config, stages: dict):
-    stages["prepare"] = lambda config, run, world: {"images": 1} if (config.runtime.precision, config.finetune.precision) == ("fp32", "fp32") else {}
+    stages["prepare"] = lambda config, run, world: (
+        {"images": 1} if (config.runtime.precision, config.finetune.precision) == ("fp32", "fp32") else {}
+    )
     assert pipeline.run(tiny_config, ["prepare"]) == 0

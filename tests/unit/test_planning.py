@@ -18,8 +18,12 @@ def said(capsys: pytest.CaptureFixture, config: Path, *overrides: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("epsilon", "pld", "rdp"), [(10, "2.171", "2.31 "), (5, "3.736", "3.994"), (1, "15.18", "16.46")])
-def test_the_papers_cifar10_has_its_parameters_and_noise(capsys: pytest.CaptureFixture, epsilon: int, pld: str, rdp: str):
+@pytest.mark.parametrize(
+    ("epsilon", "pld", "rdp"), [(10, "2.171", "2.31 "), (5, "3.736", "3.994"), (1, "15.18", "16.46")]
+)
+def test_the_papers_cifar10_has_its_parameters_and_noise(
+    capsys: pytest.CaptureFixture, epsilon: int, pld: str, rdp: str
+):
     text = said(capsys, CONFIGS / "paper" / f"cifar10-eps{epsilon}.yaml", "runtime.device=cpu")
     assert "1,754,499 parameters" in text
     without_query = text.split("(the same without a")[1]
@@ -28,20 +32,29 @@ def test_the_papers_cifar10_has_its_parameters_and_noise(capsys: pytest.CaptureF
     assert "warning" not in text
 
 
-def test_both_networks_of_a_gan_are_counted_and_its_steps_are_those_of_the_discriminator(capsys: pytest.CaptureFixture):
+def test_both_networks_of_a_gan_are_counted_and_its_steps_are_those_of_the_discriminator(
+    capsys: pytest.CaptureFixture,
+):
     text = said(capsys, TINY, "method=nonprivg")
     assert "generator: 164,993 parameters discriminator: 67,043 parameters" in text
     assert "│ pretrain │ 24 │ 32 │" in text and "│ finetune │ 8 │ 64 │" in text
 
 
 def test_a_query_whose_noise_is_loud_beside_a_small_set_is_told(capsys: pytest.CaptureFixture):
-    loud, quiet = (said(capsys, CONFIGS / "quickstart.yaml", "privacy.epsilon=1", f"select.max_rise={rise}") for rise in (0.005, 0.2))
-    assert re.search(r"warning: noise of 3\d\.\d votes a bin is loud beside the 144 votes of a sensitive class", loud)
+    loud, quiet = (
+        said(capsys, CONFIGS / "quickstart.yaml", "privacy.epsilon=1", f"select.max_rise={rise}")
+        for rise in (0.005, 0.2)
+    )
+    assert re.search(
+        r"warning: noise of 3\d\.\d votes a bin is loud beside the 144 votes of a sensitive class", loud
+    )
     assert "warning" not in quiet
 
 
 def test_a_delta_of_more_than_one_in_n_is_told(capsys: pytest.CaptureFixture):
-    assert "is not below 1/N" in said(capsys, CONFIGS / "quickstart.yaml", "method=dpdm", "privacy.delta=0.01", "privacy.epsilon=1")
+    assert "is not below 1/N" in said(
+        capsys, CONFIGS / "quickstart.yaml", "method=dpdm", "privacy.delta=0.01", "privacy.epsilon=1"
+    )
 
 
 def test_a_set_of_unknown_size_is_a_mistake_in_one_line():

@@ -1,4 +1,7 @@
-"""What is missing is told before the first stage: a line for each mistake, exit status 2, and nothing is begun."""
+"""What is missing is told before the first stage.
+
+A line for each mistake, exit status 2, and nothing is begun.
+"""
 
 import json
 import shutil
@@ -25,7 +28,10 @@ BEGINNING = {".lock", "config.yaml", "failed.json"}  # all that a run that was r
 
 @pytest.fixture
 def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable:
-    """`door(*overrides)` runs the tiny configuration with stages that only note that they ran: (status, lines told, stages)."""
+    """`door(*overrides)` runs the tiny configuration with stages that only note that they ran.
+
+    (status, lines told, stages).
+    """
 
     def call(*overrides: str, stages: tuple[str, ...] = ()) -> tuple[int, list[str], list[str]]:
         ran: list[str] = []
@@ -38,7 +44,11 @@ def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
 
 def of_npz(folder: Path, **arrays: np.ndarray) -> tuple[str, ...]:
     np.savez(folder / "set.npz", **arrays)
-    return "data.sensitive.kind=npz", f"data.sensitive.path={folder / 'set.npz'}", "finetune.logical_batch_size=20"
+    return (
+        "data.sensitive.kind=npz",
+        f"data.sensitive.path={folder / 'set.npz'}",
+        "finetune.logical_batch_size=20",
+    )
 
 
 def good(folder: Path, **arrays: np.ndarray) -> tuple[str, ...]:
@@ -52,7 +62,11 @@ def with_held_out(folder: Path, **arrays: np.ndarray) -> tuple[str, ...]:
 
 def undecodable(folder: Path) -> tuple[str, ...]:
     (save_folder(folder / "set", numbered(30), LABELS) / "class1" / "0000.png").write_bytes(b"text")
-    return "data.sensitive.kind=folder", f"data.sensitive.path={folder / 'set'}", "finetune.logical_batch_size=20"
+    return (
+        "data.sensitive.kind=folder",
+        f"data.sensitive.path={folder / 'set'}",
+        "finetune.logical_batch_size=20",
+    )
 
 
 def public_npz(folder: Path) -> tuple[str, ...]:
@@ -82,40 +96,66 @@ def other_weights(folder: Path) -> tuple[str, ...]:
 DEEPSPEED = "pretrain.engine=deepspeed"
 # fmt: off
 MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
-    "no sensitive file": (file_of(None, "data.sensitive.path", "nowhere.npz", "data.sensitive.kind=npz"), "nowhere.npz: no such file"),
-    "no sensitive path": (lambda _: ("data.sensitive.kind=folder",), "data.sensitive.path: kind folder needs one"),
-    "not images": (lambda d: good(d, images=numbered(30).astype(np.float32)), "set.npz: images must be uint8"),
+    "no sensitive file": (file_of(None, "data.sensitive.path", "nowhere.npz", "data.sensitive.kind=npz"),
+        "nowhere.npz: no such file"),
+    "no sensitive path": (lambda _: ("data.sensitive.kind=folder",),
+        "data.sensitive.path: kind folder needs one"),
+    "not images": (lambda d: good(d, images=numbered(30).astype(np.float32)),
+        "set.npz: images must be uint8"),
     "a damaged image": (undecodable, "class1/0000.png: not readable as an image"),
-    "unnamed classes": (lambda d: of_npz(d, images=numbered(30), labels=LABELS), "data.sensitive.classes: needed, since"),
-    "another count": (lambda d: (*good(d), "data.sensitive.count=31"), "data.sensitive.count: 31 was stated, the data have 30"),
-    "other classes": (lambda d: (*good(d), "data.sensitive.classes=4"), "data.sensitive.classes: 4 was stated"),
-    "no held-out file": (lambda d: (*good(d), f"data.sensitive.test_path={d / 'lost.npz'}"), "lost.npz: no such file"),
-    "a strange class": (lambda d: with_held_out(d, classes=np.array(["x", "y", "w"])), "test.npz: its class 'w' is no class"),
-    "no public folder": (lambda _: ("data.public.kind=folder", "data.public.path=lost"), "lost: no such file or folder"),
+    "unnamed classes": (lambda d: of_npz(d, images=numbered(30), labels=LABELS),
+        "data.sensitive.classes: needed, since"),
+    "another count": (lambda d: (*good(d), "data.sensitive.count=31"),
+        "data.sensitive.count: 31 was stated, the data have 30"),
+    "other classes": (lambda d: (*good(d), "data.sensitive.classes=4"),
+        "data.sensitive.classes: 4 was stated"),
+    "no held-out file": (lambda d: (*good(d), f"data.sensitive.test_path={d / 'lost.npz'}"),
+        "lost.npz: no such file"),
+    "a strange class": (lambda d: with_held_out(d, classes=np.array(["x", "y", "w"])),
+        "test.npz: its class 'w' is no class"),
+    "no public folder": (lambda _: ("data.public.kind=folder", "data.public.path=lost"),
+        "lost: no such file or folder"),
     "no public path": (lambda _: ("data.public.kind=beton",), "data.public.path: kind beton needs one"),
-    "another shape": (public_store, "public.npy: holds images of shape (1, 16, 16), data.channels and data.resolution"),
-    "one public class": (lambda d: (*public_npz(d), *good(d)), "query.semantics: the public set has one class"),
-    "clusters": (lambda _: ("query.semantics=clusters", "query.clusters=2000"), "query.clusters: 2000 are more than the 960"),
+    "another shape": (public_store,
+        "public.npy: holds images of shape (1, 16, 16), data.channels and data.resolution"),
+    "one public class": (lambda d: (*public_npz(d), *good(d)),
+        "query.semantics: the public set has one class"),
+    "clusters": (lambda _: ("query.semantics=clusters", "query.clusters=2000"),
+        "query.clusters: 2000 are more than the 960"),
     "k1": (lambda _: ("select.per_image=49",), "select.per_image: 49 is more than the 48 public classes"),
-    "k2": (lambda _: ("select.per_class=5",), "select.per_class: 10 sensitive classes times 5 are more than the 48"),
-    "k2 by lot": (lambda _: ("method=random+d", "select.per_class=5"), "select.per_class: 10 sensitive classes times 5"),
-    "batch": (lambda _: ("finetune.logical_batch_size=1438",), "finetune.logical_batch_size: 1438 is more than the 1437"),
-    "epsilon": (lambda _: ("select.noise_multiplier=0.1",), "privacy.epsilon: 10.0 at delta 0.0001 cannot be kept"),
-    "levels": (lambda _: ("model.multipliers=[1,2,2,2,2]",), "model.multipliers: 5 levels need a data.resolution divisible"),
-    "map of a GAN": (lambda _: ("method=dpgan", "data.resolution=22"), "data.resolution: the GAN doubles a map"),
-    "engine": (lambda _: ("method=privimage+g", DEEPSPEED), "pretrain.engine: deepspeed trains one network and a GAN has two"),
-    "no DeepSpeed file": (lambda d: (DEEPSPEED, f"pretrain.deepspeed_config={d / 'ds.json'}"), "pretrain.deepspeed_config: "),
+    "k2": (lambda _: ("select.per_class=5",),
+        "select.per_class: 10 sensitive classes times 5 are more than the 48"),
+    "k2 by lot": (lambda _: ("method=random+d", "select.per_class=5"),
+        "select.per_class: 10 sensitive classes times 5"),
+    "batch": (lambda _: ("finetune.logical_batch_size=1438",),
+        "finetune.logical_batch_size: 1438 is more than the 1437"),
+    "epsilon": (lambda _: ("select.noise_multiplier=0.1",),
+        "privacy.epsilon: 10.0 at delta 0.0001 cannot be kept"),
+    "levels": (lambda _: ("model.multipliers=[1,2,2,2,2]",),
+        "model.multipliers: 5 levels need a data.resolution divisible"),
+    "map of a GAN": (lambda _: ("method=dpgan", "data.resolution=22"),
+        "data.resolution: the GAN doubles a map"),
+    "engine": (lambda _: ("method=privimage+g", DEEPSPEED),
+        "pretrain.engine: deepspeed trains one network and a GAN has two"),
+    "no DeepSpeed file": (lambda d: (DEEPSPEED, f"pretrain.deepspeed_config={d / 'ds.json'}"),
+        "pretrain.deepspeed_config: "),
     "DeepSpeed file": (file_of(b"{", "pretrain.deepspeed_config", "ds.json", DEEPSPEED), "ds.json: "),
     "ZeRO 3": (
-        file_of(json.dumps({"zero_optimization": {"stage": 3}}).encode(), "pretrain.deepspeed_config", "ds.json", DEEPSPEED),
+        file_of(json.dumps({"zero_optimization": {"stage": 3}}).encode(), "pretrain.deepspeed_config",
+            "ds.json", DEEPSPEED),
         "ds.json: zero_optimization.stage: ",
     ),
-    "no weights": (file_of(None, "evaluate.inception_weights", "weights.pth"), "evaluate.inception_weights: "),
-    "no features": (lambda _: ("evaluate.features='2048'",), "evaluate.inception_weights: evaluate.features=2048 needs"),
-    "damaged weights": (file_of(b"text", "evaluate.inception_weights", "weights.pth"), "weights.pth: not a state dict"),
+    "no weights": (file_of(None, "evaluate.inception_weights", "weights.pth"),
+        "evaluate.inception_weights: "),
+    "no features": (lambda _: ("evaluate.features='2048'",),
+        "evaluate.inception_weights: evaluate.features=2048 needs"),
+    "damaged weights": (file_of(b"text", "evaluate.inception_weights", "weights.pth"),
+        "weights.pth: not a state dict"),
     "other weights": (other_weights, "weights.pth: these are not the Inception 2015-12-05 weights"),
-    "no vectors": (file_of(None, "evaluate.word_vectors", "words.npz"), "words.npz: No such file or directory"),
-    "other vectors": (lambda d: (f"evaluate.word_vectors={save_npz(d / 'words.npz', LABELS, LABELS)}",), "words.npz: expected"),
+    "no vectors": (file_of(None, "evaluate.word_vectors", "words.npz"),
+        "words.npz: No such file or directory"),
+    "other vectors": (lambda d: (f"evaluate.word_vectors={save_npz(d / 'words.npz', LABELS, LABELS)}",),
+        "words.npz: expected"),
     "an array for vectors": (
         lambda d: (np.save(d / "words.npy", LABELS), f"evaluate.word_vectors={d / 'words.npy'}")[1:],
         "evaluate.word_vectors: ",
@@ -127,7 +167,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_line_before_anything_is_begun(mistake: str, door: Callable, tmp_path: Path) -> None:
+def test_a_mistake_is_told_in_one_line_before_anything_is_begun(
+    mistake: str, door: Callable, tmp_path: Path
+) -> None:
     prepare, told = MISTAKES[mistake]
     status, lines, ran = door(*(word for word in prepare(tmp_path) if word))
     errors = [line for line in lines if "held-out images: no accuracy" not in line and "in 0 s" not in line]
@@ -137,41 +179,68 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_begun(mistake: str, do
         assert {entry.name for entry in (tmp_path / "run").iterdir()} <= BEGINNING
 
 
-def test_all_mistakes_are_told_at_once_and_the_run_goes_on_when_they_are_mended(door: Callable, tmp_path: Path) -> None:
-    wrong = ("data.public.kind=npz", "data.public.path=lost.npz", "finetune.logical_batch_size=9999", "evaluate.word_vectors=lost")
+def test_all_mistakes_are_told_at_once_and_the_run_goes_on_when_they_are_mended(
+    door: Callable, tmp_path: Path
+) -> None:
+    wrong = (
+        "data.public.kind=npz",
+        "data.public.path=lost.npz",
+        "finetune.logical_batch_size=9999",
+        "evaluate.word_vectors=lost",
+    )
     status, lines, ran = door(*wrong)
     assert (status, ran) == (2, [])
-    assert [line.split(": ")[2] for line in lines] == ["lost.npz", "evaluate.word_vectors", "finetune.logical_batch_size"]
+    assert [line.split(": ")[2] for line in lines] == [
+        "lost.npz",
+        "evaluate.word_vectors",
+        "finetune.logical_batch_size",
+    ]
     assert all(line.startswith("privimage: error: ") for line in lines)
     assert (RunDir(tmp_path / "run").failure or "").endswith("no such file or folder (and 2 more)")
     assert door()[::2] == (0, list(load(TINY, []).spec.stages))
 
 
 def test_only_what_is_still_to_be_done_is_looked_at(door: Callable, tmp_path: Path) -> None:
-    lost = ("data.sensitive.kind=npz", "data.sensitive.path=lost.npz", "data.public.kind=npz", "data.public.path=lost.npz")
+    lost = (
+        "data.sensitive.kind=npz",
+        "data.sensitive.path=lost.npz",
+        "data.public.kind=npz",
+        "data.public.path=lost.npz",
+    )
     assert "lost.npz" in door(*lost, stages=("query", "select"))[1][0]
     assert door(*lost, stages=("query",))[0] == 0  # which needs neither
     for stage in load(TINY, []).spec.stages:
-        write_json(RunDir(tmp_path / "run").stage(stage) / "done.json", {"images": 1, "count": 1, "classes": ["a"]})
+        write_json(
+            RunDir(tmp_path / "run").stage(stage) / "done.json", {"images": 1, "count": 1, "classes": ["a"]}
+        )
     assert door(*lost)[0] == 0
 
 
-def test_without_held_out_images_the_run_goes_on_and_says_what_will_be_missing(door: Callable, tmp_path: Path) -> None:
+def test_without_held_out_images_the_run_goes_on_and_says_what_will_be_missing(
+    door: Callable, tmp_path: Path
+) -> None:
     status, lines, _ = door(*good(tmp_path))
     assert status == 0
-    assert lines == ["evaluate: data.sensitive.test_path names no held-out images: no accuracy will be measured"]
+    assert lines == [
+        "evaluate: data.sensitive.test_path names no held-out images: no accuracy will be measured"
+    ]
 
 
 @pytest.mark.parametrize(
     ("module", "told"),
     [
-        ("torch_fidelity", "evaluate: needs torch_fidelity, which is not installed; pip install torch-fidelity"),
+        (
+            "torch_fidelity",
+            "evaluate: needs torch_fidelity, which is not installed; pip install torch-fidelity",
+        ),
         ("tensorboard", "query: needs tensorboard, which is not installed; pip install tensorboard"),
         ("deepspeed", "pretrain: needs deepspeed, which is not installed; pip install 'privimage[cluster]'"),
         ("ffcv", "data.store: beton needs FFCV"),
     ],
 )
-def test_a_package_of_a_later_stage_is_looked_for(module: str, told: str, door: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_a_later_stage_is_looked_for(
+    module: str, told: str, door: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, module, None)
     more = {"deepspeed": (DEEPSPEED,), "ffcv": ("data.store=beton",)}.get(module, ())
     status, lines, ran = door(*more)
@@ -179,7 +248,9 @@ def test_a_package_of_a_later_stage_is_looked_for(module: str, told: str, door: 
     assert told in lines[0]
 
 
-def test_a_disk_without_room_is_told_with_the_numbers(door: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told_with_the_numbers(
+    door: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 << 20))
     status, lines, ran = door("synthesize.samples=500000")
@@ -188,13 +259,17 @@ def test_a_disk_without_room_is_told_with_the_numbers(door: Callable, monkeypatc
     assert "synthesize 61 MiB" in lines[0]
 
 
-@pytest.mark.parametrize("method", ["pdp-diffusion", "dpdm", "privimage+g", "dp-merf", "private-evolution", "nonprivd", "nonpriv"])
+@pytest.mark.parametrize(
+    "method", ["pdp-diffusion", "dpdm", "privimage+g", "dp-merf", "private-evolution", "nonprivd", "nonpriv"]
+)
 def test_other_methods_pass(method: str, door: Callable) -> None:
     status, lines, ran = door(f"method={method}")
     assert (status, lines, ran) == (0, [], list(load(TINY, [f"method={method}"]).spec.stages))
 
 
-def test_the_plan_that_was_made_at_the_door_is_not_made_again(door: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_that_was_made_at_the_door_is_not_made_again(
+    door: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from privimage.privacy import accounting
     from privimage.privacy.plan import make_plan
 
@@ -211,7 +286,8 @@ from privimage.config import load
 pipeline._run_stage = lambda name, *_: print("ran", name)
 tiny, folder, *overrides = sys.argv[1:]
 import os
-sys.exit(pipeline.run(load(tiny, [word.replace("RANK", os.environ["RANK"]) for word in (f"run.dir={folder}", *overrides)])))
+words = [word.replace("RANK", os.environ["RANK"]) for word in (f"run.dir={folder}", *overrides)]
+sys.exit(pipeline.run(load(tiny, words)))
 """
 
 

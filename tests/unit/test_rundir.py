@@ -1,4 +1,7 @@
-"""Run directories and checkpoints: whole or not at all, damage told in one line, settings that may not change."""
+"""Run directories and checkpoints.
+
+Whole or not at all, damage told in one line, settings that may not change.
+"""
 
 import errno
 import os
@@ -18,7 +21,9 @@ STATE = {"weights": {"a": torch.arange(1000.0)}, "step": 7, "names": ["x"]}
 def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c.pt", STATE)
     found = checkpoint.load(tmp_path / "c.pt")
-    assert found is not None and found["step"] == 7 and torch.equal(found["weights"]["a"], STATE["weights"]["a"])
+    assert (
+        found is not None and found["step"] == 7 and torch.equal(found["weights"]["a"], STATE["weights"]["a"])
+    )
     assert checkpoint.load(tmp_path / "none.pt") is None
 
 
@@ -29,7 +34,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     content = bytearray(path.read_bytes())
     if damage == "altered":
         content[len(content) // 2] ^= 1
-    path.write_bytes({"truncated": bytes(content[:-100]), "altered": bytes(content), "empty": b"", "other": b"hello" * 100}[damage])
+    path.write_bytes(
+        {
+            "truncated": bytes(content[:-100]),
+            "altered": bytes(content),
+            "empty": b"",
+            "other": b"hello" * 100,
+        }[damage]
+    )
     with pytest.raises(UserError, match=r"c\.pt: damaged checkpoint .* delete it"):
         checkpoint.load(path)
 
@@ -50,7 +62,9 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_full_disk_keeps_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "c.pt"
     checkpoint.save(path, STATE)
 
@@ -58,7 +72,10 @@ def test_a_full_disk_keeps_the_checkpoint_that_was_there(tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"c\.pt: could not be written \(No space left on device\); what was there before is kept"):
+    with pytest.raises(
+        UserError,
+        match=r"c\.pt: could not be written \(No space left on device\); what was there before is kept",
+    ):
         checkpoint.save(path, {"step": 8})
     monkeypatch.undo()
     found = checkpoint.load(path)
@@ -72,7 +89,9 @@ def test_a_really_full_disk(tmp_path: Path, root: None) -> None:
 
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount")
     try:
         checkpoint.save(small / "c.pt", {"step": 1})
@@ -118,8 +137,16 @@ def test_settings_of_stages_that_have_begun_must_stay(tiny_config: Config) -> No
     run.reconcile(tiny_config)
     run.reconcile(changed(tiny_config, "synthesize", samples=50))
     run.reconcile(changed(tiny_config, "runtime", threads=2))
-    for section, values in (("query", {"steps": 99}), ("privacy", {"epsilon": 3.0}), ("data", {"channels": 3})):
-        with pytest.raises(UserError, match=rf"made with other settings \({section}\.\w+ was .* now .*\); choose another run.dir, or go on"):
+    for section, values in (
+        ("query", {"steps": 99}),
+        ("privacy", {"epsilon": 3.0}),
+        ("data", {"channels": 3}),
+    ):
+        with pytest.raises(
+            UserError,
+            match=rf"made with other settings \({section}\.\w+ was .* now .*\); "
+            "choose another run.dir, or go on",
+        ):
             run.reconcile(changed(tiny_config, section, **values))
 
 

@@ -1,4 +1,7 @@
-"""Semantics by clusters: views, votes for the nearest centroids and their sensitivity, unlabelled public sets, resuming."""
+"""Semantics by clusters.
+
+Views, votes for the nearest centroids and their sensitivity, unlabelled public sets, resuming.
+"""
 
 import shutil
 from pathlib import Path
@@ -73,8 +76,14 @@ def test_characters_are_not_mirrored_unless_flips_are_wanted() -> None:
 
 
 def test_a_view_shows_between_30_and_100_percent_of_the_area() -> None:
-    """The ramp of a crop is flatter by the share of the side that is shown; brightness and contrast (0.6 to 1.4) change its scale too."""
-    shown = varied(ramp(500), False, torch.Generator().manual_seed(3)).diff(dim=3).mean((1, 2, 3)) / ramp(1).diff(dim=3).mean()
+    """The ramp of a crop is flatter by the share of the side that is shown.
+
+    Brightness and contrast (0.6 to 1.4) change its scale too.
+    """
+    shown = (
+        varied(ramp(500), False, torch.Generator().manual_seed(3)).diff(dim=3).mean((1, 2, 3))
+        / ramp(1).diff(dim=3).mean()
+    )
     assert shown.min() > 0.6 * np.sqrt(0.3) * 0.9 and shown.max() < 1.4 * 1.01
     assert shown.min() < 0.5 and shown.max() > 1.1
 
@@ -100,7 +109,9 @@ def small_query(centroids: int, seed: int) -> SemanticQuery:
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 4), st.integers(0, 2**31))
-def test_an_image_casts_exactly_k1_different_votes_and_moves_the_histogram_by_sqrt_k1(count: int, k1: int, spare: int, seed: int) -> None:
+def test_an_image_casts_exactly_k1_different_votes_and_moves_the_histogram_by_sqrt_k1(
+    count: int, k1: int, spare: int, seed: int
+) -> None:
     """Also where centroids coincide, and for images that are all alike."""
     rng = np.random.default_rng(seed)
     scores = small_query(k1 + spare, seed % 1000)
@@ -138,7 +149,9 @@ def test_the_votes_of_an_image_depend_on_no_other_image() -> None:
     order = np.random.default_rng(7).permutation(1000)
     for part in (np.arange(500), np.arange(500, 1000), order):
         again = select.top_votes(scores, images[part], 2, ALONE)
-        assert (again == votes[part]).mean() > 0.999  # sums of another batch may be rounded otherwise: near ties
+        assert (
+            again == votes[part]
+        ).mean() > 0.999  # sums of another batch may be rounded otherwise: near ties
 
 
 def test_k_means_finds_what_lies_apart() -> None:
@@ -151,7 +164,9 @@ def test_k_means_finds_what_lies_apart() -> None:
     assert sorted(nearest.argmin(1)) == list(range(6)) and nearest.min(1).max() < 0.02
 
 
-def test_an_unlabelled_public_set_is_clustered_by_a_network_that_learnt_without_labels(clustered: tuple[Config, RunDir]) -> None:
+def test_an_unlabelled_public_set_is_clustered_by_a_network_that_learnt_without_labels(
+    clustered: tuple[Config, RunDir],
+) -> None:
     settings, run = clustered
     assert run.require("prepare")["classes"] == ["all"]
     assert not store.labels(run.public_store).any()
@@ -162,7 +177,9 @@ def test_an_unlabelled_public_set_is_clustered_by_a_network_that_learnt_without_
     record = run.require("query")
     assert record["validation_accuracy"] > 3 * 100 / 24  # a guess finds one of 24 held-out images
     images = store.read(run.public_store, np.arange(480))
-    assert np.array_equal(select.top_votes(load_scores(settings, run, ALONE), images, 1, ALONE)[:, 0], semantics.of_images)
+    assert np.array_equal(
+        select.top_votes(load_scores(settings, run, ALONE), images, 1, ALONE)[:, 0], semantics.of_images
+    )
 
 
 def test_clusters_of_a_labelled_set_are_named_by_their_most_frequent_labels(tmp_path: Path) -> None:
@@ -201,13 +218,19 @@ def test_images_without_any_labels_can_be_the_public_set(tmp_path: Path, kind: s
     overrides = (f"data.public.kind={kind}", f"data.public.path={path}")
     with pytest.raises(UserError, match="read with labelled: false"):
         prepared(config(tmp_path, *overrides, name="refused"))
-    run = queried(config(tmp_path, *overrides, "data.public.labelled=false", "query.semantics=clusters", "query.clusters=5"))
+    run = queried(
+        config(
+            tmp_path, *overrides, "data.public.labelled=false", "query.semantics=clusters", "query.clusters=5"
+        )
+    )
     assert run.require("query")["clusters"] == [f"cluster {i}" for i in range(5)]
 
 
 def test_labels_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "set.npz", numbered(40), np.arange(40) % 4)
-    settings = config(tmp_path, "data.public.kind=npz", f"data.public.path={path}", "data.public.labelled=false", *CLUSTERS)
+    settings = config(
+        tmp_path, "data.public.kind=npz", f"data.public.path={path}", "data.public.labelled=false", *CLUSTERS
+    )
     run = prepared(settings)
     assert public_labels(run).names == ("all",)
     assert not public_labels(run).of_images.any()
@@ -217,7 +240,15 @@ def test_a_given_beton_with_labels_may_be_taken_for_unlabelled(tmp_path: Path) -
     if missing := store.ffcv_missing():
         pytest.skip(missing)
     store.write(source_of(numbered(40), np.arange(40) % 4), tmp_path / "given.beton", 8, 1, 0)
-    run = prepared(config(tmp_path, "data.public.kind=beton", f"data.public.path={tmp_path / 'given.beton'}", "data.public.labelled=false", *CLUSTERS))
+    run = prepared(
+        config(
+            tmp_path,
+            "data.public.kind=beton",
+            f"data.public.path={tmp_path / 'given.beton'}",
+            "data.public.labelled=false",
+            *CLUSTERS,
+        )
+    )
     assert store.labels(run.public_store).any()
     assert not public_labels(run).of_images.any()
 
@@ -225,15 +256,29 @@ def test_a_given_beton_with_labels_may_be_taken_for_unlabelled(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("data.public.labelled=false",), "query.semantics: privimage+d chooses by labels, and data.public.labelled is false; use query.semantics=clusters"),
+        (
+            ("data.public.labelled=false",),
+            (
+                "query.semantics: privimage+d chooses by labels, and data.public.labelled is false; use "
+                "query.semantics=clusters"
+            ),
+        ),
         (("data.public.labelled=false", "method=nonprivd"), "query.semantics: nonprivd chooses by labels"),
         (("data.public.labelled=false", "method=random+d"), "query.semantics: random+d chooses by labels"),
-        (("query.semantics=clusters", "method=random+d"), "query.semantics: random+d has no query, and clusters are made by one"),
+        (
+            ("query.semantics=clusters", "method=random+d"),
+            "query.semantics: random+d has no query, and clusters are made by one",
+        ),
         (("query.semantics=cluster",), "query.semantics: input should be 'labels' or 'clusters'"),
-        (("query.semantics=clusters", "query.clusters=1"), "query.clusters: input should be greater than or equal to 2"),
+        (
+            ("query.semantics=clusters", "query.clusters=1"),
+            "query.clusters: input should be greater than or equal to 2",
+        ),
     ],
 )
-def test_a_method_that_needs_labels_says_so_in_one_line(tmp_path: Path, overrides: tuple[str, ...], told: str) -> None:
+def test_a_method_that_needs_labels_says_so_in_one_line(
+    tmp_path: Path, overrides: tuple[str, ...], told: str
+) -> None:
     with pytest.raises(UserError) as error:
         config(tmp_path, *overrides)
     assert told in str(error.value) and "\n" not in str(error.value)
@@ -252,7 +297,9 @@ def test_more_votes_than_clusters_are_refused(tmp_path: Path) -> None:
     run = queried(settings)
     with pytest.raises(UserError, match=r"select\.per_image: 21 is more than the 20 clusters"):
         select.run(config(tmp_path, *CLUSTERS, "select.per_image=21"), run, ALONE)
-    with pytest.raises(UserError, match=r"select\.per_class: 10 sensitive classes times 3 are more than the 20 clusters"):
+    with pytest.raises(
+        UserError, match=r"select\.per_class: 10 sensitive classes times 3 are more than the 20 clusters"
+    ):
         select.run(config(tmp_path, *CLUSTERS, "select.per_class=3"), run, ALONE)
 
 
@@ -282,8 +329,13 @@ def test_a_query_that_was_stopped_ends_like_an_undisturbed_one(
     undisturbed = clustered[1]
     weights = [_weights(folder) for folder in (run, undisturbed)]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    with np.load(run.path / "query" / "clusters.npz") as own, np.load(undisturbed.path / "query" / "clusters.npz") as other:
-        assert np.array_equal(own["clusters"], other["clusters"]) and np.array_equal(own["centroids"], other["centroids"])
+    with (
+        np.load(run.path / "query" / "clusters.npz") as own,
+        np.load(undisturbed.path / "query" / "clusters.npz") as other,
+    ):
+        assert np.array_equal(own["clusters"], other["clusters"]) and np.array_equal(
+            own["centroids"], other["centroids"]
+        )
 
 
 def _weights(run: RunDir) -> dict[str, torch.Tensor]:

@@ -1,4 +1,7 @@
-"""Public stages are done once for all runs that need the same; nothing that saw the sensitive set is ever shared."""
+"""Public stages are done once for all runs that need the same.
+
+Nothing that saw the sensitive set is ever shared.
+"""
 
 import os
 from pathlib import Path
@@ -17,7 +20,14 @@ from privimage.stages import prepare, pretrain, query
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 PUBLIC = {"prepare": prepare, "query": query, "pretrain": pretrain}
-QUICK = ("pretrain.steps=3", "query.steps=3", "query.checkpoint_every=3", "finetune.steps=2", "evaluate.fidelity_samples=10", "synthesize.samples=20")
+QUICK = (
+    "pretrain.steps=3",
+    "query.steps=3",
+    "query.checkpoint_every=3",
+    "finetune.steps=2",
+    "evaluate.fidelity_samples=10",
+    "synthesize.samples=20",
+)
 
 
 def config(tmp_path: Path, name: str, *overrides: str) -> Config:
@@ -47,10 +57,16 @@ class Watched:
 
 
 def leaves(tree: dict, prefix: str = "") -> set[str]:
-    return {key for name, value in tree.items() for key in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})}
+    return {
+        key
+        for name, value in tree.items()
+        for key in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})
+    }
 
 
-@pytest.mark.parametrize("more", [(), ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20")])
+@pytest.mark.parametrize(
+    "more", [(), ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20")]
+)
 def test_every_setting_that_a_public_stage_reads_is_in_its_key(tmp_path: Path, more: tuple[str, ...]) -> None:
     """But for those that change no result, and the configuration as a text for TensorBoard."""
     settings = config(tmp_path, "run", "method=pdp-diffusion", *more)
@@ -61,31 +77,43 @@ def test_every_setting_that_a_public_stage_reads_is_in_its_key(tmp_path: Path, m
         run.finish(name, record)
         reads[name] = read
         assert read - {"data.workers", "spec", "to_yaml"} <= leaves(sharing.settings_of(name, settings)), name
-    assert {"pretrain.steps", "model.width", "runtime.seed", "data.resolution"} <= reads["pretrain"]  # the watching works
+    assert {"pretrain.steps", "model.width", "runtime.seed", "data.resolution"} <= reads[
+        "pretrain"
+    ]  # the watching works
     assert {"query.learning_rate", "query.flip"} <= reads["query"]
     assert {"data.public.kind", "data.public.images_per_class"} <= reads["prepare"]
 
 
 def test_public_stages_are_taken_from_another_run_and_private_ones_never_are(tmp_path: Path) -> None:
-    first, second = (config(tmp_path, name, f"privacy.epsilon={epsilon}") for name, epsilon in (("first", 10), ("second", 1)))
+    first, second = (
+        config(tmp_path, name, f"privacy.epsilon={epsilon}")
+        for name, epsilon in (("first", 10), ("second", 1))
+    )
     assert pipeline.run(first) == 0
     assert kept(tmp_path) == ["prepare", "query"]
     assert pipeline.run(second) == 0
     assert kept(tmp_path) == ["prepare", "query"]
     for stage in first.spec.stages:
-        taken = [("shared" in read_json(settings.run.dir / stage / "done.json")) for settings in (first, second)]
+        taken = [
+            ("shared" in read_json(settings.run.dir / stage / "done.json")) for settings in (first, second)
+        ]
         assert taken == [False, stage in ("prepare", "query")]
     inodes = {path.stat().st_ino for path in files(tmp_path / "shared").values()}
     private = [stage for stage in first.spec.stages if stage not in ("prepare", "query")]
     for settings in (first, second):
         for folder in (*private, "private", "release", *(f"tensorboard/{stage}" for stage in private)):
-            assert not [path for path in files(settings.run.dir / folder).values() if path.stat().st_ino in inodes], folder
+            assert not [
+                path for path in files(settings.run.dir / folder).values() if path.stat().st_ino in inodes
+            ], folder
     votes = [(settings.run.dir / "select" / "selection.npz").read_bytes() for settings in (first, second)]
     assert votes[0] != votes[1]
     # the second run stands alone
     for path in files(tmp_path / "shared").values():
         path.unlink()
-    weights = [torch.load(settings.run.dir / "release" / "model.pt", weights_only=True)["weights"] for settings in (first, second)]
+    weights = [
+        torch.load(settings.run.dir / "release" / "model.pt", weights_only=True)["weights"]
+        for settings in (first, second)
+    ]
     assert weights[0].keys() == weights[1].keys()
     assert (second.run.dir / "prepare" / "public.npy").stat().st_size > 1000
 
@@ -108,7 +136,16 @@ def test_a_stage_that_is_not_public_is_neither_kept_nor_taken(tmp_path: Path) ->
     assert not (tmp_path / "shared").exists()
 
 
-@pytest.mark.parametrize("change", ["query.steps=4", "query.semantics=clusters", "runtime.seed=5", "data.public.images_per_class=5", "data.resolution=16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "query.steps=4",
+        "query.semantics=clusters",
+        "runtime.seed=5",
+        "data.public.images_per_class=5",
+        "data.resolution=16",
+    ],
+)
 def test_other_settings_are_another_stage(change: str, tmp_path: Path) -> None:
     settings, other = config(tmp_path, "run"), config(tmp_path, "other", change)
     stage = "prepare" if change.startswith("data") else "query"
@@ -159,7 +196,9 @@ def test_without_a_shared_folder_each_run_does_its_own(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_full_disk_in_the_shared_folder_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk_in_the_shared_folder_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     settings = config(tmp_path, "run")
     run = RunDir(settings.run.dir)
     run.finish("prepare", prepare.run(settings, run, ALONE))

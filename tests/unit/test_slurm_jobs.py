@@ -10,7 +10,13 @@ from privimage.config import load
 from privimage.distributed import slurm
 from privimage.errors import UserError
 
-SECTION = ["slurm.nodes=2", "slurm.gpus=4", "slurm.time='4:00:00'", "slurm.options=[--partition=gpu]", "slurm.stages={pretrain: {nodes: 8, cpus: 6}}"]
+SECTION = [
+    "slurm.nodes=2",
+    "slurm.gpus=4",
+    "slurm.time='4:00:00'",
+    "slurm.options=[--partition=gpu]",
+    "slurm.stages={pretrain: {nodes: 8, cpus: 6}}",
+]
 
 
 def options(stage: str, *overrides: str, **environ: str) -> list[str]:
@@ -18,13 +24,21 @@ def options(stage: str, *overrides: str, **environ: str) -> list[str]:
 
 
 def test_a_stage_asks_for_what_all_stages_do_unless_it_says_otherwise():
-    assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=4:00:00", "--partition=gpu"} <= set(options("finetune"))
+    assert {
+        "--nodes=2",
+        "--gpus-per-node=4",
+        "--ntasks-per-node=4",
+        "--time=4:00:00",
+        "--partition=gpu",
+    } <= set(options("finetune"))
     assert {"--nodes=8", "--gpus-per-node=4", "--cpus-per-task=6"} <= set(options("pretrain"))
 
 
 def test_the_environment_goes_before_the_configuration_and_a_stage_before_all():
     assert {"--nodes=3", "--gpus-per-node=1"} <= set(options("pretrain", NODES="3", PRETRAIN_GPUS="1"))
-    assert {"--nodes=5", "--gpus-per-node=4"} <= set(options("finetune", NODES="3", FINETUNE_NODES="5", PRETRAIN_GPUS="1"))
+    assert {"--nodes=5", "--gpus-per-node=4"} <= set(
+        options("finetune", NODES="3", FINETUNE_NODES="5", PRETRAIN_GPUS="1")
+    )
 
 
 def test_without_gpus_there_is_one_rank_a_node_unless_told_otherwise():
@@ -45,8 +59,18 @@ def test_what_cannot_be_asked_for_is_told(environ: dict[str, str]):
 
 
 def test_a_sweep_has_a_run_directory_for_each_combination():
-    variants = slurm.expand([str(TINY), "privacy.epsilon=1,10", "run.dir=runs/a", "finetune.steps=4,8", "evaluate.classifiers=[lr,mlp]"])
-    assert [overrides[-1] for _, overrides in variants] == [f"run.dir=runs/a-epsilon{e}-steps{s}" for e in (1, 10) for s in (4, 8)]
+    variants = slurm.expand(
+        [
+            str(TINY),
+            "privacy.epsilon=1,10",
+            "run.dir=runs/a",
+            "finetune.steps=4,8",
+            "evaluate.classifiers=[lr,mlp]",
+        ]
+    )
+    assert [overrides[-1] for _, overrides in variants] == [
+        f"run.dir=runs/a-epsilon{e}-steps{s}" for e in (1, 10) for s in (4, 8)
+    ]
     assert all(load(path, overrides).evaluate.classifiers == ("lr", "mlp") for path, overrides in variants)
     assert [load(path, overrides).privacy.epsilon for path, overrides in variants] == [1, 1, 10, 10]
 
@@ -67,7 +91,9 @@ def sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_what_sbatch_refuses_is_told_in_one_line_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_what_sbatch_refuses_is_told_in_one_line_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     sbatch(tmp_path, "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1", monkeypatch)
     with pytest.raises(SystemExit) as ended:
         slurm.main(["pipeline", str(TINY), f"run.dir={tmp_path / 'run'}"])
@@ -76,7 +102,9 @@ def test_what_sbatch_refuses_is_told_in_one_line_with_its_reason(tmp_path: Path,
     assert "prepare: sbatch: error: invalid partition specified: gpu" in told
 
 
-def test_the_jobs_of_a_pipeline_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_the_jobs_of_a_pipeline_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     log = tmp_path / "calls"
     sbatch(tmp_path, f'echo "$@" >>{log}; wc -l <{log}', monkeypatch)
     slurm.main(["pipeline", str(TINY), f"run.dir={tmp_path / 'run'}", "method=dpdm"])

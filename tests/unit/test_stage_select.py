@@ -35,8 +35,13 @@ def by_lot(settings: Config) -> np.ndarray:
         return file["assignment"]
 
 
-def test_a_lot_gives_each_row_its_share_by_the_public_seed_and_asks_no_sensitive_image(tmp_path: Path) -> None:
-    drawn = {seed: by_lot(config(tmp_path, "method=random+d", "select.per_class=3", f"runtime.seed={seed}")) for seed in (0, 1, 2)}
+def test_a_lot_gives_each_row_its_share_by_the_public_seed_and_asks_no_sensitive_image(
+    tmp_path: Path,
+) -> None:
+    drawn = {
+        seed: by_lot(config(tmp_path, "method=random+d", "select.per_class=3", f"runtime.seed={seed}"))
+        for seed in (0, 1, 2)
+    }
     for assignment in drawn.values():
         assert np.bincount(assignment[assignment >= 0], minlength=10).tolist() == [3] * 10
     assert len({assignment.tobytes() for assignment in drawn.values()}) == 3
@@ -45,10 +50,15 @@ def test_a_lot_gives_each_row_its_share_by_the_public_seed_and_asks_no_sensitive
 
 
 def test_a_lot_favours_no_class(tmp_path: Path) -> None:
-    """Each of 48 characters is drawn by 10 rows in 60 trials: chi-squared, false-alarm rate 1e-3, fixed seeds."""
+    """Each of 48 characters is drawn by 10 rows in 60 trials.
+
+    Chi-squared, false-alarm rate 1e-3, fixed seeds.
+    """
     from scipy import stats
 
-    drawn = np.stack([by_lot(config(tmp_path, "method=random+d", f"runtime.seed={seed}")) >= 0 for seed in range(60)])
+    drawn = np.stack(
+        [by_lot(config(tmp_path, "method=random+d", f"runtime.seed={seed}")) >= 0 for seed in range(60)]
+    )
     counts = drawn.sum(0)
     assert counts.sum() == 600
     # without replacement the variance of a count is that of a binomial with (1 - 10/48)
@@ -71,10 +81,19 @@ def test_a_run_by_lot_pays_for_no_query(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("semantics", ["labels", "clusters"])
 def test_asking_again_tells_nothing_and_asking_otherwise_is_refused(tmp_path: Path, semantics: str) -> None:
-    """Whoever trains another query network and asks again gets noise of its own: equal noise would show the difference of the votes."""
+    """Whoever trains another query network and asks again gets noise of its own.
+
+    Equal noise would show the difference of the votes.
+    """
 
     def asked(seed: int) -> tuple[np.ndarray, int]:
-        settings = config(tmp_path, "privacy.insecure_fixed_key=3", f"query.semantics={semantics}", "query.clusters=20", f"runtime.seed={seed}")
+        settings = config(
+            tmp_path,
+            "privacy.insecure_fixed_key=3",
+            f"query.semantics={semantics}",
+            "query.clusters=20",
+            f"runtime.seed={seed}",
+        )
         run = RunDir(settings.run.dir)
         if run.record("prepare") is None:
             run.finish("prepare", prepare.run(settings, run, ALONE))
@@ -90,7 +109,14 @@ def test_asking_again_tells_nothing_and_asking_otherwise_is_refused(tmp_path: Pa
     shutil.rmtree(tmp_path / "run" / "query")
     with pytest.raises(UserError, match="the semantic distribution query of this run was drawn before"):
         asked(1)
-    assert len(Ledger(tmp_path / "ledgers", read_json(tmp_path / "run" / "private" / "account.json")["fingerprint"]).spent.charges) == 1
+    assert (
+        len(
+            Ledger(
+                tmp_path / "ledgers", read_json(tmp_path / "run" / "private" / "account.json")["fingerprint"]
+            ).spent.charges
+        )
+        == 1
+    )
     for account in (tmp_path / "run" / "private").iterdir():  # another run: it pays, and has noise of its own
         account.unlink()
     other, charges = asked(1)
@@ -101,5 +127,8 @@ def test_asking_again_tells_nothing_and_asking_otherwise_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("method", ["random+d", "privimage+d"])
 def test_more_public_classes_than_there_are_cannot_be_kept(tmp_path: Path, method: str) -> None:
-    with pytest.raises(UserError, match=r"select\.per_class: 10 sensitive classes times 9 are more than the 48 public classes"):
+    with pytest.raises(
+        UserError,
+        match=r"select\.per_class: 10 sensitive classes times 9 are more than the 48 public classes",
+    ):
         by_lot(config(tmp_path, f"method={method}", "select.per_class=9"))

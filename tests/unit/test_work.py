@@ -54,12 +54,16 @@ def test_no_more_images_than_the_stage_has() -> None:
 
 
 def test_activations_are_what_the_backward_pass_keeps() -> None:
-    assert work.activations(Pass(), CPU, "fp32") == 4 * 3 + 4 * 5  # of an image: what the product and the square keep
+    assert (
+        work.activations(Pass(), CPU, "fp32") == 4 * 3 + 4 * 5
+    )  # of an image: what the product and the square keep
 
 
 @pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
 def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    config = settled(load(TINY, [f"method={method}", "finetune.physical_batch_size=5"]), World(0, 0, 1, 1, CPU))
+    config = settled(
+        load(TINY, [f"method={method}", "finetune.physical_batch_size=5"]), World(0, 0, 1, 1, CPU)
+    )
     norms: list[Tensor] = []
 
     def measured(run: Callable[[int], Tensor], images: int, most: int) -> float:
@@ -68,6 +72,12 @@ def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyP
         return 1000.0
 
     monkeypatch.setattr(base, "seconds_an_image", measured)
-    row = next(row for row in family(config).work(config, make_plan(config, 1437), 10, CPU) if row.stage == "finetune")
+    row = next(
+        row
+        for row in family(config).work(config, make_plan(config, 1437), 10, CPU)
+        if row.stage == "finetune"
+    )
     assert [len(n) for n in norms] == [3] and (norms[0] > 0).all()  # of the gradient of each image
-    assert row.seconds == pytest.approx(config.finetune.steps * config.finetune.logical_batch_size * 1000, rel=1e-3)  # a GAN's generator adds a trifle
+    assert row.seconds == pytest.approx(
+        config.finetune.steps * config.finetune.logical_batch_size * 1000, rel=1e-3
+    )  # a GAN's generator adds a trifle
