@@ -16,10 +16,10 @@ import torch
 from private_step import Step, interleaved
 from torch import Tensor, nn
 
-from privimage import memory
 from privimage.models import edm
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.folded import WAYS, Folding
+from privimage.telemetry import memory
 
 
 def shapes(network: nn.Module) -> tuple[Counter, dict[tuple, nn.Conv2d]]:

@@ -23,12 +23,12 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from privimage import memory
 from privimage.models import edm, parameters
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.gradients import FoldedGradients, Losses, VmapGradients, clip_and_sum_
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.noise import gaussian
+from privimage.telemetry import memory
 
 Step = Callable[[], None]
 

@@ -19,7 +19,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from privimage.config import Runtime, parse
+from privimage.config import parse
+from privimage.config.settings import Runtime
 from privimage.data.sensitive import SensitiveSet
 from privimage.distributed.engine import make_engine
 from privimage.distributed.launch import free_port

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from privimage.errors import UserError, settled, tell
-from privimage.owner_only import close_process
+from privimage.storage.owner_only import close_process
 
 app = typer.Typer(
     name="privimage",
@@ -45,7 +45,7 @@ def _run(config: Path, overrides: list[str] | None, stages: tuple[str, ...]) -> 
     from privimage.config import load
 
     settings = load(config, overrides or ())  # a mistake is told before the long imports
-    from privimage import pipeline
+    from privimage.runs import pipeline
 
     sys.exit(pipeline.run(settings, stages))
 
@@ -69,8 +69,8 @@ for _name, _description in STAGES.items():
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Show budget, noise, steps, parameters, and the time and memory to ask for, without touching data."""
+    from privimage.commands.plan import show
     from privimage.config import load
-    from privimage.planning import show
 
     show(load(config, overrides or ()))
 
@@ -93,8 +93,8 @@ def audit(
 
     A lower bound on epsilon beside the claim, without touching data.
     """
+    from privimage.commands.plan import public_size
     from privimage.config import load
-    from privimage.planning import public_size
     from privimage.privacy.audit import run
 
     settings = load(config, overrides or ())
@@ -112,7 +112,7 @@ def privacy(
     delta: Annotated[float, typer.Option(min=0, max=1, help="delta of the new budget")] = 1e-5,
 ) -> None:
     """Compose what was spent on a sensitive set, from its ledger; or set the budget of all runs on it."""
-    from privimage.privacy.show import set_budget, show
+    from privimage.commands.privacy import set_budget, show
 
     if budget is not None:
         set_budget(path, budget, delta)
@@ -123,7 +123,7 @@ def privacy(
 def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
     """Rebuild evaluate/report.html from what the run left."""
     from privimage.evaluation.report import rebuild
-    from privimage.rundir import RunDir
+    from privimage.storage.rundir import RunDir
 
     rebuild(RunDir(path))
 
@@ -155,7 +155,7 @@ def methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from privimage.methods import METHODS
+    from privimage.config.methods import METHODS
 
     table = Table("method", "", "pretraining data", "generator", "private", "stages")
     for name, method in METHODS.items():

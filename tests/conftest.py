@@ -14,7 +14,7 @@ from ranks import REPOSITORY, SMALL, TINY, run_stages
 
 from privimage.config import Config, load
 from privimage.distributed.preemption import SIGNALS, stop
-from privimage.rundir import write_json
+from privimage.storage.files import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test writes into a user's ledgers.

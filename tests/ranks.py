@@ -19,7 +19,7 @@ from pathlib import Path
 from privimage.distributed.launch import free_port
 from privimage.privacy.accounting import Mechanism
 from privimage.privacy.ledger import read
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "tests" / "tiny.yaml"

@@ -23,7 +23,7 @@ from privimage.data.readers import (
 from privimage.distributed.agreement import all_the_same
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.progress import Progress
+from privimage.telemetry.progress import Progress
 
 
 @dataclass(frozen=True)

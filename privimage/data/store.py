@@ -23,8 +23,8 @@ import torch
 
 from privimage.data.decode import Source, decoded
 from privimage.errors import UserError
-from privimage.progress import Progress, say
-from privimage.rundir import read_json, write_json
+from privimage.storage.files import read_json, write_json
+from privimage.telemetry.progress import Progress, say
 
 PAGE_BYTES = 1 << 21  # FFCV's smallest page: files are padded to whole ones
 Put = Callable[[np.ndarray, int], None]

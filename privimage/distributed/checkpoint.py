@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from privimage.errors import UserError
-from privimage.rundir import write_whole
+from privimage.storage.files import write_whole
 
 MAGIC = b"PRIVIMG1"
 

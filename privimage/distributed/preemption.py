@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 
 from privimage.distributed.world import World
-from privimage.progress import say
+from privimage.telemetry.progress import say
 
 SIGNALS = (
     signal.SIGTERM,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from privimage import memory
-from privimage.config import Runtime
+from privimage.config.settings import Runtime
 from privimage.distributed.failure import Watch
 from privimage.distributed.launch import Place, find_place, free_port
 from privimage.errors import UserError, status_of, tell
+from privimage.telemetry import memory
 
 CONNECT_MINUTES = (
     5.0  # how long a rank waits for the others to appear; nodes of one job start within seconds of each other

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
-from privimage.progress import Progress
-from privimage.rundir import write_array
+from privimage.storage.files import write_array
+from privimage.telemetry.progress import Progress
 
 PUBLISHED = "6726825d"  # first digits of the sha256 of torch-fidelity's weights-inception-2015-12-05
 FIRST_LAYER = "Conv2d_1a_3x3.conv.weight"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from privimage import __version__
 from privimage.config import Config
-from privimage.methods import METHODS
-from privimage.rundir import RunDir, read_json, write_json, write_whole
+from privimage.config.methods import METHODS
+from privimage.storage.files import read_json, write_json, write_whole
+from privimage.storage.rundir import RunDir
 
 PACKAGES = (
     "torch",

@@ -19,7 +19,7 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.models.edm import to_unit
 from privimage.models.resnet import resnet9
-from privimage.progress import Progress
+from privimage.telemetry.progress import Progress
 
 MLP_IMAGES = 2_000_000  # images that the MLP sees, over all epochs: 40 epochs of 50,000 images
 LEARNING_RATE = 0.1  # of the CNN at a batch of 512, in proportion at others

@@ -11,8 +11,8 @@ from privimage.distributed.preemption import stop
 from privimage.errors import Stopped
 from privimage.experiments.gather import state_of
 from privimage.experiments.settings import PlannedRun, load
-from privimage.progress import say
-from privimage.rundir import RunDir
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 LOOK_SECONDS = 0.2
 

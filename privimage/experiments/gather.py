@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Literal
 
 from privimage.experiments.settings import Choice, ExperimentFile, PlannedRun
-from privimage.rundir import RunDir, read_json
+from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
 
 
 @dataclass(frozen=True)

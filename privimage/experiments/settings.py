@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 
 from privimage.config import Config
 from privimage.config import load as load_config
+from privimage.config.section import Section, nearest, read_yaml, validated
 from privimage.errors import UserError
 from privimage.evaluation.report import NUMBERS, PUBLIC
-from privimage.section import Section, nearest, read_yaml, validated
 
 Choice = dict[str, str]  # axis -> the name of one of its options
 When = dict[str, tuple[str, ...]]  # axis -> names of options; axes that are not named may have any

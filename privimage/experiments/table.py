@@ -9,7 +9,7 @@ from privimage.errors import UserError
 from privimage.experiments import figure
 from privimage.experiments.gather import Cell, Gathered, Row, gather
 from privimage.experiments.settings import Measure, load
-from privimage.rundir import write_whole
+from privimage.storage.files import write_whole
 
 MARK = "†"  # of measures that are for the owner of the data
 NOTE = (

@@ -26,8 +26,9 @@ from privimage.privacy.plan import (
     make_plan,
     plan_from_dict,
 )
-from privimage.progress import say
-from privimage.rundir import RunDir, read_json, write_json
+from privimage.storage.files import read_json, write_json
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 VERSION = 2  # of account.json
 

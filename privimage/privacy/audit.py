@@ -36,7 +36,7 @@ from privimage.privacy.gradients import GRADIENTS
 from privimage.privacy.keys import RootKey
 from privimage.privacy.noise import bit_generator
 from privimage.privacy.plan import FinetunePlan, PrivacyPlan, make_plan
-from privimage.progress import Progress
+from privimage.telemetry.progress import Progress
 
 EPSILONS = (
     40 * np.linspace(0, 1, 401) ** 2

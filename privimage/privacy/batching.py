@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from privimage.config import Finetune
+from privimage.config.settings import Finetune
 from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from privimage import owner_only
 from privimage.errors import UserError
-from privimage.rundir import write_whole
+from privimage.storage import owner_only
+from privimage.storage.files import write_whole
 
 
 class RootKey:

@@ -25,11 +25,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from privimage import owner_only
 from privimage.errors import UserError
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.spent import Reader, Spent
-from privimage.rundir import fsync_folder
+from privimage.storage import owner_only
+from privimage.storage.files import fsync_folder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from privimage.config import Config
-from privimage.curves import memory, points
 from privimage.data.sources import ImageSet, has_test_split, open_sensitive
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -20,9 +19,12 @@ from privimage.evaluation import fidelity, memorization, report, semantics, util
 from privimage.evaluation.utility import Labelled
 from privimage.families import family
 from privimage.privacy.accounting import Mechanism, best_guess
-from privimage.progress import say
-from privimage.public_set import public_labels, public_semantics
-from privimage.rundir import RunDir, read_json, write_json
+from privimage.stages.public_set import public_labels, public_semantics
+from privimage.storage.files import read_json, write_json
+from privimage.storage.rundir import RunDir
+from privimage.telemetry import memory
+from privimage.telemetry.curves import points
+from privimage.telemetry.progress import say
 
 EMBEDDED = 1000  # images of each kind in the t-SNE figure
 COMPARED = 2000  # synthetic images in the memorisation check
@@ -100,7 +102,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         seconds = time.monotonic() - started
         results["evaluate"] = {
             "seconds": seconds,
-            "peak_memory_bytes": int(memory(world.device)),
+            "peak_memory_bytes": memory.peak(world.device),
             "images_per_second": len(source) / seconds,
         }
         report.write(run, config, results)

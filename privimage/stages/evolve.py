@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.curves import Curves
 from privimage.data.sensitive import ImageDraws
 from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
@@ -25,9 +24,10 @@ from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import EvolvePlan
-from privimage.progress import Progress
-from privimage.public_set import load_query
-from privimage.rundir import RunDir
+from privimage.stages.public_set import load_query
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.curves import Curves
+from privimage.telemetry.progress import Progress
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

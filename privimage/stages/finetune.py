@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 from privimage.config import Config
-from privimage.curves import Curves
 from privimage.data.sensitive import SensitiveSet
 from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
@@ -21,8 +20,10 @@ from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.identity import computation
 from privimage.privacy.optimizer import StepFigures
-from privimage.progress import Progress
-from privimage.rundir import RunDir, read_json, write_json
+from privimage.storage.files import read_json, write_json
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.curves import Curves
+from privimage.telemetry.progress import Progress
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

@@ -26,8 +26,9 @@ from privimage.privacy.account import Account, charge_name, open_account
 from privimage.privacy.embedding import embedding_sum, noisy_mean_embedding
 from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import MatchPlan
-from privimage.rundir import RunDir, write_arrays
-from privimage.training import train
+from privimage.stages.training import train
+from privimage.storage.files import write_arrays
+from privimage.storage.rundir import RunDir
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

@@ -5,8 +5,8 @@ from privimage.data import store
 from privimage.data.readers import ONE_CLASS
 from privimage.data.sources import public_source
 from privimage.distributed.world import World
-from privimage.progress import say
-from privimage.rundir import RunDir
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

@@ -15,9 +15,10 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
 from privimage.privacy.account import Behind, merged
-from privimage.public_set import public_labels, public_semantics
-from privimage.rundir import RunDir, read_json, write_json
-from privimage.training import train
+from privimage.stages.public_set import public_labels, public_semantics
+from privimage.stages.training import train
+from privimage.storage.files import read_json, write_json
+from privimage.storage.rundir import RunDir
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from privimage.config import Config
-from privimage.curves import Curves
 from privimage.data import store
 from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
@@ -21,8 +20,7 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
-from privimage.progress import Progress
-from privimage.public_set import (
+from privimage.stages.public_set import (
     Semantics,
     clusters_path,
     load_query,
@@ -30,7 +28,10 @@ from privimage.public_set import (
     query_network,
     query_task,
 )
-from privimage.rundir import RunDir, write_arrays
+from privimage.storage.files import write_arrays
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.curves import Curves
+from privimage.telemetry.progress import Progress
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

@@ -18,9 +18,10 @@ from privimage.privacy.account import charge_name, open_account
 from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.plan import QueryPlan
-from privimage.progress import say
-from privimage.public_set import Semantics, load_scores, public_semantics
-from privimage.rundir import RunDir, write_arrays
+from privimage.stages.public_set import Semantics, load_scores, public_semantics
+from privimage.storage.files import write_arrays
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from privimage import __version__, owner_only
+from privimage import __version__
 from privimage.config import Config
-from privimage.curves import Curves
 from privimage.data.sensitive import ImageDraws
 from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
@@ -23,8 +22,11 @@ from privimage.families import family
 from privimage.privacy import keys
 from privimage.privacy.account import key_path, open_account
 from privimage.privacy.statement import statement, statement_for_people
-from privimage.progress import Progress
-from privimage.rundir import RunDir, write_array, write_arrays, write_json, write_whole
+from privimage.storage import owner_only
+from privimage.storage.files import write_array, write_arrays, write_json, write_whole
+from privimage.storage.rundir import RunDir
+from privimage.telemetry.curves import Curves
+from privimage.telemetry.progress import Progress
 
 RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
 

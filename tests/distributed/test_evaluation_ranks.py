@@ -10,7 +10,7 @@ SCRIPT = """
 import sys, numpy as np, torch
 from pathlib import Path
 from torch import nn
-from privimage.config import Runtime
+from privimage.config.settings import Runtime
 from privimage.distributed.world import connect
 from privimage.evaluation import fidelity, utility
 

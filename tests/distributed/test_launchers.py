@@ -15,7 +15,7 @@ import torch
 from ranks import REPOSITORY, SMALL, TINY, clean_environment
 
 from privimage.distributed import checkpoint
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 
 class Running:

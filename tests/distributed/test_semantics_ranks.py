@@ -10,8 +10,8 @@ from ranks import TINY, run_ranks
 
 from privimage.config import load
 from privimage.distributed.world import World
-from privimage.rundir import RunDir
 from privimage.stages import prepare, query
+from privimage.storage.rundir import RunDir
 
 SETTINGS = (
     "data.public.images_per_class=30",
@@ -26,8 +26,8 @@ from pathlib import Path
 from privimage.config import load
 from privimage.data.sources import read_sensitive
 from privimage.distributed.world import connect
-from privimage.public_set import load_scores, public_labels
-from privimage.rundir import RunDir
+from privimage.stages.public_set import load_scores, public_labels
+from privimage.storage.rundir import RunDir
 from privimage.stages import query, select
 
 tiny, folder, *settings = sys.argv[1:]

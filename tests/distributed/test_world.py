@@ -9,7 +9,7 @@ from ranks import run_ranks, start_ranks, wait_ranks
 
 HEAD = """
 import sys, time, torch
-from privimage.config import Runtime
+from privimage.config.settings import Runtime
 from privimage.distributed.world import connect
 from privimage.errors import UserError
 world = connect(Runtime(device="cpu", timeout_minutes={minutes}))

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from privimage import pipeline
 from privimage.config import Config, load
+from privimage.config.methods import METHODS
 from privimage.distributed import checkpoint
-from privimage.methods import METHODS
 from privimage.privacy.ledger import read
-from privimage.rundir import RunDir, read_json
+from privimage.runs import pipeline
 from privimage.stages import finetune, pretrain, query, select, synthesize  # noqa: F401  imported before the first fork
+from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
 
 TINY = Path(__file__).resolve().parent.parent / "tiny.yaml"
 

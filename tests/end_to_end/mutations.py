@@ -36,7 +36,6 @@ import numpy as np
 import spy
 import torch
 
-from privimage import pipeline
 from privimage.config import Config, load
 from privimage.data.readers import open_source
 from privimage.data.sources import read as read_images
@@ -46,8 +45,9 @@ from privimage.privacy import identity
 from privimage.privacy.accounting import Mechanism, epsilon
 from privimage.privacy.ledger import read
 from privimage.privacy.plan import make_plan
-from privimage.rundir import read_json
+from privimage.runs import pipeline
 from privimage.stages import finetune, match, pretrain, query, select, synthesize  # noqa: F401  imported before the first fork
+from privimage.storage.files import read_json
 
 TINY = Path(__file__).resolve().parent.parent / "tiny.yaml"
 COUNT = 120

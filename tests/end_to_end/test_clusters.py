@@ -10,7 +10,7 @@ from ranks import TINY, clean_environment
 
 from privimage.config import Config, load
 from privimage.privacy.ledger import Ledger
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 SETTINGS = (
     "data.public.labelled=false",

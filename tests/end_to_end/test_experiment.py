@@ -9,7 +9,7 @@ import pytest
 from ranks import TINY, clean_environment
 
 from privimage.evaluation.report import NUMBERS
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 TEXT = """
 title: Tiny

@@ -18,7 +18,7 @@ from privimage.families import family
 from privimage.models.biggan import Generator
 from privimage.models.edm import to_uint8
 from privimage.privacy.ledger import read
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 MECHANISMS = {"dp-merf": ("noisy mean embedding", 1), "private-evolution": ("nearest-neighbour histogram", 3)}
 

@@ -15,7 +15,6 @@ import pytest
 import spy
 from ranks import TINY, run_ranks
 
-from privimage import pipeline
 from privimage.config import Config, load
 from privimage.data.readers import open_source
 from privimage.data.sources import read
@@ -23,9 +22,9 @@ from privimage.distributed import checkpoint
 from privimage.families.diffusion import DiffusionPrivate
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import plan_from_dict
-from privimage.rundir import read_json
+from privimage.runs import pipeline
+from privimage.storage.files import read_json
 
-pytestmark = pytest.mark.usefixtures("own_signals")
 STEPS = 6
 METHODS = {"dpdm": "finetune", "dp-merf": "match"}
 SMALL = ("finetune.steps=6", "finetune.checkpoint_every=1", "match.steps=2", "synthesize.samples=10")
@@ -339,7 +338,7 @@ RANK = """
 import os
 import sys
 from pathlib import Path
-from privimage import pipeline
+from privimage.runs import pipeline
 from privimage.config import load
 second = len(sys.argv) > 3 and os.environ["RANK"] == "1"
 place = Path(sys.argv[2]) / ("second" if second else "first")

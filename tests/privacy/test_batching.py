@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from privimage.config import Finetune
+from privimage.config.settings import Finetune
 from privimage.privacy.batching import physical_batch_size
 
 

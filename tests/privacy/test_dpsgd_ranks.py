@@ -14,7 +14,7 @@ SCRIPT = """
 import hashlib, json, sys
 import torch
 from torch import nn
-from privimage.config import Runtime
+from privimage.config.settings import Runtime
 from privimage.data.sensitive import SensitiveSet
 from privimage.distributed.world import connect
 from privimage.privacy.dpsgd import PrivateSteps, Randomness

@@ -15,16 +15,15 @@ import pytest
 import torch
 from ranks import TINY, charges, run_ranks, run_stages
 
-from privimage import pipeline
 from privimage.config import Config, load
 from privimage.distributed import checkpoint
 from privimage.families.evolution import Population
 from privimage.privacy.accounting import Mechanism
 from privimage.privacy.histogram import noisy_histogram, vote_counts
-from privimage.rundir import read_json
+from privimage.runs import pipeline
 from privimage.stages import evolve
+from privimage.storage.files import read_json
 
-pytestmark = pytest.mark.usefixtures("own_signals")
 FIXED = ("method=private-evolution", "privacy.insecure_fixed_key=7", "pretrain.steps=8", "query.steps=6")
 
 
@@ -174,7 +173,7 @@ def test_a_stopped_evolution_goes_on_to_the_same_population(
 
 RANK = """
 import sys
-from privimage import pipeline
+from privimage.runs import pipeline
 from privimage.config import load
 sys.exit(pipeline.run(load(sys.argv[1], sys.argv[2:]), ["evolve", "synthesize"]))
 """

@@ -15,7 +15,7 @@ import torch
 from ranks import TINY, charges, clean_environment
 from torch import Tensor, nn
 
-from privimage.config import Finetune
+from privimage.config.settings import Finetune
 from privimage.models import edm, parameters
 from privimage.models.biggan import Discriminator
 from privimage.models.ddpmpp import DDPMpp
@@ -23,7 +23,7 @@ from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.folded import WAYS
 from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
 from privimage.privacy.ledger import read
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,6 @@ import torch
 from ranks import TINY, charges, run_ranks
 from scipy import stats
 
-from privimage import pipeline
 from privimage.config import Config, load
 from privimage.data.sources import read_sensitive
 from privimage.distributed import checkpoint
@@ -24,10 +23,10 @@ from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.accounting import Mechanism
-from privimage.rundir import read_json
+from privimage.runs import pipeline
 from privimage.stages import match
+from privimage.storage.files import read_json
 
-pytestmark = pytest.mark.usefixtures("own_signals")
 FIXED = ("method=dp-merf", "privacy.insecure_fixed_key=7")
 
 
@@ -148,7 +147,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights_and_draws_nothing(
 
 RANK = """
 import sys
-from privimage import pipeline
+from privimage.runs import pipeline
 from privimage.config import load
 sys.exit(pipeline.run(load(sys.argv[1], sys.argv[2:]), ["match"]))
 """

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from ranks import TINY, clean_environment
 
-from privimage import owner_only
 from privimage.errors import UserError
-from privimage.rundir import RunDir
+from privimage.storage import owner_only
+from privimage.storage.rundir import RunDir
 
 QUICK = (
     "query.steps=2",
@@ -147,7 +147,7 @@ def test_a_process_that_dies_leaves_no_core(tmp_path: Path) -> None:
     """Neither a file, for which the limit is too small, nor one that is piped to a handler, which a limit of
     0 would not keep back.
     """
-    script = "import os, resource; from privimage.owner_only import close_process; close_process()\n"
+    script = "import os, resource; from privimage.storage.owner_only import close_process; close_process()\n"
     script += "print(*resource.getrlimit(resource.RLIMIT_CORE), flush=True); os.abort()"
     python = shutil.which("python", path=clean_environment()["PATH"])
     ended = subprocess.run(

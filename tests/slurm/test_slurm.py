@@ -22,10 +22,10 @@ import pytest
 import torch
 from ranks import REPOSITORY, SMALL, TINY, clean_environment
 
-from privimage import curves
 from privimage.distributed import checkpoint
 from privimage.distributed.launch import free_port
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
+from privimage.telemetry import curves
 
 HERE = Path(__file__).parent
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")

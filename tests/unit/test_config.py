@@ -6,7 +6,7 @@ import pytest
 
 from privimage.config import Config, load, parse
 from privimage.errors import UserError
-from privimage.rundir import differences
+from privimage.storage.rundir import differences
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(

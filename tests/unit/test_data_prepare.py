@@ -11,8 +11,8 @@ from privimage.config import Config
 from privimage.data import store
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.rundir import RunDir
 from privimage.stages import prepare
+from privimage.storage.rundir import RunDir
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 

@@ -13,7 +13,7 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.evaluation import figures, report
 from privimage.privacy.accounting import Mechanism, best_guess
-from privimage.rundir import RunDir
+from privimage.storage.rundir import RunDir
 
 PROMISE = {
     "private": True,

@@ -15,8 +15,9 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.evaluation import utility
-from privimage.rundir import RunDir, write_json
 from privimage.stages import evaluate
+from privimage.storage.files import write_json
+from privimage.storage.rundir import RunDir
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))

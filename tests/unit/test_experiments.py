@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY, TINY
 
-from privimage.distributed import slurm
+from privimage.cluster import slurm
 from privimage.distributed.preemption import SIGNALS
 from privimage.errors import UserError
 from privimage.evaluation import report
 from privimage.experiments import execute, table
 from privimage.experiments.gather import gather, state_of
 from privimage.experiments.settings import Measure, PlannedRun, is_experiment, load
-from privimage.rundir import RunDir, write_json
+from privimage.storage.files import write_json
+from privimage.storage.rundir import RunDir
 
 SHIPPED = sorted((REPOSITORY / "configs" / "experiments").glob("*.yaml"))
 TEXT = """

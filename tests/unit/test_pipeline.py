@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from ranks import TINY
 
-from privimage import cli, pipeline
+from privimage import cli
 from privimage.config import Config, load
+from privimage.config.methods import METHODS
 from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.errors import Stopped, UserError
-from privimage.methods import METHODS
-from privimage.rundir import RunDir, read_json, write_json
-
-pytestmark = pytest.mark.usefixtures("own_signals")
+from privimage.runs import pipeline
+from privimage.storage.files import read_json, write_json
+from privimage.storage.rundir import RunDir
 
 
 @pytest.fixture

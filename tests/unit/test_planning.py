@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY, TINY
 
+from privimage.commands.plan import show
 from privimage.config import load
 from privimage.errors import UserError
-from privimage.planning import show
 
 CONFIGS = REPOSITORY / "configs"
 

@@ -15,12 +15,12 @@ import torch
 from data_sets import numbered, save_folder, save_npz, source_of
 from ranks import TINY, run_ranks
 
-from privimage import pipeline, preflight
 from privimage.config import load
 from privimage.data import store
-from privimage.rundir import RunDir, write_json
+from privimage.runs import pipeline, preflight
+from privimage.storage.files import write_json
+from privimage.storage.rundir import RunDir
 
-pytestmark = pytest.mark.usefixtures("own_signals")
 LABELS = np.arange(30) % 3
 NAMES = np.array(["x", "y", "z"])
 BEGINNING = {".lock", "config.yaml", "failed.json"}  # all that a run that was refused leaves
@@ -281,7 +281,7 @@ def test_the_plan_that_was_made_at_the_door_is_not_made_again(
 
 SCRIPT = """
 import sys
-from privimage import pipeline
+from privimage.runs import pipeline
 from privimage.config import load
 pipeline._run_stage = lambda name, *_: print("ran", name)
 tiny, folder, *overrides = sys.argv[1:]

@@ -13,7 +13,8 @@ import torch
 from privimage.config import Config
 from privimage.distributed import checkpoint
 from privimage.errors import UserError
-from privimage.rundir import RunDir, read_json, write_json, write_whole
+from privimage.storage.files import read_json, write_json, write_whole
+from privimage.storage.rundir import RunDir
 
 STATE = {"weights": {"a": torch.arange(1000.0)}, "step": 7, "names": ["x"]}
 

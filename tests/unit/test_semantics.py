@@ -23,9 +23,9 @@ from privimage.errors import Stopped, UserError
 from privimage.models.resnet import classifier
 from privimage.models.semantic import TEMPERATURE, SemanticQuery, centroids_of, contrastive_loss, varied
 from privimage.privacy.histogram import vote_counts
-from privimage.public_set import load_scores, public_labels, public_semantics
-from privimage.rundir import RunDir
 from privimage.stages import prepare, pretrain, query, select
+from privimage.stages.public_set import load_scores, public_labels, public_semantics
+from privimage.storage.rundir import RunDir
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 CLUSTERS = ("query.semantics=clusters", "query.clusters=20")

@@ -10,13 +10,14 @@ import pytest
 import torch
 from ranks import TINY
 
-from privimage import pipeline, sharing
 from privimage.config import Config, load
+from privimage.config.methods import METHODS
+from privimage.config.section import Section
 from privimage.distributed.world import World
-from privimage.methods import METHODS
-from privimage.rundir import RunDir, read_json
-from privimage.section import Section
+from privimage.runs import pipeline, sharing
 from privimage.stages import prepare, pretrain, query
+from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 PUBLIC = {"prepare": prepare, "query": query, "pretrain": pretrain}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ranks import TINY
 
+from privimage.cluster import slurm
 from privimage.config import load
-from privimage.distributed import slurm
 from privimage.errors import UserError
 
 SECTION = [

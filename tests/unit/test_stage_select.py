@@ -8,13 +8,14 @@ import pytest
 import torch
 from ranks import TINY
 
-from privimage import pipeline
 from privimage.config import Config, load
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.privacy.ledger import Ledger
-from privimage.rundir import RunDir, read_json
+from privimage.runs import pipeline
 from privimage.stages import prepare, query, select
+from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 QUICK = ("pretrain.steps=3", "finetune.steps=2", "evaluate.fidelity_samples=10", "synthesize.samples=20")

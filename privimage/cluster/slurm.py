@@ -1,6 +1,6 @@
 """The pipeline as SLURM jobs.
 
-``python -m privimage.distributed.slurm pipeline|sweep|summary``, behind slurm/*.sh.
+``python -m privimage.cluster.slurm pipeline|sweep|summary``, behind slurm/*.sh.
 
 The jobs all run slurm/stage.sbatch, which starts one rank a task and queues itself again where it was
 stopped.
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from privimage import sharing
 from privimage.config import Config, load
+from privimage.config.slurm import Job
 from privimage.errors import UserError, tell
 from privimage.experiments.settings import is_experiment
 from privimage.experiments.settings import load as load_experiment
-from privimage.jobs import Job
-from privimage.rundir import RunDir
+from privimage.runs import sharing
+from privimage.storage.rundir import RunDir
 
 HOME = Path(__file__).resolve().parent.parent.parent
 SCRIPT = HOME / "slurm" / "stage.sbatch"

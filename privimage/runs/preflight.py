@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from privimage import room
+from privimage.runs import room
 from privimage.config import Config
 from privimage.data import store
 from privimage.data.decode import Source
@@ -30,8 +30,8 @@ from privimage.evaluation import fidelity, semantics
 from privimage.families import family
 from privimage.privacy import account
 from privimage.privacy.plan import make_plan
-from privimage.progress import say
-from privimage.rundir import RunDir
+from privimage.telemetry.progress import say
+from privimage.storage.rundir import RunDir
 
 SAMPLED = 32  # images of each set that are decoded, the first of as many classes
 PUBLIC = {"prepare", "query", "pretrain"}  # stages that may take hours and see no sensitive image

@@ -12,7 +12,7 @@ from privimage.data.store import PAGE_BYTES
 from privimage.families.base import image_shape
 from privimage.models import parameters
 from privimage.models.resnet import classifier
-from privimage.rundir import RunDir
+from privimage.storage.rundir import RunDir
 
 LOGS = 16 << 20  # bytes of curves, figures and reports
 # Bytes a parameter. A checkpoint holds weights, two moments and the average in float32, and the old one stays

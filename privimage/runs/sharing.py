@@ -20,8 +20,9 @@ from privimage import __version__
 from privimage.config import Config
 from privimage.data import store
 from privimage.distributed.world import World
-from privimage.progress import say
-from privimage.rundir import RunDir, write_json
+from privimage.telemetry.progress import say
+from privimage.storage.files import write_json
+from privimage.storage.rundir import RunDir
 
 
 def settings_of(stage: str, config: Config) -> dict:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -74,12 +73,3 @@ def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
     events.Reload()
     found = events.Scalars(name) if name in events.Tags()["scalars"] else []
     return [event.step for event in found], [event.value for event in found]
-
-
-def memory(device: torch.device) -> float:
-    """Bytes that this process has used at most: on the GPU where there is one, else in main memory."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

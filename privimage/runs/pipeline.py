@@ -8,14 +8,18 @@ from pathlib import Path
 
 import torch
 
-from privimage import memory, owner_only, preflight, sharing
+from privimage.telemetry import memory
+from privimage.storage import owner_only
+from privimage.runs import preflight
+from privimage.runs import sharing
 from privimage.config import Config
 from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
 from privimage.errors import Mistakes, Stopped, UserError, leave_status, tell
-from privimage.progress import say
-from privimage.rundir import RunDir, read_json, write_json
+from privimage.telemetry.progress import say
+from privimage.storage.files import read_json, write_json
+from privimage.storage.rundir import RunDir
 
 
 def run(config: Config, stages: Sequence[str] = ()) -> int:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from privimage.section import Section
+from privimage.config.section import Section
 
 Stage = Literal[
     "prepare", "query", "select", "pretrain", "finetune", "match", "evolve", "synthesize", "evaluate"

@@ -17,7 +17,7 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.models.resnet import Classifier, classifier
 from privimage.models.semantic import Labels, SemanticQuery, Task, Views
-from privimage.rundir import RunDir
+from privimage.storage.rundir import RunDir
 
 
 @dataclass(frozen=True)

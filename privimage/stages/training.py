@@ -8,14 +8,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from privimage.config import Match, Pretrain
-from privimage.curves import Curves, memory
+from privimage.config.settings import Match, Pretrain
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
-from privimage.progress import Progress
-from privimage.rundir import RunDir
+from privimage.storage.rundir import RunDir
+from privimage.telemetry import memory
+from privimage.telemetry.curves import Curves
+from privimage.telemetry.progress import Progress
 
 
 class Trained(Protocol):
@@ -63,7 +64,7 @@ def train(
             if step % settings.log_every == 0:
                 shown = {
                     "images per second": bar.rate * images,
-                    "memory": memory(world.device),
+                    "memory": memory.peak(world.device),
                     "learning rate": settings.learning_rate,
                 }
                 curves.scalars(step, trained.losses() | shown)

@@ -10,7 +10,7 @@ from privimage.privacy.accounting import epsilon
 from privimage.privacy.ledger import Ledger, read, told
 from privimage.privacy.plan import plan_from_dict
 from privimage.privacy.spent import Spent
-from privimage.rundir import read_json
+from privimage.storage.files import read_json
 
 DELTA = 1e-5  # for a ledger on its own, which has no delta
 

@@ -2,19 +2,17 @@
 
 import contextlib
 import fcntl
-import io
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from privimage import owner_only
 from privimage.config import Config, parse
+from privimage.config.methods import METHODS, Method
 from privimage.errors import UserError
-from privimage.methods import METHODS, Method
+from privimage.storage import owner_only
+from privimage.storage.files import read_json, write_json, write_whole
 
 # May change between the stages of one run: they change no result and no promise.
 FREE = ("runtime.", "slurm.", "data.workers", "run.", "privacy.ledger", "privacy.budget")
@@ -27,63 +25,6 @@ PLANNED = (
     "match.features",
     "evolve.iterations",
 )
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, mode 0600, whole or not at all: a temporary file beside it, fsync, rename.
-
-    Raises UserError when the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}); what was there before is kept, make room and "
-            "run again"
-        ) from None
-    fsync_folder(path.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy whole or not at all."""
-    np.save(buffer := io.BytesIO(), array)
-    write_whole(path, buffer.getvalue())
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays by name as an .npz, compressed, whole or not at all."""
-    np.savez_compressed(buffer := io.BytesIO(), allow_pickle=False, **arrays)
-    write_whole(path, buffer.getvalue())
-
-
-def read_json(path: Path) -> dict:
-    """Read JSON. Raises UserError that names a missing or damaged file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path}: damaged, not readable as JSON") from None
 
 
 class RunDir:

@@ -13,9 +13,9 @@ from typing import Literal
 from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
-from privimage.jobs import Slurm
-from privimage.methods import METHODS, Method, for_method, with_defaults
-from privimage.section import Section, nearest, read_yaml, validated
+from privimage.config.methods import METHODS, Method, for_method, with_defaults
+from privimage.config.section import Section, nearest, read_yaml, validated
+from privimage.config.slurm import Slurm
 
 SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
 PublicKind = SensitiveKind | Literal["glyphs"]
