@@ -6,6 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from privimage.config.stages import STAGES
 from privimage.errors import UserError, settled, tell
 from privimage.storage.owner_only import close_process
 
@@ -25,20 +26,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that replace those of the file"),
 ]
-STAGES = {
-    "prepare": "Bring the public set to its resolution and write it in the form that training streams.",
-    "query": "Train the semantic query function on the public labels.",
-    "select": "Ask the sensitive set, with noise, which public classes resemble it.",
-    "pretrain": "Pretrain the generator on the selected public images.",
-    "finetune": "Fine-tune the generator on the sensitive set with differential privacy.",
-    "match": "Train a generator towards the noisy mean embedding of the sensitive set (DP-MERF).",
-    "evolve": (
-        "Let the sensitive set vote, with noise, for synthetic images of the public model, and vary "
-        "those with votes (Private Evolution)."
-    ),
-    "synthesize": "Sample the synthetic set into release/.",
-    "evaluate": "Measure the synthetic set and write the report.",
-}
 
 
 def _run(config: Path, overrides: list[str] | None, stages: tuple[str, ...]) -> NoReturn:
@@ -62,8 +49,8 @@ def _add(stage: str, description: str) -> None:
         _run(config, overrides, (stage,))
 
 
-for _name, _description in STAGES.items():
-    _add(_name, _description)
+for _name, _stage in STAGES.items():
+    _add(_name, _stage.help)
 
 
 @app.command()

@@ -6,6 +6,7 @@ What is pretrained on, which generator, private or not).
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from privimage.config.stages import STAGES, upstream
 from privimage.errors import UserError
 
 
@@ -40,8 +41,11 @@ class Method:
     @property
     def public_stages(self) -> tuple[str, ...]:
         """Stages that depend on public images alone, not on the sensitive set or a stage that saw it."""
-        public = ("prepare", "query", "pretrain") if self.pretraining == "all" else ("prepare", "query")
-        return tuple(stage for stage in self.stages if stage in public)
+        return tuple(
+            stage
+            for stage in self.stages
+            if not any(STAGES[before].sensitive for before in upstream(stage, self.stages))
+        )
 
 
 METHODS: dict[str, Method] = {

@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml import YAMLError
 
+from privimage.config.stages import STAGES
 from privimage.errors import UserError
 
 
@@ -17,6 +18,20 @@ class Section(BaseModel):
     """One section of the settings; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    affects: ClassVar[dict[str, Any] | None] = None  # of its fields that do not say it themselves, by `on`
+
+
+def on(*stages: str, planned: bool = False, place: bool = False) -> dict[str, Any]:
+    """Declare what a setting affects, as ``json_schema_extra`` of its field or ``affects`` of its section.
+
+    Args:
+        stages: the stages that read it, whose results it may change; none: it changes no result.
+        planned: whether it is part of the privacy plan, which is fixed when the account is opened.
+        place: whether it only says where images are; the identity of a computation has their content instead.
+    """
+    if unknown := set(stages) - set(STAGES):
+        raise ValueError(f"no such stage: {', '.join(sorted(unknown))}")
+    return {"stages": list(stages), "planned": planned, "place": place}
 
 
 S = TypeVar("S", bound=Section)

@@ -1,18 +1,15 @@
 """The section `slurm` of the settings: what the jobs of a run ask a cluster for."""
 
-from typing import Literal
-
 from pydantic import Field, field_validator
 
-from privimage.config.section import Section
-
-Stage = Literal[
-    "prepare", "query", "select", "pretrain", "finetune", "match", "evolve", "synthesize", "evaluate"
-]
+from privimage.config.section import Section, nearest, on
+from privimage.config.stages import STAGES
 
 
 class Job(Section):
     """What one SLURM job asks for."""
+
+    affects = on()
 
     nodes: int | None = Field(None, ge=1, description="nodes; unset: 1")
     gpus: int | None = Field(None, ge=0, description="GPUs a node; unset: none")
@@ -51,6 +48,14 @@ class Slurm(Job):
     container: str = Field(
         "", description="words in front of the command of each rank: apptainer exec --nv image.sif"
     )
-    stages: dict[Stage, Job] = Field(
+    stages: dict[str, Job] = Field(
         {}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}"
     )
+
+    @field_validator("stages")
+    @classmethod
+    def _are_known(cls, stages: dict[str, Job]) -> dict[str, Job]:
+        for name in stages:
+            if name not in STAGES:
+                raise ValueError(f"unknown stage {name!r}{nearest(name, STAGES)}")
+        return stages

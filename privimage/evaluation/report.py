@@ -12,6 +12,7 @@ from pathlib import Path
 from privimage import __version__
 from privimage.config import Config
 from privimage.config.methods import METHODS
+from privimage.config.stages import STAGES
 from privimage.storage.files import read_json, write_json, write_whole
 from privimage.storage.rundir import RunDir
 
@@ -27,36 +28,26 @@ PACKAGES = (
     "deepspeed",
 )
 MEASURED = ("seconds", "peak_memory_bytes", "images_per_second")
-SENSITIVE = (
-    "accuracy",
-    "accuracy_before",
-    "fidelity",
-    "fidelity_before",
-    "semantics",
-    "memorization",
-)  # computed on sensitive images without noise
-# Of what can stand in a table, what no sensitive image can be told from beyond the promise; all else is
-# marked.
-PUBLIC = (
-    "privacy.",
-    "selection.",
+# What a report may show without a mark: beginnings of keys of report.json, and names of figures. Everything
+# else counts as computed on sensitive images without noise, so that a new measure or figure is marked until
+# someone has thought about it.
+COVERED = (
+    "method",
+    "run",
+    "privacy",
+    "selection",
+    "synthetic",
+    "grid_classes",
     "parameters",
-    "resources.prepare.",
-    "resources.query.",
-    "resources.pretrain.",
+    "versions",
+    "sensitive.images",  # N, which is taken as public
+    "sensitive.test_images",
+    "accuracy_note",
+    "accuracy_before_images",
+    *(f"resources.{name}" for name, stage in STAGES.items() if not stage.sensitive),
 )
+COVERED_FIGURES = ("samples", "selection", "loss", "budget")
 CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
-STAGES = {
-    "prepare": "Prepare the public images",
-    "query": "Train the query function",
-    "select": "Select, privately",
-    "pretrain": "Pretrain on public images",
-    "finetune": "Fine-tune, privately",
-    "match": "Match a noisy embedding",
-    "evolve": "Evolve a population, privately",
-    "synthesize": "Synthesise",
-    "evaluate": "Evaluate",
-}
 FIDELITY = ("distance", "fid", "kid", "precision", "recall", "kernel_distance", "kernel_deviation")
 # all that report.json tells in numbers, for tables over many runs; a run that has not measured one has null
 # or nothing there
@@ -68,6 +59,22 @@ NUMBERS = (
     *(f"resources.{stage}.{name}" for stage in STAGES for name in MEASURED),
     *("privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
 )
+
+
+def covered(key: str) -> bool:
+    """Whether a number of report.json, by its dotted key, is public or covered by the promise."""
+    return any(key == name or key.startswith(f"{name}.") for name in COVERED)
+
+
+def uncovered(report: dict) -> list[str]:
+    """The keys of a report whose values are not covered by the promise; of a mixed section its keys."""
+    found = []
+    for key, value in report.items():
+        if covered(key):
+            continue
+        mixed = isinstance(value, dict) and any(covered(f"{key}.{name}") for name in value)
+        found += [f"{key}.{name}" for name in value if not covered(f"{key}.{name}")] if mixed else [key]
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -101,8 +108,8 @@ def write(run: RunDir, config: Config, results: dict) -> None:
         **results,
         "resources": measured,
         "versions": versions(),
-        "not_covered_by_the_promise": list(SENSITIVE),
     }
+    report["not_covered_by_the_promise"] = uncovered(report)
     write_json(run.stage("evaluate") / "report.json", report)
     rebuild(run)
 
@@ -136,10 +143,12 @@ def rebuild(run: RunDir) -> None:
         report=report,
         title=METHODS[report["method"]].title,
         resources=measured,
-        stages=STAGES,
+        stages={name: stage.title for name, stage in STAGES.items()},
         classifiers=CLASSIFIERS,
         measured=[key for key in CLASSIFIERS if report["accuracy"][key] is not None],
         figures=_embedded(path.parent / "figures"),
+        covered_figures=COVERED_FIGURES,
+        covered_key=covered,
     )
     write_whole(path.with_name("report.html"), page.encode())
 

@@ -17,7 +17,7 @@ from privimage.config import Config
 from privimage.config import load as load_config
 from privimage.config.section import Section, nearest, read_yaml, validated
 from privimage.errors import UserError
-from privimage.evaluation.report import NUMBERS, PUBLIC
+from privimage.evaluation.report import NUMBERS, covered
 
 Choice = dict[str, str]  # axis -> the name of one of its options
 When = dict[str, tuple[str, ...]]  # axis -> names of options; axes that are not named may have any
@@ -78,7 +78,7 @@ class Measure(Section):
 
         The promise does not cover it.
         """
-        return not self.key.startswith(PUBLIC)
+        return not covered(self.key)
 
     @field_validator("key")
     @classmethod

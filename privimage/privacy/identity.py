@@ -22,18 +22,12 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
+from privimage.config.effects import effect, settings_of, settings_of_plan
+from privimage.config.stages import upstream
 from privimage.distributed.agreement import Ranks, gathered
 from privimage.privacy.keys import RootKey
 
 PROCESSOR = Path("/proc/cpuinfo")
-# Settings that no output depends on: where things are, and what is done after the last output. The content of
-# both sets is in the digest by itself, that of the public one through the networks that it trained.
-NOT_READ = ("run", "slurm", "synthesize", "evaluate")
-PLACES: dict[str, tuple[str, ...]] = {
-    "data": ("public", "sensitive", "workers"),
-    "privacy": ("ledger", "budget", "insecure_fixed_key"),
-}
-READ_OF_RUNTIME = ("seed", "precision")
 KERNEL_SWITCHES = (
     "ATEN_",
     "DNNL_",
@@ -50,6 +44,7 @@ def computation(
     root: RootKey,
     content: bytes,
     config: Config,
+    stage: str,
     own: dict[str, Any],
     inputs: Iterable[bytes] = (),
     each_rank: bool = False,
@@ -58,18 +53,24 @@ def computation(
 
     The same on all ranks.
 
-    `content` is that of the sensitive set, `inputs` the digests of networks that see it or of what its images
-    vote for, `own` plain values that the stage adds. `each_rank`: the output depends on which rank does what,
-    as where each adds noise of its own; else on the kinds of machines alone, not on their number. On a GPU,
-    where sums need not repeat to the bit, each start is a computation of its own. All ranks call this
-    together.
+    Args:
+        content: digest of the sensitive set.
+        stage: the stage that draws; the settings that it depends on are in the digest.
+        own: plain values that the stage adds.
+        inputs: digests of networks that see the sensitive set, or of what its images vote for.
+        each_rank: whether the output depends on which rank does what, as where each adds noise of its own;
+            else it depends on the kinds of machines alone, not on their number.
+
+    On a GPU, where sums need not repeat to the bit, each start is a computation of its own. All ranks call
+    this together.
     """
     told = gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))
     machines = [machine.hex() for machine in told]
     tree = {
         "content": content.hex(),
-        "settings": settings_read(config),
+        "settings": settings_read(config, stage),
         "inputs": [digest.hex() for digest in inputs],
+        "stage": stage,
         "own": own,
         "key": root.name,
         "machines": machines if each_rank else sorted(set(machines)),
@@ -78,14 +79,14 @@ def computation(
     return gathered(ranks, digest_of(json.dumps(tree, sort_keys=True).encode()))[0]
 
 
-def settings_read(config: Config) -> dict:
-    """The settings that an output may depend on, as plain values."""
-    tree = config.model_dump(mode="json", exclude=set(NOT_READ))
-    for section, names in PLACES.items():
-        tree[section] = {name: value for name, value in tree[section].items() if name not in names}
-    tree["runtime"] = {name: tree["runtime"][name] for name in READ_OF_RUNTIME}
-    tree["labelled"] = config.data.sensitive.labelled
-    return tree
+def settings_read(config: Config, stage: str) -> dict:
+    """The settings that an output of a stage may depend on, as plain values.
+
+    Without those that say where images are: the content of both sets is in the digest by itself, that of the
+    public one through the networks that it trained.
+    """
+    found = settings_of(config, upstream(stage, config.spec.stages)) | settings_of_plan(config)
+    return {key: value for key, value in found.items() if not effect(key).place}
 
 
 def digest_of(*parts: bytes) -> bytes:

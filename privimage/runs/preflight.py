@@ -13,6 +13,7 @@ import numpy as np
 
 from privimage.runs import room
 from privimage.config import Config
+from privimage.config.stages import SENSITIVE, STAGES, TRAINING
 from privimage.data import store
 from privimage.data.decode import Source
 from privimage.data.readers import ONE_CLASS
@@ -34,9 +35,8 @@ from privimage.telemetry.progress import say
 from privimage.storage.rundir import RunDir
 
 SAMPLED = 32  # images of each set that are decoded, the first of as many classes
-PUBLIC = {"prepare", "query", "pretrain"}  # stages that may take hours and see no sensitive image
-CHARGED = {"finetune", "match", "evolve", "synthesize"}  # stages that open the account, as a query does
-SENSITIVE = {"select", "evaluate", *CHARGED}  # stages that read the sensitive set
+PUBLIC = set(STAGES) - set(SENSITIVE)  # stages that may take hours and see no sensitive image
+CHARGED = {*TRAINING, "synthesize"}  # stages that open the account, as a query does
 NETWORKS = {"pretrain", *CHARGED}  # stages that build the generator
 # What stages import when they come to it, and the package that has it; PrivImage itself is imported already.
 PACKAGES = {
@@ -145,13 +145,13 @@ def _packages(visit: Visit) -> Iterator[str]:
     """What is imported later is installed; it is not imported here, since that takes seconds."""
     config, stages = visit.config, visit.stages
     wanted = {"tensorboard": stages & {"query", "evaluate", *NETWORKS}, "opacus": stages & {"finetune"}}
-    wanted["randomgen"] = stages & {"select", "finetune", "match", "evolve"}
+    wanted["randomgen"] = stages & {"select", *TRAINING}
     wanted |= dict.fromkeys(("torch_fidelity", "matplotlib", "jinja2"), stages & {"evaluate"})
     wanted["sklearn"] = stages & {"evaluate"}
     if config.query.semantics == "clusters":
         wanted["sklearn"] |= stages & {"query"}
     if config.data.sensitive.kind == "digits":
-        wanted["sklearn"] |= stages & SENSITIVE
+        wanted["sklearn"] |= stages & set(SENSITIVE)
     if config.data.public.kind == "glyphs":
         wanted["matplotlib"] |= stages & {"prepare"}
     if config.pretrain.engine == "deepspeed":

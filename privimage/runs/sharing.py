@@ -18,6 +18,8 @@ import torch
 
 from privimage import __version__
 from privimage.config import Config
+from privimage.config.effects import settings_of
+from privimage.config.stages import upstream
 from privimage.data import store
 from privimage.distributed.world import World
 from privimage.telemetry.progress import say
@@ -25,21 +27,19 @@ from privimage.storage.files import write_json
 from privimage.storage.rundir import RunDir
 
 
-def settings_of(stage: str, config: Config) -> dict:
-    """All settings that the result of a public stage depends on, as plain values."""
-    tree = config.model_dump(mode="json")
-    data = {name: tree["data"][name] for name in ("resolution", "channels", "public", "store")}
-    if stage == "prepare":
-        return {"data": data}
-    runtime = {name: tree["runtime"][name] for name in ("seed", "precision")}
-    own = {"query": ("query",), "pretrain": ("pretrain", "model")}[stage]
-    generator = {"generator": config.spec.generator} if stage == "pretrain" else {}
-    return {"data": data, "runtime": runtime, **{section: tree[section] for section in own}, **generator}
+def settings_of_stage(stage: str, config: Config) -> dict:
+    """All settings that the result of a public stage depends on, as plain values.
+
+    Of the method, the generator alone: methods that pretrain the same share it.
+    """
+    stages = upstream(stage, config.spec.stages)
+    found = {key: value for key, value in settings_of(config, stages).items() if key != "method"}
+    return found | ({"generator": config.spec.generator} if "pretrain" in stages else {})
 
 
 def name_of(stage: str, config: Config, **more: object) -> str:
     """The stage and a digest of its settings, and of what `more` its result depends on."""
-    tree = {"settings": settings_of(stage, config), **more}
+    tree = {"settings": settings_of_stage(stage, config), **more}
     return f"{stage}-{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:24]}"
 
 

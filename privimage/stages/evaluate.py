@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from privimage.config import Config
+from privimage.config.effects import settings_of
 from privimage.data.sources import ImageSet, has_test_split, open_sensitive
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -138,12 +139,7 @@ def _key(config: Config, train: ImageSet, *sets: Labelled | None) -> str:
     digest = hashlib.sha256(train.fingerprint.encode())
     for images in sets:
         digest.update(images.images.tobytes() + images.labels.tobytes() if images else b"none")
-    settings = {
-        "evaluate": config.evaluate.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
-        "seed": config.runtime.seed,
-    }
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(json.dumps(settings_of(config, ["evaluate"]), sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -54,12 +54,13 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         population.load_state_dict(population.state_dict() | state["population"])
         step, charges = state["step"], state["charges"]
         account.require_known({plan.stage: charges}, file, world)
-    own = {"stage": "evolve", "plan": account.plan.to_dict()}
+    own = {"plan": account.plan.to_dict()}
     digest = computation(
         world,
         account.root,
         sensitive.content,
         config,
+        "evolve",
         own,
         [digest_of_tensors(voters.network.state_dict().values())],
     )

@@ -162,11 +162,10 @@ def _gradients(
 
     def digest(**more: dict) -> bytes:
         own: dict[str, Any] = {
-            "stage": "finetune",
             "plan": account.plan.to_dict(),
             "physical_batch_size": physical,
         } | more
-        return computation(world, account.root, sensitive.content, config, own, each_rank=True)
+        return computation(world, account.root, sensitive.content, config, "finetune", own, each_rank=True)
 
     path, without = run.stage("finetune") / "kernels.json", digest().hex()
     kept = read_json(path) if world.is_main and path.exists() else {}

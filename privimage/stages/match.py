@@ -84,9 +84,9 @@ def _embedding(
     path, plan = run.stage("match") / "embedding.npz", account.plan.training
     assert isinstance(plan, MatchPlan)  # this stage belongs to methods with one
     if not world.broadcast_object(path.exists()):
-        own = {"stage": "match", "plan": account.plan.to_dict(), "rows": rows}
+        own = {"plan": account.plan.to_dict(), "rows": rows}
         name = charge_name(
-            account.root, computation(world, account.root, sensitive.content, config, own)
+            account.root, computation(world, account.root, sensitive.content, config, "match", own)
         ).hex()
         total = _sum_over_ranks(config, world, sensitive, rows)
         account.charge_once(plan, name, world, run.path)

@@ -89,12 +89,12 @@ def _asked(
     plan = account.plan.query
     assert plan is not None  # this stage belongs to methods with a query
     query = load_scores(config, run, world)
-    own = {"stage": "select", "plan": account.plan.to_dict(), "rows": rows, "columns": columns}
+    own = {"plan": account.plan.to_dict(), "rows": rows, "columns": columns}
     network = digest_of_tensors(
         [*query.state_dict().values(), *([] if query.centroids is None else [query.centroids])]
     )
     name = charge_name(
-        account.root, computation(world, account.root, sensitive.content, config, own, [network])
+        account.root, computation(world, account.root, sensitive.content, config, "select", own, [network])
     ).hex()
     votes = top_votes(query, sensitive.images, per_image, world)
     account.charge_once(plan, name, world, run.path)

@@ -4,27 +4,26 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from privimage.config import Config, parse
-from privimage.config.methods import METHODS, Method
+from privimage.config.effects import effect
+from privimage.config.stages import STAGES, upstream
 from privimage.errors import UserError
 from privimage.storage import owner_only
 from privimage.storage.files import read_json, write_json, write_whole
 
-# May change between the stages of one run: they change no result and no promise.
-FREE = ("runtime.", "slurm.", "data.workers", "run.", "privacy.ledger", "privacy.budget")
-# The plan couples these with the query: they are settled when the first stage draws from sensitive data.
-PLANNED = (
-    "finetune.logical_batch_size",
-    "finetune.steps",
-    "finetune.noise_copies",
-    "finetune.max_grad_norm",
-    "match.features",
-    "evolve.iterations",
-)
+
+class Clash(NamedTuple):
+    """A setting that may no longer change, because something was made with its old value."""
+
+    key: str
+    old: object
+    new: object
+    stages: tuple[str, ...]  # the stages begun that depend on it; none: it is part of the fixed privacy plan
 
 
 class RunDir:
@@ -68,8 +67,7 @@ class RunDir:
 
         Raises UserError for links in it, and for what belongs to another user.
         """
-        stages = {stage for method in METHODS.values() for stage in method.stages}
-        names = ("config.yaml", "failed.json", ".lock", "private", "tensorboard", *sorted(stages))
+        names = ("config.yaml", "failed.json", ".lock", "private", "tensorboard", *STAGES)
         owner_only.restrict_all([self.path / name for name in names], self._owner())
 
     def _owner(self) -> int | None:
@@ -153,39 +151,40 @@ class RunDir:
         """
         path = self.path / "config.yaml"
         if clashes := self.clashes(config):
-            told = "; ".join(f"{key} was {a!r}, now {b!r}" for key, a, b in clashes)
+            changes = "; ".join(f"{clash.key} was {clash.old!r}, now {clash.new!r}" for clash in clashes)
+            begun = {stage for clash in clashes for stage in clash.stages}
+            again = ""
+            if all(clash.stages for clash in clashes):  # nothing brings back the choice of the privacy plan
+                folders = ", ".join(f"{name}/" for name in STAGES if name in begun)
+                again = f", or delete {folders} to do these stages again"
             raise UserError(
-                f"{path}: this run was made with other settings ({told}); choose another run.dir, or go on "
-                "with the old values"
-                f" (`privimage run {path}`), or delete the folders of the stages that should be done again"
+                f"{path}: this run was made with other settings ({changes}); choose another run.dir, or go "
+                f"on with the old values (`privimage run {path}`){again}"
             )
         write_whole(path, config.to_yaml().encode())
 
-    def clashes(self, config: Config) -> list[tuple[str, object, object]]:
-        """The settings, as (key, old value, new value), that stages of this run were begun with and that
-        `config` has otherwise.
+    def clashes(self, config: Config) -> list[Clash]:
+        """The settings that differ from those of this run although something depends on their old values.
 
         Raises UserError for a damaged config.yaml.
         """
         path = self.path / "config.yaml"
         if not path.exists():
             return []
-        return [
-            clash
-            for clash in differences(_plain(path), config.model_dump(mode="json"))
-            if not self._may_change(clash[0], config.spec)
-        ]
-
-    def _may_change(self, key: str, method: Method) -> bool:
-        """A setting may change while no stage that reads it has begun."""
-        if key.startswith(FREE):
-            return True
-        if key in PLANNED and (self.path / "private" / "account.json").exists():
-            return False
-        section = key.split(".")[0]
-        if section not in method.stages:
-            return not any((self.path / stage).exists() for stage in method.stages)
-        return not (self.path / section).exists()
+        # A stage depends on the settings of all stages before it, also of those whose folder was deleted.
+        begun = {
+            name: set(upstream(name, config.spec.stages)) for name in STAGES if (self.path / name).exists()
+        }
+        plan_is_fixed = (self.path / "private" / "account.json").exists()
+        found = []
+        for key, old, new in differences(_plain(path), config.model_dump(mode="json")):
+            declared = effect(key)
+            stages = tuple(name for name, read in begun.items() if read & declared.stages)
+            if declared.planned and plan_is_fixed:
+                found.append(Clash(key, old, new, ()))
+            elif stages:
+                found.append(Clash(key, old, new, stages))
+        return found
 
 
 def _plain(path: Path) -> dict:

@@ -126,6 +126,7 @@ class Trial:
             "finetune.steps=8",
             "finetune.checkpoint_every=2",
             "finetune.logical_batch_size=30",
+            "finetune.ema_decay=0",  # the released weights are then those after the last draw
             "match.steps=4",
             "match.checkpoint_every=2",
         )
@@ -170,8 +171,6 @@ class Trial:
             self.write_set(self.folder / "set.npz", self.images, self.labels)
         elif what == "delete":
             path = run.path / self.random.choice(PRIVATE)
-            if path.name == "checkpoint.pt" and (path.parent / "done.json").exists():
-                path = run.path / PRIVATE[0]  # the truth is walked back from the last checkpoint
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         elif what == "order on one rank":
             second = "second.npz"
@@ -306,9 +305,8 @@ class Trial:
         """
         if run.method == "dp-merf":
             return 0
-        state = checkpoint.load(run.path / "finetune" / "checkpoint.pt")
-        assert state is not None
-        at, steps = spy.digest(*(value.numpy() for value in state["module"].values())), 0
+        weights = checkpoint.load(run.path / "finetune" / "weights.pt")
+        at, steps = spy.digest(*(value.numpy() for value in weights["ema"].values())), 0
         came_from = {
             draw["after"]: draw["before"]
             for draw in draws

@@ -21,3 +21,17 @@ def test_random_kills_change_nothing(method: str, kills: int) -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     assert f"| all | {kills} |" in ended.stdout
+
+
+def test_kills_between_which_files_move_and_change_release_no_epsilon_that_is_too_small() -> None:
+    """`mutations.py --kills 1000` is the long form, its table is in docs/results.md."""
+    script = Path(__file__).with_name("mutations.py")
+    ended = subprocess.run(
+        [sys.executable, str(script), "--kills", "12", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=clean_environment(),
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
+    assert "12 kills: every release states" in ended.stdout

@@ -45,7 +45,9 @@ def named(
     inputs: tuple = (),
     ranks: Alone | None = None,
 ) -> bytes:
-    return computation(ranks or Alone(), root or insecure_fixed(0), content, config, own or {}, inputs)
+    return computation(
+        ranks or Alone(), root or insecure_fixed(0), content, config, "finetune", own or {}, inputs
+    )
 
 
 def changed(config: Config, key: str, value: object) -> Config:

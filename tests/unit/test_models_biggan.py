@@ -147,6 +147,7 @@ def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_el
 
 
 def test_settling_finds_the_spectral_norm_of_changed_weights() -> None:
+    torch.manual_seed(0)  # the power iteration starts at random, and converges at random speed
     generator = build_generator(settings(8, 1, 8), 10)
     layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     random = torch.Generator().manual_seed(3)

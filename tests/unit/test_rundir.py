@@ -140,15 +140,59 @@ def test_settings_of_stages_that_have_begun_must_stay(tiny_config: Config) -> No
     run.reconcile(changed(tiny_config, "runtime", threads=2))
     for section, values in (
         ("query", {"steps": 99}),
-        ("privacy", {"epsilon": 3.0}),
+        ("runtime", {"seed": 1}),
         ("data", {"channels": 3}),
     ):
         with pytest.raises(
             UserError,
             match=rf"made with other settings \({section}\.\w+ was .* now .*\); "
-            "choose another run.dir, or go on",
+            r"choose another run.dir, or go on .*, or delete query/ to do these stages again",
         ):
             run.reconcile(changed(tiny_config, section, **values))
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("privacy", {"epsilon": 3.0}),
+        ("select", {"max_rise": 0.2}),
+        ("select", {"noise_multiplier": 7.0}),
+        ("finetune", {"steps": 3}),
+    ],
+)
+def test_settings_of_the_plan_must_stay_once_it_is_made(
+    tiny_config: Config, section: str, values: dict
+) -> None:
+    run = RunDir(tiny_config.run.dir)
+    run.path.mkdir()
+    run.reconcile(tiny_config)
+    run.stage("query")
+    run.reconcile(changed(tiny_config, section, **values))  # not made yet
+    run.reconcile(tiny_config)
+    write_json(run.private / "account.json", {})
+    with pytest.raises(UserError, match=rf"{section}\.\w+ was .* with the old values \(`[^`]*`\)$"):
+        run.reconcile(changed(tiny_config, section, **values))
+
+
+@pytest.mark.parametrize("values", [{"before": True}, {"fidelity_samples": 11}])
+def test_what_synthesis_has_read_of_the_evaluation_must_stay(tiny_config: Config, values: dict) -> None:
+    run = RunDir(tiny_config.run.dir)
+    run.path.mkdir()
+    run.reconcile(tiny_config)
+    run.stage("synthesize")
+    with pytest.raises(UserError, match=r"evaluate\.\w+ was .*delete synthesize/ to do"):
+        run.reconcile(changed(tiny_config, "evaluate", **values))
+    run.reconcile(changed(tiny_config, "evaluate", cnn_epochs=3))
+
+
+def test_a_stage_keeps_the_settings_of_those_before_it(tiny_config: Config) -> None:
+    """Also when their folders were deleted: what it made came from them."""
+    run = RunDir(tiny_config.run.dir)
+    run.path.mkdir()
+    run.reconcile(tiny_config)
+    run.stage("pretrain")
+    with pytest.raises(UserError, match=r"query\.steps was .*delete pretrain/ to do"):
+        run.reconcile(changed(tiny_config, "query", steps=99))
 
 
 def test_a_setting_that_is_younger_than_the_run_had_its_default_in_it(tiny_config: Config) -> None:

@@ -3,6 +3,7 @@
 Nothing that saw the sensitive set is ever shared.
 """
 
+import importlib
 import os
 from pathlib import Path
 
@@ -11,16 +12,16 @@ import torch
 from ranks import TINY
 
 from privimage.config import Config, load
+from privimage.config.effects import effects
 from privimage.config.methods import METHODS
 from privimage.config.section import Section
 from privimage.distributed.world import World
 from privimage.runs import pipeline, sharing
-from privimage.stages import prepare, pretrain, query
+from privimage.stages import prepare, query
 from privimage.storage.files import read_json
 from privimage.storage.rundir import RunDir
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
-PUBLIC = {"prepare": prepare, "query": query, "pretrain": pretrain}
 QUICK = (
     "pretrain.steps=3",
     "query.steps=3",
@@ -53,36 +54,46 @@ class Watched:
         value = getattr(self._section, name)
         if isinstance(value, Section):
             return Watched(value, self._read, f"{self._prefix}{name}.")
-        self._read.add(f"{self._prefix}{name}")
+        if name in type(self._section).model_fields:
+            self._read.add(f"{self._prefix}{name}")
         return value
 
 
-def leaves(tree: dict, prefix: str = "") -> set[str]:
-    return {
-        key
-        for name, value in tree.items()
-        for key in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})
-    }
-
-
 @pytest.mark.parametrize(
-    "more", [(), ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20")]
+    "more",
+    [
+        ("method=privimage+d",),
+        ("method=random+d",),
+        ("method=privimage+g",),
+        ("method=nonprivd",),
+        ("method=dp-merf",),
+        ("method=private-evolution",),
+        ("method=nonpriv",),
+        ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20"),
+    ],
+    ids=lambda more: more[0],
 )
-def test_every_setting_that_a_public_stage_reads_is_in_its_key(tmp_path: Path, more: tuple[str, ...]) -> None:
-    """But for those that change no result, and the configuration as a text for TensorBoard."""
-    settings = config(tmp_path, "run", "method=pdp-diffusion", *more)
+def test_every_setting_that_a_stage_reads_is_declared_for_it(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """By `on`, from which resuming, sharing, caches and the identity of charges are derived."""
+    settings, table = config(tmp_path, "run", *more), effects()
     run, reads = RunDir(settings.run.dir), {}
-    for name, stage in PUBLIC.items():
+    run.path.mkdir()
+    run.reconcile(settings)
+    for name in settings.spec.stages:
         read: set[str] = set()
-        record = stage.run(Watched(settings, read), run, ALONE)
-        run.finish(name, record)
+        stage = importlib.import_module(f"privimage.stages.{name}")
+        run.finish(name, stage.run(Watched(settings, read), run, ALONE))
         reads[name] = read
-        assert read - {"data.workers", "spec", "to_yaml"} <= leaves(sharing.settings_of(name, settings)), name
-    assert {"pretrain.steps", "model.width", "runtime.seed", "data.resolution"} <= reads[
-        "pretrain"
-    ]  # the watching works
-    assert {"query.learning_rate", "query.flip"} <= reads["query"]
-    assert {"data.public.kind", "data.public.images_per_class"} <= reads["prepare"]
+        undeclared = {
+            key
+            for key in read
+            if name not in table[key].stages and not table[key].planned and table[key].stages
+        }
+        assert not undeclared, name
+    assert "data.resolution" in reads["evaluate"]  # the watching works
+    if "query" in reads:
+        assert {"query.learning_rate", "query.flip", "runtime.seed"} <= reads["query"]
+        assert {"data.public.kind", "data.public.images_per_class"} <= reads["prepare"]
 
 
 def test_public_stages_are_taken_from_another_run_and_private_ones_never_are(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""The sections `run` and `data` of the settings: where a run lives, and its two image sets."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from privimage.config.section import Section, on
+from privimage.config.stages import SENSITIVE, STAGES
+
+SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
+PublicKind = SensitiveKind | Literal["glyphs"]
+
+
+class RunSection(Section):
+    """Where a run lives."""
+
+    affects = on()
+
+    dir: Path = Field(description="the run directory; everything that a run writes is below it")
+    shared: Path | None = Field(
+        None,
+        description=(
+            "folder where public stages are kept for other runs that need the same; unset: each run does "
+            "its own"
+        ),
+    )
+
+
+class PublicData(Section):
+    """The public set: anyone may see it. Its labels are what the query function learns.
+
+    A set without them is told apart by clusters.
+    """
+
+    affects = on("prepare", place=True)
+
+    kind: PublicKind = Field(description="how to read it")
+    path: Path | None = Field(None, description="file or folder; not needed for embedded sets")
+    labelled: bool = Field(
+        True,
+        description=(
+            "whether its labels are used; without them a folder needs no class sub-folders, an npz no labels"
+        ),
+    )
+    images_per_class: int = Field(400, ge=1, description="for kind glyphs: images rendered of each character")
+
+
+class SensitiveData(Section):
+    """The set that must stay private."""
+
+    affects = on(*SENSITIVE, place=True)
+
+    kind: SensitiveKind = Field(description="how to read it")
+    path: Path | None = Field(
+        None, description="training split: file or folder; not needed for embedded sets"
+    )
+    test_path: Path | None = Field(
+        None,
+        description="held-out split for evaluation; kinds with an own test split need none",
+        json_schema_extra=on("evaluate", place=True),
+    )
+    labelled: bool = Field(
+        True,
+        description="whether its labels are used; without them there is one row and one class",
+        json_schema_extra=on(*SENSITIVE, "pretrain"),
+    )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="N, the number of training images, taken as public; `plan` needs it, the data must agree",
+    )
+    classes: int | None = Field(
+        None,
+        ge=1,
+        description="the number of classes, taken as public; `plan` and an npz without names need it",
+    )
+
+
+class Data(Section):
+    """Both image sets, brought to one shape."""
+
+    affects = on(*STAGES)
+
+    resolution: int = Field(
+        ge=8, le=256, description="pixels of a side; images are centre-cropped and resized to it"
+    )
+    channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
+    public: PublicData
+    sensitive: SensitiveData
+    store: Literal["auto", "beton", "npy"] = Field(
+        "auto",
+        description="format of the prepared public set; npy needs no FFCV; auto: beton if FFCV is installed",
+        json_schema_extra=on("prepare"),
+    )
+    workers: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="processes that prepare and decode public images, a rank",
+        json_schema_extra=on(),
+    )

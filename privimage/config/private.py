@@ -1,0 +1,188 @@
+"""The sections of stages that draw from the sensitive set: `select`, `finetune`, `match`, `evolve`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from privimage.config.section import Section, on
+
+
+class Select(Section):
+    """The semantic distribution query, which spends privacy."""
+
+    affects = on("select", planned=True)
+
+    per_image: int = Field(1, ge=1, description="k1: public classes that each sensitive image votes for")
+    per_class: int = Field(
+        1,
+        ge=1,
+        description="k2: public classes kept for each sensitive class",
+        json_schema_extra=on("select"),
+    )
+    noise_multiplier: float | None = Field(
+        None,
+        gt=0,
+        description="sigma1; unset: the smallest that raises the noise of fine-tuning by at most max_rise",
+    )
+    max_rise: float = Field(
+        0.005, gt=0, le=1, description="allowed relative rise of the fine-tuning noise when sigma1 is derived"
+    )
+
+
+class Finetune(Section):
+    """DP-SGD on the sensitive set, which spends privacy."""
+
+    affects = on("finetune")
+
+    logical_batch_size: int = Field(
+        16384,
+        ge=1,
+        description="B, the expected number of images a step; the sample rate is B / N",
+        json_schema_extra=on("finetune", planned=True),
+    )
+    physical_batch_size: int | Literal["auto"] = Field(
+        "auto", description="images that go through the network at once, a rank"
+    )
+    steps: int = Field(
+        152,
+        ge=1,
+        description="T, the number of private steps; of a GAN's discriminator",
+        json_schema_extra=on("finetune", planned=True),
+    )
+    noise_copies: int = Field(
+        8,
+        ge=1,
+        description="diffusion: K, noised copies over which an image's gradient is averaged before clipping",
+        json_schema_extra=on("finetune", planned=True),
+    )
+    # Squares below 1e-38 are lost in float32: over 1e9 parameters a norm of at most 1e-14, which must be
+    # little beside C.
+    max_grad_norm: float = Field(
+        1e-3,
+        ge=1e-8,
+        description="C, the bound on the L2 norm of one image's gradient",
+        json_schema_extra=on("finetune", planned=True),
+    )
+    learning_rate: float = Field(
+        3e-4, gt=0, description="Adam learning rate of the private steps, no weight decay"
+    )
+    discriminator_steps: int = Field(
+        5, ge=1, le=100, description="GAN: private steps for each step of the generator"
+    )
+    generator_learning_rate: float = Field(
+        2e-4, gt=0, description="GAN: Adam learning rate of the generator, no weight decay"
+    )
+    generator_batch_size: int = Field(
+        256,
+        ge=1,
+        description="GAN: generated images in a step of the generator over all ranks; costs no privacy",
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)"
+    )
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label, all its copies alike"
+    )
+    start_from: Literal["ema", "raw"] = Field("ema", description="which pretrained weights to start from")
+    gradients: Literal["folded", "vmap"] = Field(
+        "folded", description="per-image gradients: folded is fast, vmap(grad) is the plain oracle"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32", description="of forward and backward; norms, sums and noise are always fp32 or better"
+    )
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints", json_schema_extra=on())
+
+
+class Match(Section):
+    """DP-MERF.
+
+    A generator is trained until the random features of its images match the noisy mean embedding of the
+    sensitive set.
+    """
+
+    affects = on("match")
+
+    features: int = Field(
+        2000,
+        ge=2,
+        multiple_of=2,
+        description="F, random Fourier features of an image, half of them cosines, half sines",
+        json_schema_extra=on("match", planned=True),
+    )
+    bandwidth: float = Field(
+        0.5,
+        gt=0,
+        description="a constant: bandwidth of the Gaussian kernel (pixels in [-1, 1]), unit sqrt(pixels)",
+    )
+    batch_size: int = Field(500, ge=2, description="generated images a step over all ranks")
+    steps: int = Field(
+        4000, ge=1, description="training steps, which use public randomness and the noisy embedding only"
+    )
+    learning_rate: float = Field(
+        1e-3, gt=0, description="Adam learning rate of the generator, no weight decay"
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)"
+    )
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints", json_schema_extra=on())
+    log_every: int = Field(
+        50,
+        ge=1,
+        description="steps between lines of the log and points of TensorBoard",
+        json_schema_extra=on(),
+    )
+
+
+class Evolve(Section):
+    """Private Evolution.
+
+    Sensitive images vote for synthetic ones of the public model, which are resampled and varied.
+    """
+
+    affects = on("evolve", "synthesize")
+
+    iterations: int = Field(
+        10,
+        ge=1,
+        description="T, noisy histograms of votes",
+        json_schema_extra=on("evolve", "synthesize", planned=True),
+    )
+    population: int = Field(
+        200, ge=1, description="synthetic images of each sensitive class that its images vote for"
+    )
+    threshold: float = Field(
+        2.0,
+        ge=0,
+        description="H, subtracted from noisy counts (down to 0), in standard deviations of their noise",
+    )
+    first_degree: float = Field(
+        2.0,
+        gt=0.002,
+        lt=80,
+        description="noise level sigma of the variations of the first iteration, for pixels in [-1, 1]",
+    )
+    last_degree: float = Field(
+        0.5,
+        gt=0.002,
+        lt=80,
+        description="the same of the last iteration; those between are a geometric series",
+    )
+    sampler_steps: int = Field(
+        18,
+        ge=2,
+        le=1000,
+        description="noise levels from 80 (variations: from their degree) to 0.002, by Euler",
+    )
+    guidance: float = Field(
+        0.0, ge=0, description="classifier-free guidance scale towards an image's public class; 0 is off"
+    )
+    batch_size: int = Field(500, ge=1, description="images that go through a network at once, a rank")
+
+    @model_validator(mode="after")
+    def _degrees_fall(self) -> "Evolve":
+        if self.last_degree > self.first_degree:
+            raise ValueError(
+                f"last_degree {self.last_degree:g} is more than first_degree {self.first_degree:g}; "
+                "variations become finer"
+            )
+        return self

@@ -1,0 +1,58 @@
+"""The section `privacy` of the settings: the promise, and where what was spent is recorded."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from privimage.config.section import Section, on
+from privimage.config.stages import TRAINING
+
+DRAWING = ("select", *TRAINING, "synthesize")
+
+
+class Budget(Section):
+    """A limit for everything that is ever computed on one sensitive set, over all runs."""
+
+    affects = on()
+
+    epsilon: float = Field(gt=0, description="total epsilon that may be spent on the set")
+    delta: float = Field(gt=0, lt=1, description="delta at which that total is computed")
+
+
+class Privacy(Section):
+    """The promise."""
+
+    affects = on(planned=True)
+
+    epsilon: float = Field(10.0, gt=0, description="epsilon of the whole run: query and fine-tuning together")
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="delta of the whole run; unset: 1 / (N ln N), with N taken as public"
+    )
+    accountant: Literal["pld", "rdp"] = Field(
+        "pld", description="pld is tighter (6-8 % less noise); rdp is what the paper used"
+    )
+    noise_source: Literal["aes-ctr", "chacha20", "insecure-philox"] = Field(
+        "aes-ctr",
+        description="generator of the Gaussian noise; insecure-philox is fast and not cryptographic",
+        json_schema_extra=on(*DRAWING),
+    )
+    insecure_fixed_key: int | None = Field(
+        None,
+        ge=0,
+        description="tests only: derive all noise from this number; nothing is private then",
+        json_schema_extra=on(*DRAWING),
+    )
+    ledger: Path | None = Field(
+        None,
+        description=(
+            "folder of the ledgers, one a sensitive set; unset: privimage/ledgers in the user's state "
+            "directory"
+        ),
+        json_schema_extra=on(),
+    )
+    budget: Budget | None = Field(
+        None,
+        description="refuse a run that would exceed this total for the sensitive set",
+        json_schema_extra=on(),
+    )

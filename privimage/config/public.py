@@ -1,0 +1,103 @@
+"""The sections of stages that use public images alone: `model`, `query`, `pretrain`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from privimage.config.section import Section, on
+
+
+class Model(Section):
+    """The generator: DDPM++ for diffusion methods, BigGAN for GAN methods."""
+
+    affects = on("pretrain", "finetune", "match", "evolve", "synthesize", "evaluate")
+
+    width: int = Field(32, ge=8, le=512, description="base width nf of DDPM++")
+    multipliers: tuple[int, ...] = Field(
+        (1, 2, 2), min_length=1, max_length=6, description="channel multiplier of each level"
+    )
+    attention: tuple[int, ...] = Field((16,), description="resolutions with self-attention")
+    gan_width: int = Field(96, ge=8, le=256, description="width of BigGAN's generator and discriminator")
+
+
+class Query(Section):
+    """The semantic query function, trained on public images.
+
+    On their labels, or without labels to tell views of one image from others.
+    """
+
+    affects = on("query")
+
+    semantics: Literal["labels", "clusters"] = Field(
+        "labels",
+        description="what images vote for: public classes, or clusters of the network's features",
+        json_schema_extra=on("query", "select", "pretrain", "evaluate"),
+    )
+    clusters: int = Field(
+        100,
+        ge=2,
+        le=10_000,
+        description="number of clusters of the public set, by k-means; for semantics clusters",
+    )
+    network: Literal["resnet50", "resnet-small"] = Field(
+        "resnet50",
+        description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28",
+        json_schema_extra=on("query", "select", "evolve"),
+    )
+    batch_size: int = Field(8192, ge=1, description="images a step over all ranks")
+    steps: int = Field(9400, ge=1, description="training steps")
+    learning_rate: float = Field(
+        0.01, gt=0, description="SGD learning rate, cosine schedule, momentum 0.9, weight decay 5e-4"
+    )
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=0.5, description="part of the public set held out to choose the checkpoint"
+    )
+    flip: bool = Field(
+        True,
+        description="random horizontal flips; off for characters",
+        json_schema_extra=on("query", "select", "evolve"),
+    )
+    checkpoint_every: int = Field(500, ge=1, description="steps between validations and checkpoints")
+
+
+class Pretrain(Section):
+    """Pretraining on the selected public images, without privacy cost."""
+
+    affects = on("pretrain")
+
+    engine: Literal["ddp", "deepspeed"] = Field(
+        "ddp", description="data parallelism by torch DDP or DeepSpeed ZeRO"
+    )
+    deepspeed_config: Path | None = Field(
+        None, description="DeepSpeed's JSON; unset: ZeRO stage 1 with bf16 on GPUs"
+    )
+    batch_size: int = Field(2048, ge=1, description="images a step over all ranks")
+    steps: int = Field(128_000, ge=1, description="training steps")
+    learning_rate: float = Field(
+        1e-4, gt=0, description="Adam learning rate, no weight decay; of both networks of a GAN"
+    )
+    discriminator_steps: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="GAN: steps of the discriminator, which `steps` counts, for each step of the generator",
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)"
+    )
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label"
+    )
+    flip: bool = Field(
+        True,
+        description="random horizontal flips; off for characters",
+        json_schema_extra=on("pretrain", "evaluate"),
+    )
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints", json_schema_extra=on())
+    log_every: int = Field(
+        50,
+        ge=1,
+        description="steps between lines of the log and points of TensorBoard",
+        json_schema_extra=on(),
+    )

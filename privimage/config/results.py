@@ -1,0 +1,64 @@
+"""The sections `synthesize` and `evaluate` of the settings."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from privimage.config.section import Section, on
+
+
+class Synthesize(Section):
+    """Sampling of the synthetic set."""
+
+    affects = on("synthesize")
+
+    samples: int = Field(
+        50_000,
+        ge=1,
+        description="images to synthesise, labels in turn so that each class gets the same share",
+    )
+    sampler: Literal["euler", "heun"] = Field(
+        "euler", description="diffusion: deterministic Euler, or EDM's stochastic Heun"
+    )
+    sampler_steps: int = Field(50, ge=2, le=1000, description="diffusion: noise levels from 80 to 0.002")
+    guidance: float = Field(0.0, ge=0, description="diffusion: classifier-free guidance scale; 0 is off")
+    batch_size: int = Field(500, ge=1, description="images that go through the network at once, a rank")
+    images: bool = Field(False, description="also write the images as PNG files under release/images")
+
+
+class Evaluate(Section):
+    """Measures of the synthetic set; those that use sensitive data are not covered by the promise."""
+
+    affects = on("evaluate")
+
+    classifiers: tuple[Literal["lr", "mlp", "cnn"], ...] = Field(
+        ("lr", "mlp", "cnn"), description="trained on synthetic images, tested on real ones"
+    )
+    cnn_epochs: int = Field(50, ge=1, description="epochs of the CNN")
+    cnn_batch_size: int = Field(512, ge=2, description="batch size of the CNN")
+    before: bool = Field(
+        True,
+        description="also measure the pretrained generator, before private fine-tuning",
+        json_schema_extra=on("synthesize", "evaluate"),
+    )
+    features: Literal["auto", "2048", "768", "stand-in"] = Field(
+        "auto", description="features of FID and KID; auto: what the weights allow"
+    )
+    inception_weights: Path | None = Field(
+        None, description="Inception 2015-12-05 weights in torch-fidelity's format"
+    )
+    fidelity_samples: int = Field(
+        5000,
+        ge=10,
+        description="synthetic images that enter FID, KID, precision and recall",
+        json_schema_extra=on("synthesize", "evaluate"),
+    )
+    reference_samples: int | None = Field(
+        None,
+        ge=10,
+        description="sensitive training images to compare with; unset: as many as fidelity_samples",
+    )
+    word_vectors: Path | None = Field(
+        None, description="npz of words and vectors for the semantic distribution similarity"
+    )
