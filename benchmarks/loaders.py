@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from privimage import torchvision_operators
 from privimage.data import store
 from privimage.data.glyphs import character_classes, glyph_source
 from privimage.data.readers import open_source
@@ -62,6 +63,7 @@ def stream_epoch(path: Path, batch_size: int, workers: int) -> Callable[[], int]
 
 def torchvision_epoch(folder: Path, batch_size: int, workers: int) -> Callable[[], int]:
     """An epoch of ImageFolder, as its documentation has it; returns the number of images."""
+    torchvision_operators.declare()
     from torchvision import datasets, transforms
 
     to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])

@@ -7,7 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import privimage  # noqa: F401  (before torchvision, see its __init__)
 from privimage.data import store
 from privimage.data.readers import open_source
 from privimage.errors import UserError

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from privimage import torchvision_operators
 from privimage.data import store
 from privimage.data.decode import Source
 from privimage.data.transforms import celeba_side
@@ -228,6 +229,7 @@ def _folder(root: Path, labelled: bool, known: Known | None) -> Source:
 
 def _celeba(path: Path) -> Source:
     """All 202,599 faces, as in the paper; without labels."""
+    torchvision_operators.declare()
     from torchvision.datasets import CelebA
 
     def faces() -> list[str]:
@@ -244,6 +246,7 @@ def _celeba(path: Path) -> Source:
 
 
 def _torchvision(kind: str, path: Path, split: Split, known: Known | None) -> Source:
+    torchvision_operators.declare()
     from torchvision import datasets
 
     dataset = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[

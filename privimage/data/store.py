@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from privimage import torchvision_operators
 from privimage.data.decode import Source, decoded
 from privimage.errors import UserError
 from privimage.storage.files import read_json, write_json
@@ -51,6 +52,7 @@ def import_ffcv() -> None:
     """
     threads = torch.get_num_threads()
     try:
+        torchvision_operators.declare()
         import ffcv  # noqa: F401
     finally:
         torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty
@@ -83,7 +83,7 @@ class PublicStream:
         )
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 2, epoch]).permutation(len(self.indices))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.indices))
 
     def _from_npy(self, step: int) -> Iterator[Tensor]:
         images = np.load(self.path, mmap_mode="r")["image"]
@@ -92,19 +92,51 @@ class PublicStream:
             step += 1
 
     def _from_beton(self, step: int) -> Iterator[Tensor]:
-        loader = _loader(self.path, self.batch_size, self.workers)
-        while True:
-            loader.traversal_order.order = np.concatenate(
-                [self.indices[self.positions(at)] for at in range(step, step + SPAN)]
-            )
-            batches = iter(loader)
-            try:
-                for _ in range(SPAN):
-                    _wait(batches)
-                    yield next(batches)[0].clone()  # FFCV fills the same buffers again
-            finally:
-                _end(batches)
-            step += SPAN
+        store.import_ffcv()
+        with _threads_of_torch_kept():
+            loader = _loader(self.path, self.batch_size, self.workers)
+            while True:
+                loader.traversal_order.order = np.concatenate(
+                    [self.indices[self.positions(at)] for at in range(step, step + SPAN)]
+                )
+                batches = iter(loader)
+                try:
+                    for _ in range(SPAN):
+                        _wait(batches)
+                        yield next(batches)[0].clone()  # FFCV fills the same buffers again
+                finally:
+                    _end(batches)
+                step += SPAN
+
+
+_patches = 0  # streams that are being read by FFCV, for which its function is replaced
+_original = None
+
+
+@contextmanager
+def _threads_of_torch_kept() -> Iterator[None]:
+    """While a stream is read, FFCV sets its own number of threads alone, and not also that of torch.
+
+    FFCV has no setting for it, so its function is replaced meanwhile.
+    """
+    global _patches, _original
+    import numba
+    from ffcv.pipeline.compiler import Compiler
+
+    def set_num_threads(cls: type[Compiler], count: int) -> None:
+        cls.num_threads = count
+        numba.set_num_threads(count)
+
+    if _patches == 0:
+        _original = Compiler.__dict__["set_num_threads"]
+        Compiler.set_num_threads = classmethod(set_num_threads)
+    _patches += 1
+    try:
+        yield
+    finally:
+        _patches -= 1
+        if _patches == 0:
+            Compiler.set_num_threads = _original
 
 
 def _loader(path: Path, batch_size: int, workers: int):
@@ -112,19 +144,10 @@ def _loader(path: Path, batch_size: int, workers: int):
     import numba
 
     numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]  # the work queue aborts when two loaders run
-    store.import_ffcv()
     from ffcv.fields.decoders import NDArrayDecoder
     from ffcv.loader import Loader
-    from ffcv.pipeline.compiler import Compiler
     from ffcv.transforms import ToTensor
     from ffcv.traversal_order.base import TraversalOrder
-
-    def set_num_threads(cls: type[Compiler], count: int) -> None:
-        cls.num_threads = count
-        numba.set_num_threads(count)
-
-    # FFCV's own sets torch's threads too, which belong to the training.
-    Compiler.set_num_threads = classmethod(set_num_threads)
 
     class Order(TraversalOrder):
         """FFCV wants an instance of its class that answers itself when called with the loader."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privimage import torchvision_operators
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
@@ -117,6 +118,7 @@ def _inception(state: dict[str, Tensor], features: str, path: Path, scratch: Pat
 
     Its constructor loads with weights_only=False, so it gets a copy written by us.
     """
+    torchvision_operators.declare()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with tempfile.NamedTemporaryFile(suffix=".pth", dir=scratch) as copy:
@@ -235,6 +237,7 @@ def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
 
     0 for equal sets.
     """
+    torchvision_operators.declare()
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = [fid_features_to_statistics(features.double()) for features in (synthetic, real)]
@@ -249,6 +252,7 @@ def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
     Subsets hold 1,000 images, or half of the smaller set where that is less. Around 0 (it may be negative)
     for equal distributions.
     """
+    torchvision_operators.declare()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(1000, max(2, min(len(synthetic), len(real)) // 2))
@@ -264,6 +268,7 @@ def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
 
     Manifolds are unions of balls that reach to the third neighbour (Kynkäänniemi et al. 2019).
     """
+    torchvision_operators.declare()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     result = prc_features_to_metric(

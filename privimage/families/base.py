@@ -3,7 +3,6 @@
 Training in public and in private, and sampling.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -206,13 +205,6 @@ class Family(ABC):
 def image_shape(config: Config) -> tuple[int, int, int]:
     """Channels, height and width of the images of a configuration."""
     return config.data.channels, config.data.resolution, config.data.resolution
-
-
-def public_seed(config: Config, purpose: str, number: int) -> int:
-    """The seed of public random numbers for one purpose, from `runtime.seed`."""
-    return int.from_bytes(
-        hashlib.sha256(f"{config.runtime.seed}|{purpose}|{number}".encode()).digest()[:8], "big"
-    )
 
 
 def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws, dropped
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
@@ -47,13 +48,13 @@ class Diffusion(Family):
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
     ) -> Tensor:
         """By the sampler, steps and guidance of `synthesize`."""
-        settings, seed, shape = config.synthesize, config.runtime.seed, image_shape(config)
+        settings, shape = config.synthesize, image_shape(config)
         pixels = math.prod(shape)
 
         def churn(step: int) -> Tensor:
-            return draws.normal(seed + 1 + step, indices, pixels).view(-1, *shape)
+            return draws.normal(public_seed(config, "churn", step), indices, pixels).view(-1, *shape)
 
-        latents = draws.normal(seed, indices, pixels).view(-1, *shape)
+        latents = draws.normal(public_seed(config, "latents"), indices, pixels).view(-1, *shape)
         return edm.to_uint8(
             edm.sample(
                 generator, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn
@@ -154,7 +155,7 @@ class DiffusionPublic(PublicTraining):
 
     def __init__(self, config: Config, n_classes: int, world: World):
         self.config, self.n_classes, self.world = config, n_classes, world
-        torch.manual_seed(config.runtime.seed)
+        torch.manual_seed(public_seed(config, "networks"))
         self.denoiser = build_diffusion(config, n_classes).to(world.device)
         self.engine = make_engine(config, self.denoiser, world)
         self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
@@ -175,7 +176,7 @@ class DiffusionPublic(PublicTraining):
         """
         settings, device = self.config.pretrain, self.world.device
         generator = torch.Generator(device).manual_seed(
-            (self.config.runtime.seed * 1_000_003 + step) * 4096 + self.world.rank
+            public_seed(self.config, "pretraining step", step, self.world.rank)
         )
         x = edm.to_unit(images)
         count = len(x)
@@ -209,7 +210,7 @@ class DiffusionPublic(PublicTraining):
         averaged.load_state_dict(self.denoiser.state_dict())
         self.ema.copy_to(averaged)
         count = 5 * min(self.n_classes, 10) if self.n_classes else 25
-        generator = torch.Generator(self.world.device).manual_seed(self.config.runtime.seed)
+        generator = torch.Generator(self.world.device).manual_seed(public_seed(self.config, "latents"))
         latents = torch.randn(count, *image_shape(self.config), generator=generator, device=self.world.device)
         labels = torch.arange(count, device=self.world.device) % max(self.n_classes, 1)
         return edm.to_uint8(edm.sample(averaged, latents, labels if self.n_classes else None, steps=18))
@@ -223,7 +224,7 @@ class DiffusionPrivate(PrivateTraining):
     """DP-SGD on the denoiser itself; each private step is followed by its average."""
 
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
-        torch.manual_seed(config.runtime.seed)
+        torch.manual_seed(public_seed(config, "networks"))
         self.module = build_diffusion(config, n_classes).to(world.device)
         if pretrained is not None:
             weights = pretrained[config.finetune.start_from]

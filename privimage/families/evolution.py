@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
-from privimage.families.base import image_shape, public_seed
+from privimage.families.base import image_shape
 from privimage.families.diffusion import Diffusion, Passes
 from privimage.families.work import Work
 from privimage.models import build_diffusion, edm

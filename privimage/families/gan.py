@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed.blocks import blockwise
 from privimage.distributed.engine import DDPEngine
@@ -20,7 +21,6 @@ from privimage.families.base import (
     PublicTraining,
     image_shape,
     load_pretrained,
-    public_seed,
 )
 from privimage.families.generator import BETAS, TrainedGenerator, generated
 from privimage.families.work import Work, activations, seconds_of_a_pass
@@ -58,7 +58,7 @@ class Gan(Family):
         return generated(
             generator,
             draws,
-            config.runtime.seed,
+            public_seed(config, "latents"),
             indices,
             torch.zeros_like(indices) if labels is None else labels,
         )
@@ -184,7 +184,7 @@ class GanPublic(PublicTraining):
     def __init__(self, config: Config, n_classes: int, world: World):
         self.config, self.n_classes, self.world = config, n_classes, world
         settings, self.bf16 = config.pretrain, config.runtime.precision == "bf16"
-        torch.manual_seed(config.runtime.seed)
+        torch.manual_seed(public_seed(config, "networks"))
         network, discriminator = (
             build_generator(config, n_classes).to(world.device),
             build_discriminator(config, n_classes).to(world.device),
@@ -271,7 +271,7 @@ class GanPrivate(PrivateTraining):
 
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
         settings, self.world = config.finetune, world
-        torch.manual_seed(config.runtime.seed)
+        torch.manual_seed(public_seed(config, "networks"))
         self.module: Discriminator = build_discriminator(config, n_classes).to(world.device)
         network = build_generator(config, n_classes).to(world.device)
         if pretrained is not None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed.batch_norm import over_ranks
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
-from privimage.families.base import public_seed
 from privimage.models import build_generator, edm
 from privimage.models.biggan import Generator, settle
 from privimage.models.ema import EMA
@@ -88,7 +88,7 @@ class TrainedGenerator:
             self.ema.copy_to(still)
         batches, latents = SETTLING
         normal = self.draws.normal(
-            public_seed(self.config, "settling", 0), torch.arange(batches * latents), still.latent_size
+            public_seed(self.config, "settling"), torch.arange(batches * latents), still.latent_size
         )
         labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
         return settle(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
@@ -101,7 +101,7 @@ class TrainedGenerator:
         return generated(
             self.settled(averaged=True),
             self.draws,
-            self.config.runtime.seed,
+            public_seed(self.config, "latents"),
             indices,
             indices % max(self.n_classes, 1),
         )

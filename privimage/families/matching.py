@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.distributed.world import World
 from privimage.families.gan import Gan
 from privimage.families.generator import TrainedGenerator
@@ -49,7 +50,7 @@ class MatchedGenerator(TrainedGenerator):
     ):
         """`target` (rows, F): per class, the mean embedding of its images times their share of the set."""
         settings = config.match
-        torch.manual_seed(config.runtime.seed)
+        torch.manual_seed(public_seed(config, "networks"))
         network, bf16 = (
             build_generator(config, n_classes).to(world.device),
             config.runtime.precision == "bf16",

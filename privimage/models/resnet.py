@@ -1,8 +1,9 @@
 """Classifiers: the semantic query function, and the CNN that measures how useful a synthetic set is."""
 
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from privimage import torchvision_operators
 
 
 class Classifier(nn.Module):
@@ -46,7 +47,10 @@ def classifier(name: str, channels: int, n_classes: int) -> Classifier:
     The stem of resnet50 is a 3x3 convolution of stride 1 without max-pool, as is usual on CIFAR-10.
     """
     if name == "resnet50":
-        trunk = torchvision.models.resnet50(weights=None)
+        torchvision_operators.declare()
+        from torchvision.models import resnet50
+
+        trunk = resnet50(weights=None)
         features = trunk.fc.in_features
         trunk.conv1 = nn.Conv2d(channels, trunk.conv1.out_channels, 3, 1, 1, bias=False)
         trunk.maxpool, trunk.fc = nn.Identity(), nn.Identity()

@@ -7,6 +7,7 @@ layer type, and `VmapGradients`, torch.func's vmap(grad), the plain oracle that 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
@@ -127,7 +128,22 @@ class VmapGradients(PerImageGradients):
 GRADIENTS: dict[str, type[PerImageGradients]] = {"folded": FoldedGradients, "vmap": VmapGradients}
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in full float32, whatever the process has set for others.
+
+    Where they may be TF32 or bf16, their rounding alone would carry an image past the bound.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@exact_products()
 def clip_and_sum_(
     gradient_sum: Tensor, parameters: list[nn.Parameter], max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
@@ -139,8 +155,6 @@ def clip_and_sum_(
     piece, which are summed in float32. Returns the norms (B,) before clipping and which images were finite
     (B,): both private.
     """
-    # Where matrix products may be TF32 or bf16, their rounding alone would carry an image past the bound.
-    torch.set_float32_matmul_precision("highest")
     samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
     small = [s.float() for s in samples if s.shape[1] < FEW]
     merged = [s for s in samples if s.shape[1] >= FEW] + ([torch.cat(small, dim=1)] if small else [])

@@ -12,6 +12,7 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.config.effects import settings_of
+from privimage.config.seeds import public_seed
 from privimage.data.sources import ImageSet, has_test_split, open_sensitive
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -165,7 +166,7 @@ def _utility(
             else "the sensitive set has no classes to tell apart"
         )
         return {"accuracy": empty, "accuracy_before": None, "accuracy_note": f"Not measured: {why}."}
-    held_out, seed = Labelled(test.images, test.labels), config.runtime.seed
+    held_out, seed = Labelled(test.images, test.labels), public_seed(config, "classifiers") % 2**32
 
     def cnn(training: Labelled, label: str, figures_wanted: bool) -> float:
         network = utility.train_cnn(
@@ -241,7 +242,7 @@ def _fidelity(
         empty = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
         return {"fidelity": empty, "fidelity_before": None}
     limit = config.evaluate.fidelity_samples
-    reference = np.random.default_rng(config.runtime.seed).permutation(len(train.images))[
+    reference = np.random.default_rng(public_seed(config, "reference images")).permutation(len(train.images))[
         : config.evaluate.reference_samples or limit
     ]
     cache = run.private / f"features-{train.fingerprint[:16]}-{extractor.identity}-{len(reference)}.npy"

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
-from privimage.families.base import image_shape, public_seed
+from privimage.families.base import image_shape
 from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
@@ -116,5 +117,5 @@ def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int
 
 
 def _features(config: Config, world: World, dtype: torch.dtype) -> RandomFeatures:
-    pixels, seed = math.prod(image_shape(config)), public_seed(config, "random features", 0)
+    pixels, seed = math.prod(image_shape(config)), public_seed(config, "random features")
     return RandomFeatures(pixels, config.match.features, config.match.bandwidth, seed, world.device, dtype)

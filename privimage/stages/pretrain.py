@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
@@ -27,7 +28,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     Writes pretrain/weights.pt with `raw` and `ema` weights, the number of classes they know, and the charges
     behind the selection.
     """
-    settings, seed = config.pretrain, config.runtime.seed
+    settings, seed = config.pretrain, public_seed(config, "pretraining stream")
     path, indices, labels, n_classes = pretraining_set(config, run)
     behind = _charges(config, run, world)
     batch_size = -(-settings.batch_size // world.size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data import store
 from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
@@ -56,9 +57,11 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
         public.of_images,
         query_task(config, public),
     )
-    train, held_out = split(len(labels), settings.validation_fraction, config.runtime.seed)
+    train, held_out = split(
+        len(labels), settings.validation_fraction, public_seed(config, "query held-out images")
+    )
     batch_size = -(-min(settings.batch_size, len(train)) // world.size)
-    torch.manual_seed(config.runtime.seed)
+    torch.manual_seed(public_seed(config, "query network"))
     network = query_network(config, public).to(world.device)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4
@@ -84,7 +87,7 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
         world.rank,
         world.size,
         world.device,
-        config.runtime.seed,
+        public_seed(config, "query stream"),
         config.data.workers,
     )
     curves = Curves(run.tensorboard, "query", step, world.is_main)
@@ -95,7 +98,7 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
                 break
             network.train()
             generator = torch.Generator().manual_seed(
-                hash((config.runtime.seed, step, world.rank)) & 0xFFFFFFFF
+                public_seed(config, "query augmentation", step, world.rank)
             )
             with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                 loss = task.loss(wrapped, to_unit(images), targets, generator)
@@ -136,7 +139,7 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
 
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A fixed random division of the public set into indices to train on and indices to validate on."""
-    order = np.random.default_rng([seed, 1]).permutation(count)
+    order = np.random.default_rng(seed).permutation(count)
     held_out = max(1, int(count * fraction))
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
@@ -156,9 +159,10 @@ def _accuracy(task: Task, network: nn.Module, images: np.ndarray, labels: np.nda
 @torch.no_grad()
 def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> list[str]:
     """Cluster the public set by k-means on the trained network's features; returns the clusters' names."""
-    path, seed, count = run.public_store, config.runtime.seed, len(public.of_images)
+    path, count = run.public_store, len(public.of_images)
+    seed = public_seed(config, "clusters") % 2**32  # scikit-learn takes 32 bits
     query = load_query(config, run, world)
-    seen = np.sort(np.random.default_rng([seed, 4]).permutation(count)[:FITTED])
+    seen = np.sort(np.random.default_rng(seed).permutation(count)[:FITTED])
     stopped = "query: the network is kept, clusters are made again"
 
     def pixels(indices: np.ndarray) -> Tensor:

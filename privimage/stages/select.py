@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data.sources import ImageSet, open_sensitive
 from privimage.distributed.blocks import in_blocks
 from privimage.distributed.world import World
@@ -44,7 +45,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     if config.spec.pretraining == "random":
         counts = np.zeros((rows, columns))
         scores, told = (
-            np.random.default_rng([config.runtime.seed, 3]).random(counts.shape),
+            np.random.default_rng(public_seed(config, "random selection")).random(counts.shape),
             "drawn by lot, without asking the sensitive images",
         )
         record, charges = {}, []

@@ -7,6 +7,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from privimage import torchvision_operators
+
 
 class Curves:
     """Scalars and pictures of one stage that has done `step` steps.
@@ -31,6 +33,7 @@ class Curves:
     def images(self, step: int, name: str, images: Tensor) -> None:
         """A grid of uint8 images (N, C, H, W)."""
         if self.writer:
+            torchvision_operators.declare()
             from torchvision.utils import make_grid
 
             self.writer.add_image(

@@ -18,7 +18,7 @@ from privimage.config import Config, load
 from privimage.data.sources import read_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.families.base import public_seed
+from privimage.config.seeds import public_seed
 from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
@@ -71,7 +71,7 @@ def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: 
         64,
         60,
         config.match.bandwidth,
-        public_seed(config, "random features", 0),
+        public_seed(config, "random features"),
         torch.device("cpu"),
         torch.float64,
     )

@@ -135,8 +135,8 @@ def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(
 ) -> None:
     """The rounding of a sum in float32 grows with the sum: 2e-4 of C for a logical batch like this one.
 
-    In TF32, which a user may have allowed for matrix products, it would be more, and so it is not allowed any
-    longer.
+    In TF32, which a user may have allowed for matrix products, it would be more; clipping does without, and
+    leaves the user's choice as it was.
     """
     torch.set_float32_matmul_precision("medium")
     world, plan = World(0, 0, 1, 1, device), FinetunePlan(50_000, 16_384, 1, 0.0, 1.0, 1)
@@ -148,7 +148,7 @@ def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(
             optimizer.clip_and_accumulate()
         sums.append(optimizer.gradient_sum)
     assert 1 - 3e-5 <= (sums[0] - sums[1]).norm() <= 1.0
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
 EXTREME = (

@@ -12,6 +12,7 @@ import pytest
 from data_sets import numbered, save_folder, save_npz, source_of
 from PIL import Image
 
+from privimage import torchvision_operators
 from privimage.config import Config
 from privimage.data import store
 from privimage.data.decode import Source
@@ -294,6 +295,7 @@ def test_mnist_as_torchvision_keeps_it(tmp_path: Path, shared_data: Path) -> Non
 def test_a_set_that_is_not_there_and_cannot_be_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torchvision_operators.declare()
     from torchvision import datasets
 
     def refused(*arguments) -> None:

@@ -141,6 +141,19 @@ def test_torch_keeps_its_threads(path: Path) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("path", [".beton"], indirect=True)
+def test_ffcv_is_as_it_was_once_no_stream_is_read(path: Path) -> None:
+    from ffcv.pipeline.compiler import Compiler
+
+    original = Compiler.__dict__["set_num_threads"]
+    one, other = made(path).batches(), made(path, seed=6).batches()
+    next(one), next(other)
+    one.close()
+    assert Compiler.__dict__["set_num_threads"] is not original
+    other.close()
+    assert Compiler.__dict__["set_num_threads"] is original
+
+
 FRESH = """
 import sys, numpy as np, torch
 from pathlib import Path

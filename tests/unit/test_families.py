@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from privimage.config import Config, load
+from privimage.config.seeds import public_seed
+from privimage.data.sensitive import ImageDraws
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
 from privimage.families import family
@@ -206,3 +208,34 @@ def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
     assert set(training.losses()) == {"discriminator loss", "generator loss"}
     training.step(pictures, torch.arange(2), 130)
     assert set(training.losses()) == {"discriminator loss"}
+
+
+def test_no_random_numbers_of_one_seed_are_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents and churn noise of two values of `runtime.seed`: a recipe like seed + step mixes them up."""
+    seeds: dict[int, set[int]] = {0: set(), 1: set()}
+    draws, normal = ImageDraws(torch.device("cpu")), ImageDraws.normal
+    for seed, used in seeds.items():
+        config = settings("dpdm", f"runtime.seed={seed}", "synthesize.sampler=heun")
+
+        def noted(self: ImageDraws, number: int, indices: torch.Tensor, size: int, used=used) -> torch.Tensor:
+            used.add(number)
+            return normal(self, number, indices, size)
+
+        monkeypatch.setattr(ImageDraws, "normal", noted)
+        kind = family(config)
+        kind.sample(config, kind.generator(config, 10), torch.arange(2), torch.arange(2), draws)
+    assert len(seeds[0]) == len(seeds[1]) > 1
+    assert not seeds[0] & seeds[1]
+
+
+def test_a_public_seed_is_of_its_purpose_and_numbers() -> None:
+    configs = [settings("dpdm", f"runtime.seed={seed}") for seed in (0, 1, 11)]
+    found = [
+        public_seed(config, purpose, *numbers)
+        for config in configs
+        for purpose in ("latents", "churn")
+        for numbers in ((), (0,), (1,), (0, 1), (1, 0), (11,), (1, 1))
+    ]
+    assert len(set(found)) == len(found)
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert public_seed(configs[0], "churn", 3) == public_seed(settings("privimage+d"), "churn", 3)

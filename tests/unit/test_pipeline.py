@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -271,3 +272,22 @@ def test_a_precision_that_was_chosen_stays(tiny_config: Config, stages: dict):
         {"images": 1} if (config.runtime.precision, config.finetune.precision) == ("fp32", "fp32") else {}
     )
     assert pipeline.run(tiny_config, ["prepare"]) == 0
+
+
+def test_the_command_answers_before_the_long_imports() -> None:
+    """Help and completion need neither torch nor the readers of YAML; a bound on seconds would be noise."""
+    seen = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, privimage, privimage.cli as cli\n"
+            "try: cli.app(['--help'])\n"
+            "except SystemExit: pass\n"
+            "print([name for name in ('torch', 'numpy', 'pydantic', 'omegaconf') if name in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "finetune" in seen.stdout
+    assert seen.stdout.splitlines()[-1] == "[]"
