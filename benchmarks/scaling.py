@@ -30,7 +30,7 @@ from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import FinetunePlan
+from privimage.privacy.mechanisms import DPSGD
 
 BATCH, COPIES, PHYSICAL, COUNT = (
     128,
@@ -80,7 +80,14 @@ def finetuning(world: World, batch: int):
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8).numpy()
     data = SensitiveSet(images, torch.arange(count).numpy() % 10, world.device)
     steps = PrivateSteps(
-        FinetunePlan(count, batch, 1000, 2.0, 1e-3, COPIES),
+        DPSGD(
+            count=count,
+            logical_batch_size=batch,
+            steps=1000,
+            noise_multiplier=2.0,
+            max_grad_norm=1e-3,
+            noise_copies=COPIES,
+        ),
         FoldedGradients(network, filled_to=PHYSICAL),
         NoisedCopies(),
         torch.optim.Adam(network.parameters()),

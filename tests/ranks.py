@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from privimage.distributed.launch import free_port
-from privimage.privacy.accounting import Mechanism
+from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.ledger import read
 from privimage.storage.files import read_json
 
@@ -105,7 +105,7 @@ def run_stages(folder: Path, stages: Iterable[str], *overrides: str) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def charges(folder: Path) -> tuple[Mechanism, ...]:
+def charges(folder: Path) -> tuple[SampledGaussian, ...]:
     """What the run in `folder` was charged for, from its ledger."""
     account = read_json(folder / "private" / "account.json")
     return read(Path(account["ledger"]["path"])).mechanisms(account["run"])

@@ -10,7 +10,8 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
 from privimage.privacy.account import plan_without_noise
-from privimage.privacy.accounting import Mechanism, training_noise
+from privimage.privacy.accounting import SampledGaussian, training_noise
+from privimage.privacy.mechanisms import SemanticHistogram
 from privimage.privacy.plan import PrivacyPlan, make_plan
 
 # (images, classes) of the training splits that are read by kind: public facts.
@@ -55,18 +56,8 @@ def show(config: Config) -> None:
         plan = make_plan(config, count)
         other = make_plan(config, count, "rdp" if plan.accountant == "pld" else "pld")
         _show_privacy(console, count, plan, other)
-        votes = count * config.select.per_image / max(classes, 1)
-        if (
-            plan.query and 8 * plan.query.standard_deviation > votes
-        ):  # about the largest of many bins' noise against half of the votes
-            told = (
-                f"{plan.query.standard_deviation:.3g} votes a bin is loud beside the {votes:.0f} votes "
-                "of a sensitive class"
-            )
-            console.print(
-                f"[yellow]warning:[/] noise of {told}: the query may choose wrong public classes; a larger "
-                "select.max_rise makes it surer"
-            )
+        if config.spec.pretraining == "selected":
+            _warn_of_noise(console, plan.the(SemanticHistogram), count, classes)
         if plan.delta >= 1 / count:
             console.print(
                 f"[yellow]warning:[/] delta {plan.delta:g} is not below 1/N = {1 / count:.2g}: revealing "
@@ -79,6 +70,17 @@ def show(config: Config) -> None:
         _show_cost(console, config, plan, classes)
 
 
+def _warn_of_noise(console: Console, query: SemanticHistogram, count: int, classes: int) -> None:
+    votes = count * query.per_image / max(classes, 1)
+    # About the largest of many bins' noise against half of the votes of a class.
+    if 8 * query.standard_deviation > votes:
+        console.print(
+            f"[yellow]warning:[/] noise of {query.standard_deviation:.3g} votes per bin is large beside the "
+            f"{votes:.0f} votes of a sensitive class: the query may choose wrong public classes; a larger "
+            "select.max_rise makes it surer"
+        )
+
+
 def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: PrivacyPlan) -> None:
     pld, rdp = (plan, other) if plan.accountant == "pld" else (other, plan)
     promise = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {count:,} images"
@@ -86,7 +88,9 @@ def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: Privac
     for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
 
-    def row(name: str, mechanism: Mechanism, by_pld: float, by_rdp: float, style: str | None = None) -> None:
+    def row(
+        name: str, mechanism: SampledGaussian, by_pld: float, by_rdp: float, style: str | None = None
+    ) -> None:
         table.add_row(
             name,
             f"{mechanism.count}",
@@ -96,22 +100,22 @@ def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: Privac
             style=style,
         )
 
-    for part, by_pld, by_rdp in zip(plan.parts, pld.mechanisms, rdp.mechanisms, strict=True):
-        row(part.name, part.mechanism, by_pld.noise_multiplier, by_rdp.noise_multiplier)
-    if plan.query:
-        row("(the same without a query)", plan.training.mechanism, _alone(pld), _alone(rdp), "dim")
+    for used, by_pld, by_rdp in zip(plan.mechanisms, pld.mechanisms, rdp.mechanisms, strict=True):
+        row(used.name, used.composition, by_pld.noise_multiplier, by_rdp.noise_multiplier)
+    if len(plan.mechanisms) > 1:
+        row("(the same without a query)", plan.training.composition, _alone(pld), _alone(rdp), "dim")
     console.print(table)
     rise = (
         "; the query raises the noise of the training by "
         f"{100 * (plan.training.noise_multiplier / _alone(plan) - 1):.2f} %"
-        if plan.query
+        if len(plan.mechanisms) > 1
         else ""
     )
     console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}{rise}")
 
 
 def _alone(plan: PrivacyPlan) -> float:
-    return training_noise(plan.epsilon, plan.delta, plan.training.mechanism, (), plan.accountant)
+    return training_noise(plan.epsilon, plan.delta, plan.training.composition, (), plan.accountant)
 
 
 def _show_cost(console: Console, config: Config, plan: PrivacyPlan, classes: int) -> None:

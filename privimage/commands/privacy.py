@@ -8,7 +8,6 @@ from rich.table import Table
 from privimage.errors import UserError
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.ledger import Ledger, read, told
-from privimage.privacy.plan import plan_from_dict
 from privimage.privacy.spent import Spent
 from privimage.storage.files import read_json
 
@@ -26,7 +25,7 @@ def show(path: Path) -> None:
         ledger = (
             account["ledger"]["path"] if account.get("version") else account["ledger"]
         )  # before version 2 the path alone
-        delta, spent = plan_from_dict(account["plan"]).delta, read(Path(ledger))
+        delta, spent = account["plan"]["delta"], read(Path(ledger))
         _compose(console, f"run {path}", spent, account["run"], delta)
         _compose(console, "all runs on its sensitive set", spent, None, delta)
         console.print(f"ledger: {ledger}")

@@ -28,6 +28,7 @@ from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
 from privimage.privacy.batching import cpu_batch_size
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "network.label.weight"
@@ -102,7 +103,7 @@ class Diffusion(Family):
         device: torch.device,
     ) -> list[Work]:
         """What follows pretraining; `forward(n)` is what was measured in `passes`."""
-        finetune, settings, images = plan.finetune, config.synthesize, cpu_batch_size(config.finetune)
+        finetune, settings, images = plan.the(DPSGD), config.synthesize, cpu_batch_size(config.finetune)
         memory = images * (
             finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size
         )

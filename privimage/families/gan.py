@@ -27,6 +27,7 @@ from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
 from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss
 from privimage.privacy.batching import cpu_batch_size
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "label.weight"  # the label embedding of either network
@@ -90,7 +91,7 @@ class Gan(Family):
         d_memory = activations(forward, device, config.runtime.precision)
         d_size, rows = parameters(discriminator), []
         weights = 20 * (g_size + d_size)
-        pretrain, finetune, private = config.pretrain, config.finetune, plan.finetune
+        pretrain, finetune, private = config.pretrain, config.finetune, plan.the(DPSGD)
         if config.spec.pretraining != "none":
             seconds = 6 * d_seconds + g_seconds + 3 * (g_seconds + d_seconds) / pretrain.discriminator_steps
             memory = weights + pretrain.batch_size * max(2 * d_memory, g_memory + d_memory)

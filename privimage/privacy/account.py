@@ -3,7 +3,6 @@
 Its plan, its key, and what it may still draw, as the ledger of the sensitive set has it.
 """
 
-import math
 import os
 import secrets
 from collections.abc import Collection, Mapping
@@ -15,22 +14,16 @@ from privimage.data.sources import ImageSet
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.privacy import keys
-from privimage.privacy.accounting import Mechanism
+from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.identity import digest_of
 from privimage.privacy.ledger import Head, Ledger
-from privimage.privacy.plan import (
-    FinetunePlan,
-    MechanismPlan,
-    PrivacyPlan,
-    QueryPlan,
-    make_plan,
-    plan_from_dict,
-)
+from privimage.privacy.mechanisms import Mechanism
+from privimage.privacy.plan import PrivacyPlan, make_plan, plan_from_dict, plan_without_noise
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
 
-VERSION = 2  # of account.json
+VERSION = 3  # of account.json
 
 Behind = dict[str, list[str]]  # the names of the charges that made something, by stage
 
@@ -49,7 +42,7 @@ class Account:
     ledger: Ledger | None = None
     path: Path | None = None  # account.json
 
-    def charge(self, part: MechanismPlan, name: str, behind: Collection[str] = ()) -> bool:
+    def charge(self, part: Mechanism, name: str, behind: Collection[str] = ()) -> bool:
         """Charge one use of a mechanism, before its output is used, on the main rank.
 
         False if the run has used up what was planned.
@@ -57,16 +50,16 @@ class Account:
         `name` is `charge_name` of all that the output depends on: the same again costs nothing. `behind` are
         the charges of this part that made what the run goes on from.
         """
-        if not part.mechanism.noise_multiplier:
+        if not part.noise_multiplier:
             return True
         assert self.ledger is not None  # the main rank charges
         allowed = self.ledger.charge(
-            self.run, part.stage, part.mechanism.single, name, part.mechanism.count, behind
+            self.run, part.stage, part.composition.single, name, part.composition.count, behind
         )
         self.keep_head()
         return allowed
 
-    def charge_once(self, part: MechanismPlan, name: str, world: World, directory: Path) -> None:
+    def charge_once(self, part: Mechanism, name: str, world: World, directory: Path) -> None:
         """Charge the only use of a mechanism; all ranks call it together.
 
         Raises UserError on all of them if there was another use before.
@@ -226,8 +219,8 @@ def _fresh_plan(config: Config, count: int) -> PrivacyPlan:
     return make_plan(config, count) if config.spec.private else plan_without_noise(config, count)
 
 
-def _announced(config: Config, plan: PrivacyPlan) -> dict[str, Mechanism]:
-    return {part.stage: part.mechanism for part in plan.parts} if config.spec.private else {}
+def _announced(config: Config, plan: PrivacyPlan) -> dict[str, SampledGaussian]:
+    return {one.stage: one.composition for one in plan.mechanisms} if config.spec.private else {}
 
 
 def _budget(config: Config) -> tuple[float, float] | None:
@@ -238,13 +231,13 @@ def _budget(config: Config) -> tuple[float, float] | None:
 def read_account(path: Path) -> dict:
     """What account.json holds.
 
-    Raises UserError for one of an older version, whose steps cannot be proven from its ledger.
+    Raises UserError for one of another version.
     """
     kept = read_json(path)
     if kept.get("version") != VERSION:
         raise UserError(
-            f"{path}: made by an older version, whose steps cannot be told apart in the ledger; choose "
-            "another run.dir"
+            f"{path}: made by another version of privimage, whose plan and charges this one does not read; "
+            "choose another run.dir"
         )
     return kept
 
@@ -291,13 +284,3 @@ def _apart(run: RunDir, kept: dict, original: Path) -> dict:
     )
     keys.replace(key_path(run))
     return kept | {"run": secrets.token_hex(8), "copy_of": kept["run"]}
-
-
-def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
-    """The steps of a method without noise or clipping, in the form of a plan."""
-    settings = config.finetune
-    finetune = FinetunePlan(
-        count, min(settings.logical_batch_size, count), settings.steps, 0.0, math.inf, config.noise_copies
-    )
-    query = QueryPlan(config.select.per_image, 0.0) if config.spec.pretraining == "selected" else None
-    return PrivacyPlan(math.inf, 1.0, config.privacy.accountant, query, finetune)

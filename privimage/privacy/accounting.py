@@ -21,8 +21,10 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # the RDP accountant reports 
 
 
 @dataclass(frozen=True)
-class Mechanism:
+class SampledGaussian:
     """A Gaussian mechanism applied `count` times, each time to a Poisson sample at `sample_rate`.
+
+    The accountant and the ledger know mechanisms by this alone: its event, and its entry in the ledger.
 
     `noise_multiplier` is the standard deviation of the noise divided by the L2 sensitivity; `sample_rate` 1
     is the plain Gaussian mechanism.
@@ -33,7 +35,7 @@ class Mechanism:
     count: int = 1
 
     @property
-    def single(self) -> "Mechanism":
+    def single(self) -> "SampledGaussian":
         """One use of it."""
         return replace(self, count=1)
 
@@ -41,6 +43,16 @@ class Mechanism:
     def kind(self) -> str:
         """What the field calls it."""
         return "Gaussian" if self.sample_rate == 1 else "Poisson-sampled Gaussian"
+
+    def to_entry(self) -> list[float]:
+        """How the ledger writes it."""
+        return [self.noise_multiplier, self.sample_rate, self.count]
+
+    @classmethod
+    def from_entry(cls, entry: list[float]) -> "SampledGaussian":
+        """The inverse of `to_entry`. Raises TypeError or ValueError for an entry that is none."""
+        noise_multiplier, sample_rate, count = entry
+        return cls(noise_multiplier, sample_rate, int(count))
 
     def event(self) -> dp_accounting.DpEvent:
         """This mechanism in dp-accounting's terms."""
@@ -58,7 +70,7 @@ FINE, COARSE = (
 
 @lru_cache(maxsize=32)
 def _composed(
-    mechanisms: tuple[Mechanism, ...], accountant: str, interval: float
+    mechanisms: tuple[SampledGaussian, ...], accountant: str, interval: float
 ) -> dp_accounting.PrivacyAccountant:
     if not mechanisms:
         return (
@@ -71,7 +83,7 @@ def _composed(
 
 
 def epsilon(
-    mechanisms: Iterable[Mechanism], delta: float, accountant: str = "pld", interval: float = FINE
+    mechanisms: Iterable[SampledGaussian], delta: float, accountant: str = "pld", interval: float = FINE
 ) -> float:
     """Epsilon of the composition at `delta`, by privacy loss distributions (`pld`) or Rényi DP (`rdp`).
 
@@ -82,7 +94,7 @@ def epsilon(
     return max(0.0, _composed(tuple(mechanisms), accountant, interval).get_epsilon(delta))
 
 
-def profile(mechanisms: Iterable[Mechanism], epsilons: np.ndarray) -> np.ndarray:
+def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.ndarray:
     """Delta of the composition at each of `epsilons` >= 0, in either direction of the neighbouring relation.
 
     Upper bounds, by PLD.
@@ -91,7 +103,7 @@ def profile(mechanisms: Iterable[Mechanism], epsilons: np.ndarray) -> np.ndarray
     return np.array([composed.get_delta(e) for e in epsilons])
 
 
-def best_guess(mechanisms: Iterable[Mechanism]) -> float:
+def best_guess(mechanisms: Iterable[SampledGaussian]) -> float:
     """How often at most an attacker is right who tells whether one image was in the set, in [0.5, 1].
 
     0.5 is a coin toss.
@@ -103,7 +115,7 @@ def best_guess(mechanisms: Iterable[Mechanism]) -> float:
     return (1 + min(1.0, _composed(tuple(mechanisms), "pld", COARSE).get_delta(0.0))) / 2
 
 
-Compose = Callable[[float], tuple[Mechanism, ...]]
+Compose = Callable[[float], tuple[SampledGaussian, ...]]
 
 
 def _search(
@@ -139,8 +151,8 @@ def _smallest_noise(compose: Compose, target: float, delta: float, accountant: s
 def training_noise(
     target: float,
     delta: float,
-    training: Mechanism,
-    others: tuple[Mechanism, ...] = (),
+    training: SampledGaussian,
+    others: tuple[SampledGaussian, ...] = (),
     accountant: str = "pld",
 ) -> float:
     """The noise multiplier with which `training`, composed with `others`, costs at most `target` epsilon at
@@ -150,7 +162,7 @@ def training_noise(
     enough.
     """
 
-    def compose(sigma: float) -> tuple[Mechanism, ...]:
+    def compose(sigma: float) -> tuple[SampledGaussian, ...]:
         return (*others, replace(training, noise_multiplier=sigma))
 
     # Rényi DP is quick and finds the neighbourhood in which privacy loss distributions then search.
@@ -164,7 +176,7 @@ def training_noise(
 
 @lru_cache(maxsize=64)
 def query_noise(
-    target: float, delta: float, training: Mechanism, max_rise: float, accountant: str = "pld"
+    target: float, delta: float, training: SampledGaussian, max_rise: float, accountant: str = "pld"
 ) -> float:
     """The smallest noise multiplier of the query for which `training` needs at most `1 + max_rise` times its
     noise alone.
@@ -172,7 +184,11 @@ def query_noise(
     `training` is the one that would meet `target` without any query.
     """
     louder = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
-    return _smallest_noise(lambda sigma: (louder, Mechanism(sigma)), target, delta, accountant, guess=8.0)
+
+    def compose(sigma: float) -> tuple[SampledGaussian, ...]:
+        return louder, SampledGaussian(sigma)
+
+    return _smallest_noise(compose, target, delta, accountant, guess=8.0)
 
 
 def _round_up(value: float, digits: int = 5) -> float:

@@ -29,13 +29,14 @@ from torch.utils.data import Dataset
 from privimage.config import Config
 from privimage.distributed.world import World, connect
 from privimage.errors import UserError
-from privimage.privacy.accounting import Mechanism, epsilon, profile
+from privimage.privacy.accounting import SampledGaussian, epsilon, profile
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS
 from privimage.privacy.keys import RootKey
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.noise import bit_generator
-from privimage.privacy.plan import FinetunePlan, PrivacyPlan, make_plan
+from privimage.privacy.plan import PrivacyPlan, make_plan
 from privimage.telemetry.progress import Progress
 
 EPSILONS = (
@@ -102,14 +103,14 @@ class Finding:
     epsilon: float
 
 
-def find(plan: FinetunePlan, delta: float, canaries: int, guesses: int, right: int, level: float) -> Finding:
+def find(plan: DPSGD, delta: float, canaries: int, guesses: int, right: int, level: float) -> Finding:
     """The largest epsilons at `delta` that the guesses refute with an error of at most `level`."""
 
     def any_refuted(value: float) -> bool:
         return refuted(TradeOff(np.array([value]), np.array([delta])), canaries, guesses, right, level)
 
-    def less_noise(by: float) -> Mechanism:
-        return dataclasses.replace(plan.mechanism, noise_multiplier=plan.noise_multiplier * math.exp(-by))
+    def less_noise(by: float) -> SampledGaussian:
+        return dataclasses.replace(plan.composition, noise_multiplier=plan.noise_multiplier * math.exp(-by))
 
     def planned_refuted(by: float) -> bool:
         return refuted(
@@ -163,7 +164,7 @@ class CanaryLosses:
     Its coordinate, so steep that its gradient is much longer than the clipping bound.
     """
 
-    def __init__(self, plan: FinetunePlan, device: torch.device):
+    def __init__(self, plan: DPSGD, device: torch.device):
         self.plan, self.device = plan, device
 
     def draw(self, canaries: Tensor, seed: int) -> tuple[Tensor]:
@@ -180,7 +181,7 @@ class CanaryLosses:
 
 
 def play(
-    config: Config, plan: FinetunePlan, canaries: int, root: RootKey, world: World, noise_factor: float = 1.0
+    config: Config, plan: DPSGD, canaries: int, root: RootKey, world: World, noise_factor: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """One run of the private training on those canaries whose coin says so, its noise multiplied by
     `noise_factor`.
@@ -239,10 +240,10 @@ def audit(
 
     All that is found holds together with probability `confidence`.
     """
-    coins, scores = play(config, plan.finetune, canaries, root, world, noise_factor)
+    coins, scores = play(config, plan.the(DPSGD), canaries, root, world, noise_factor)
     level = (1 - confidence) / len(SHARES)
     return [
-        find(plan.finetune, plan.delta, canaries, r, guess(coins, scores, r), level)
+        find(plan.the(DPSGD), plan.delta, canaries, r, guess(coins, scores, r), level)
         for r in _guesses(canaries)
     ]
 
@@ -267,9 +268,12 @@ def run(config: Config, count: int, canaries: int, confidence: float) -> int:
     if not config.spec.private:
         raise UserError(f"method: {config.method} adds no noise; there is no promise to audit")
     plan = make_plan(config, count)
-    claim = epsilon((plan.finetune.mechanism,), plan.delta, plan.accountant)
+    claim = epsilon((plan.the(DPSGD).composition,), plan.delta, plan.accountant)
     most = _guesses(canaries)[-1]
-    if find(plan.finetune, plan.delta, canaries, most, most, (1 - confidence) / len(SHARES)).epsilon <= claim:
+    if (
+        find(plan.the(DPSGD), plan.delta, canaries, most, most, (1 - confidence) / len(SHARES)).epsilon
+        <= claim
+    ):
         raise UserError(
             f"--canaries: {canaries} are too few, even {most} right guesses would not refute epsilon "
             f"{claim:.4g}"
@@ -293,7 +297,7 @@ def run(config: Config, count: int, canaries: int, confidence: float) -> int:
 
 
 def _show(title: str, plan: PrivacyPlan, claim: float, runs: dict[str, list[Finding]]) -> None:
-    console, finetune = Console(width=None if sys.stdout.isatty() else 160, highlight=False), plan.finetune
+    console, finetune = Console(width=None if sys.stdout.isatty() else 160, highlight=False), plan.the(DPSGD)
     console.print(f"{finetune.steps} private steps at sample rate {float(finetune.sample_rate):.6g}; {title}")
     table = Table()
     for column in ("noise", "guesses", "right", "epsilon at least", "of any mechanism"):

@@ -17,9 +17,9 @@ from privimage.privacy.account import charge_name
 from privimage.privacy.gradients import PerImageGradients
 from privimage.privacy.identity import digest_of_tensors
 from privimage.privacy.keys import RootKey
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.noise import NoiseStream
 from privimage.privacy.optimizer import PrivateOptimizer, StepFigures
-from privimage.privacy.plan import FinetunePlan
 from privimage.privacy.sampling import poisson_sample, share
 
 
@@ -63,7 +63,7 @@ class PrivateSteps:
 
     def __init__(
         self,
-        plan: FinetunePlan,
+        plan: DPSGD,
         gradients: PerImageGradients,
         losses: Losses,
         optimizer: torch.optim.Optimizer,

@@ -26,10 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from privimage.errors import UserError
-from privimage.privacy.accounting import Mechanism, epsilon
+from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.spent import Reader, Spent
 from privimage.storage import owner_only
 from privimage.storage.files import fsync_folder
+
+Plans = Mapping[str, SampledGaussian]  # what a run is going to do, by part
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,11 @@ class Ledger:
 
     @contextmanager
     def announced(
-        self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str
+        self,
+        run: str,
+        plan: Plans,
+        budget: tuple[float, float] | None,
+        accountant: str,
     ) -> Iterator[None]:
         """Write down what `run` is going to do, by part, before it starts.
 
@@ -166,17 +172,25 @@ class Ledger:
             if budget is not None and spent.budget is None:
                 self._append(handle, {"budget": list(budget)})
             if spent.plans.get(run) != dict(plan):
-                self._append(handle, {"run": run, "plan": {part: _pack(m) for part, m in plan.items()}})
+                self._append(handle, {"run": run, "plan": {part: m.to_entry() for part, m in plan.items()}})
 
     def require_room(
-        self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str
+        self,
+        run: str,
+        plan: Plans,
+        budget: tuple[float, float] | None,
+        accountant: str,
     ) -> None:
         """Raise UserError where `announced` would, without writing anything."""
         with self._locked():
             self._require_room(run, plan, budget, accountant)
 
     def _require_room(
-        self, run: str, plan: Mapping[str, Mechanism], budget: tuple[float, float] | None, accountant: str
+        self,
+        run: str,
+        plan: Plans,
+        budget: tuple[float, float] | None,
+        accountant: str,
     ) -> None:
         spent = self._reader.spent
         if budget is not None and spent.budget is not None and budget != spent.budget:
@@ -197,7 +211,13 @@ class Ledger:
             )
 
     def charge(
-        self, run: str, part: str, mechanism: Mechanism, name: str, limit: int, behind: Collection[str] = ()
+        self,
+        run: str,
+        part: str,
+        mechanism: SampledGaussian,
+        name: str,
+        limit: int,
+        behind: Collection[str] = (),
     ) -> bool:
         """Charge one use of `mechanism` before its output is used.
 
@@ -214,7 +234,9 @@ class Ledger:
             own = {known for known, charge in charges.items() if charge.run == run and charge.part == part}
             if len(own | set(behind)) >= limit:
                 return False
-            self._append(handle, {"run": run, "charge": name, "part": part, "mechanism": _pack(mechanism)})
+            self._append(
+                handle, {"run": run, "charge": name, "part": part, "mechanism": mechanism.to_entry()}
+            )
             return True
 
     def not_private(self, run: str) -> None:
@@ -247,10 +269,6 @@ def _whole(handle: int) -> bytes:
         parts.append(part)
         at += len(part)
     return b"".join(parts)
-
-
-def _pack(mechanism: Mechanism) -> list:
-    return [mechanism.noise_multiplier, mechanism.sample_rate, mechanism.count]
 
 
 def read(path: Path) -> Spent:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from privimage.distributed.agreement import Ranks
 from privimage.privacy.gradients import clip_and_sum_
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.noise import NoiseStream
-from privimage.privacy.plan import FinetunePlan
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PrivateOptimizer(DPOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        plan: FinetunePlan,
+        plan: DPSGD,
         world: Ranks,
         noise: NoiseStream | None,
         stop_requested: Callable[[], bool],

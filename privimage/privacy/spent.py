@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from privimage.privacy.accounting import Mechanism
+from privimage.privacy.accounting import SampledGaussian
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Charge:
 
     run: str
     part: str
-    mechanism: Mechanism
+    mechanism: SampledGaussian
 
 
 @dataclass
@@ -27,14 +27,16 @@ class Spent:
     """
 
     charges: dict[str, Charge] = field(default_factory=dict)  # by name
-    plans: dict[str, dict[str, Mechanism]] = field(default_factory=dict)  # run -> what it announced, by part
+    plans: dict[str, dict[str, SampledGaussian]] = field(
+        default_factory=dict
+    )  # run -> what it announced, by part
     not_private: set[str] = field(default_factory=set)  # runs that used the set without noise
     places: dict[str, str] = field(default_factory=dict)  # run -> where its directory was last
     budget: tuple[float, float] | None = None  # (epsilon, delta) of everything
     identity: str | None = None
     torn: int = 0
 
-    def mechanisms(self, run: str | None = None, behind: Collection[str] = ()) -> tuple[Mechanism, ...]:
+    def mechanisms(self, run: str | None = None, behind: Collection[str] = ()) -> tuple[SampledGaussian, ...]:
         """What was charged, equal mechanisms added up.
 
         By all runs, or by one run and in the charges `behind` what it made.
@@ -43,11 +45,11 @@ class Spent:
             c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind
         )
         return tuple(
-            Mechanism(m.noise_multiplier, m.sample_rate, n)
+            SampledGaussian(m.noise_multiplier, m.sample_rate, n)
             for m, n in sorted(counts.items(), key=lambda item: repr(item[0]))
         )
 
-    def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[Mechanism, ...]]:
+    def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[SampledGaussian, ...]]:
         """`mechanisms` of one run for each part of its plan."""
         own = {name: c for name, c in self.charges.items() if c.run == run or name in behind}
         parts = dict.fromkeys(c.part for c in own.values())
@@ -55,19 +57,19 @@ class Spent:
             part: Spent({name: c for name, c in own.items() if c.part == part}).mechanisms() for part in parts
         }
 
-    def promised(self, run: str, plan: Mapping[str, Mechanism]) -> tuple[Mechanism, ...]:
+    def promised(self, run: str, plan: Mapping[str, SampledGaussian]) -> tuple[SampledGaussian, ...]:
         """What all runs have charged or announced, by part whichever is more, with `plan` for `run`.
 
         An unfinished run may still go on.
         """
-        counts: Counter[tuple[str, str, Mechanism]] = Counter(
+        counts: Counter[tuple[str, str, SampledGaussian]] = Counter(
             (c.run, c.part, c.mechanism) for c in self.charges.values()
         )
         for other, announced in {**self.plans, run: plan}.items():
             for part, planned in announced.items():
                 key = (other, part, planned.single)
                 counts[key] = max(counts[key], planned.count)
-        return tuple(Mechanism(m.noise_multiplier, m.sample_rate, n) for (_, _, m), n in counts.items())
+        return tuple(SampledGaussian(m.noise_multiplier, m.sample_rate, n) for (_, _, m), n in counts.items())
 
 
 class Reader:
@@ -98,20 +100,15 @@ class Reader:
             by_part = (
                 plan.items() if isinstance(plan, dict) else enumerate(plan)
             )  # ledgers before version 2 did not name parts
-            spent.plans[entry["run"]] = {str(part): Mechanism(*m) for part, m in by_part}
+            spent.plans[entry["run"]] = {str(part): SampledGaussian.from_entry(m) for part, m in by_part}
         elif "not_private" in entry:
             spent.not_private.add(entry["run"])
         elif "place" in entry:
             spent.places[entry["run"]] = entry["place"]
         else:
-            run, mechanism = entry["run"], Mechanism(*entry["mechanism"])
-            spent.charges[entry["charge"]] = Charge(
-                run, entry.get("part") or self._part_of(run, mechanism), mechanism
-            )
-
-    def _part_of(self, run: str, mechanism: Mechanism) -> str:
-        """The part of a run's plan that has this mechanism, in a ledger before version 2."""
-        return next((part for part, m in self.spent.plans.get(run, {}).items() if m.single == mechanism), "")
+            run, mechanism = entry["run"], SampledGaussian.from_entry(entry["mechanism"])
+            # Ledgers before version 2 did not name parts; nothing is released from their runs any more.
+            spent.charges[entry["charge"]] = Charge(run, entry.get("part", ""), mechanism)
 
     def _torn(self, line: bytes) -> None:
         spent = self.spent
@@ -122,7 +119,7 @@ class Reader:
                 part, mechanism = max(still_open, key=lambda item: _cost(item[1]))
                 spent.charges[f"torn line {self.lines} {run}"] = Charge(run, part, mechanism)
 
-    def _still_open(self, run: str) -> list[tuple[str, Mechanism]]:
+    def _still_open(self, run: str) -> list[tuple[str, SampledGaussian]]:
         """Single uses of those mechanisms of a run's plan that are not charged in full.
 
         What a torn line may have been.
@@ -133,7 +130,7 @@ class Reader:
         ]
 
 
-def _cost(mechanism: Mechanism) -> float:
+def _cost(mechanism: SampledGaussian) -> float:
     """An order of cost for single uses.
 
     The Gaussian-DP parameter of the sampled mechanism at its central limit.

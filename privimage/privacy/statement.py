@@ -9,8 +9,8 @@ from decimal import ROUND_CEILING, Context, Decimal
 from privimage.config import Config
 from privimage.errors import UserError
 from privimage.privacy.account import Account
-from privimage.privacy.accounting import Mechanism, epsilon
-from privimage.privacy.plan import PrivacyPlan
+from privimage.privacy.accounting import epsilon
+from privimage.privacy.mechanisms.base import NEIGHBOURS
 from privimage.privacy.spent import Spent
 
 
@@ -34,7 +34,7 @@ def statement(
     head = {
         "method": config.method,
         "private": True,
-        "neighbours": "add or remove one image",
+        "neighbours": NEIGHBOURS,
         "accountant": plan.accountant,
     }
     tail = {
@@ -56,7 +56,8 @@ def statement(
         )
     _require_proof(account, spent, made_by, steps)
     used = spent.by_part(account.run, names)
-    total = epsilon([m for mechanisms in used.values() for m in mechanisms], plan.delta, plan.accountant)
+    by_stage = {mechanism.stage: mechanism for mechanism in plan.mechanisms}
+    total = epsilon([m for uses in used.values() for m in uses], plan.delta, plan.accountant)
     return (
         head
         | {
@@ -66,7 +67,7 @@ def statement(
         }
         | {
             "mechanisms": [
-                _described(plan, stage, m) for stage, mechanisms in used.items() for m in mechanisms
+                by_stage[stage].described(uses) for stage, all_uses in used.items() for uses in all_uses
             ]
         }
         | tail
@@ -83,7 +84,7 @@ def _not_private(config: Config, account: Account, spent: Spent, names: set[str]
 
 def _require_proof(account: Account, spent: Spent, made_by: Mapping[str, Sequence[str]], steps: int) -> None:
     assert account.ledger is not None  # the main rank's
-    for part in account.plan.parts:
+    for part in account.plan.mechanisms:
         names = made_by.get(part.stage, ())
         needed = steps if part is account.plan.training else 1
         if needed < 1 or len(set(names)) < needed:
@@ -99,12 +100,6 @@ def _require_proof(account: Account, spent: Spent, made_by: Mapping[str, Sequenc
                 "these weights are not in the"
                 " ledger; what came out of them must not be released"
             )
-
-
-def _described(plan: PrivacyPlan, stage: str, used: Mechanism) -> dict:
-    part = next(part for part in plan.parts if part.stage == stage)
-    common = {"noise_multiplier": used.noise_multiplier, "sample_rate": used.sample_rate, "count": used.count}
-    return {"name": part.name, "mechanism": used.kind} | part.parameters | common
 
 
 def rounded_up(value: float, places: int | None = None, digits: int | None = None) -> float:

@@ -20,7 +20,7 @@ from privimage.errors import Stopped, UserError
 from privimage.evaluation import fidelity, memorization, report, semantics, utility
 from privimage.evaluation.utility import Labelled
 from privimage.families import family
-from privimage.privacy.accounting import Mechanism, best_guess
+from privimage.privacy.accounting import SampledGaussian, best_guess
 from privimage.stages.public_set import public_labels, public_semantics
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
@@ -340,7 +340,7 @@ def _promise(run: RunDir, generated: bool) -> dict:
             "mechanisms": [],
         }
     said = read_json(run.release / "PRIVACY.json")
-    used = [Mechanism(m["noise_multiplier"], m["sample_rate"], m["count"]) for m in said["mechanisms"]]
+    used = [SampledGaussian(m["noise_multiplier"], m["sample_rate"], m["count"]) for m in said["mechanisms"]]
     kept = (
         "private",
         "epsilon",

@@ -20,10 +20,10 @@ from privimage.errors import Stopped, UserError
 from privimage.families.evolution import Population
 from privimage.models.edm import to_unit
 from privimage.privacy.account import Account, charge_name, open_account
-from privimage.privacy.accounting import Mechanism, epsilon
-from privimage.privacy.histogram import noisy_histogram
+from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.identity import computation, digest_of_tensors
-from privimage.privacy.plan import EvolvePlan
+from privimage.privacy.mechanisms import NearestHistogram
+from privimage.privacy.mechanisms.histogram import noisy_histogram
 from privimage.stages.public_set import load_query
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
@@ -43,8 +43,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     """
     sensitive = open_sensitive(config, "train", world)
     account = open_account(config, run, sensitive, world)
-    plan = account.plan.training
-    assert isinstance(plan, EvolvePlan)  # this stage belongs to methods with one
+    plan = account.plan.the(NearestHistogram)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     population = _population(config, run, world, max(n_classes, 1))
     voters = Voters(config, run, world, sensitive)
@@ -88,7 +87,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             population.chances = chances(noisy, config.evolve.threshold * plan.standard_deviation)
             step += 1
             bar.advance()
-            curves.scalars(step, _figures(account, population, replace(plan.mechanism, count=step), world))
+            curves.scalars(step, _figures(account, population, replace(plan.composition, count=step), world))
             curves.images(step, "population", population.images[:10, :10].flatten(0, 1))
             private_curves.scalars(step, {"mean distance of a vote": distance})
             curves.flush()
@@ -202,7 +201,9 @@ class Voters:
         ).item() / self.count
 
 
-def _figures(account: Account, population: Population, charged: Mechanism, world: World) -> dict[str, float]:
+def _figures(
+    account: Account, population: Population, charged: SampledGaussian, world: World
+) -> dict[str, float]:
     """What noisy counts alone tell, and what they cost."""
     shown = {"images with votes": float((population.chances > 0).sum())}
     if account.private and world.is_main:

@@ -19,6 +19,7 @@ from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.identity import computation
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.optimizer import StepFigures
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
@@ -38,7 +39,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     settings = config.finetune
     sensitive = open_sensitive(config, "train", world)
     account = open_account(config, run, sensitive, world)
-    plan = account.plan.finetune
+    plan = account.plan.the(DPSGD)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     training, behind = _training(config, run, world, n_classes)
     account.require_known(behind, run.path / "pretrain" / "weights.pt", world)
@@ -120,7 +121,7 @@ def _steps(
     first: int,
 ) -> PrivateSteps:
     """The private steps from number `first` on."""
-    settings, plan, losses = config.finetune, account.plan.finetune, training.losses
+    settings, plan, losses = config.finetune, account.plan.the(DPSGD), training.losses
     physical = world.broadcast_object(
         physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size)
     )
@@ -187,7 +188,7 @@ class _Curves:
     def __init__(self, config: Config, run: RunDir, world: World, account: Account, first: int):
         self.account, self.plan, self.learning_rate = (
             account,
-            account.plan.finetune,
+            account.plan.the(DPSGD),
             config.finetune.learning_rate,
         )
         self.shown = world.is_main
@@ -206,8 +207,8 @@ class _Curves:
             and (step % max(1, self.plan.steps // 20) == 0 or step == self.plan.steps)
         ):
             parts = [
-                replace(part.mechanism, count=step) if part is self.plan else part.mechanism
-                for part in self.account.plan.parts
+                replace(part.composition, count=step) if part is self.plan else part.composition
+                for part in self.account.plan.mechanisms
             ]
             shown["epsilon"] = epsilon(parts, self.account.plan.delta, self.account.plan.accountant, 1e-3)
         self.public.scalars(step, shown)

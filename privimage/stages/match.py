@@ -24,9 +24,9 @@ from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.account import Account, charge_name, open_account
-from privimage.privacy.embedding import embedding_sum, noisy_mean_embedding
 from privimage.privacy.identity import computation, digest_of_tensors
-from privimage.privacy.plan import MatchPlan
+from privimage.privacy.mechanisms import MeanEmbedding
+from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
 from privimage.stages.training import train
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
@@ -82,8 +82,7 @@ def _embedding(
     """The noisy mean embedding (rows, F), the one that is there or the only one that is ever drawn, and the
     name of its charge.
     """
-    path, plan = run.stage("match") / "embedding.npz", account.plan.training
-    assert isinstance(plan, MatchPlan)  # this stage belongs to methods with one
+    path, plan = run.stage("match") / "embedding.npz", account.plan.the(MeanEmbedding)
     if not world.broadcast_object(path.exists()):
         own = {"plan": account.plan.to_dict(), "rows": rows}
         name = charge_name(

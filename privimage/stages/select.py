@@ -16,9 +16,9 @@ from privimage.errors import UserError
 from privimage.models.edm import to_unit
 from privimage.models.semantic import SemanticQuery
 from privimage.privacy.account import charge_name, open_account
-from privimage.privacy.histogram import noisy_histogram
 from privimage.privacy.identity import computation, digest_of_tensors
-from privimage.privacy.plan import QueryPlan
+from privimage.privacy.mechanisms import SemanticHistogram
+from privimage.privacy.mechanisms.histogram import noisy_histogram
 from privimage.stages.public_set import Semantics, load_scores, public_semantics
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
@@ -76,7 +76,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 def _asked(
     config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics
-) -> tuple[np.ndarray, QueryPlan, str]:
+) -> tuple[np.ndarray, SemanticHistogram, str]:
     """The noisy histogram (rows, columns), on the main rank, zeros elsewhere; and the name of its charge.
 
     What is charged depends on nothing that the images vote; the noise does, so that two histograms with one
@@ -87,8 +87,7 @@ def _asked(
     if per_image > columns:
         raise UserError(f"select.per_image: {per_image} is more than the {columns} {public.kind}")
     account = open_account(config, run, sensitive, world)
-    plan = account.plan.query
-    assert plan is not None  # this stage belongs to methods with a query
+    plan = account.plan.the(SemanticHistogram)
     query = load_scores(config, run, world)
     own = {"plan": account.plan.to_dict(), "rows": rows, "columns": columns}
     network = digest_of_tensors(

@@ -20,7 +20,7 @@ from privimage.families.gan import GanPrivate, GanPublic
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import FinetunePlan
+from privimage.privacy.mechanisms import DPSGD
 
 # Small steps: rounding grows quickly in a GAN, since Adam scales up gradients near zero.
 sections = {"pretrain": ("learning_rate=1e-5", "batch_size=12", "discriminator_steps=2"),
@@ -64,7 +64,9 @@ found["public"] = public.state()
 # the weights, whose
 # rounding depends on the ranks: the samples would.
 private = GanPrivate(config, 10, world, public.weights())
-plan = FinetunePlan(60, 5, 4, 0.0, 0.5, 1)
+plan = DPSGD(
+    count=60, logical_batch_size=5, steps=4, noise_multiplier=0.0, max_grad_norm=0.5, noise_copies=1
+)
 pictures = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=random).numpy()
 data = SensitiveSet(pictures, (torch.arange(60) % 10).numpy(), world.device)
 steps = PrivateSteps(plan, FoldedGradients(private.module), private.losses, private.optimizer, data, world,

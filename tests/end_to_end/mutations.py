@@ -42,7 +42,7 @@ from privimage.data.sources import read as read_images
 from privimage.distributed import checkpoint
 from privimage.distributed.launch import free_port
 from privimage.privacy import identity
-from privimage.privacy.accounting import Mechanism, epsilon
+from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.ledger import read
 from privimage.privacy.plan import make_plan
 from privimage.runs import pipeline
@@ -289,8 +289,8 @@ class Trial:
             "select": int(run.method == "privimage+d"),
         }
         spent = [
-            Mechanism(p.mechanism.noise_multiplier, p.mechanism.sample_rate, behind[p.stage])
-            for p in plan.parts
+            SampledGaussian(p.noise_multiplier, p.composition.sample_rate, behind[p.stage])
+            for p in plan.mechanisms
         ]
         found = []
         if not spent or said["epsilon"] < epsilon(spent, plan.delta, plan.accountant) - 1e-6:

@@ -6,23 +6,23 @@ import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
 
-from privimage.privacy.accounting import Mechanism, epsilon, query_noise, training_noise
+from privimage.privacy.accounting import SampledGaussian, epsilon, query_noise, training_noise
 
 MIXES = [
-    (Mechanism(1.0),),
-    (Mechanism(5.0), Mechanism(2.0)),
-    (Mechanism(2.171, 16384 / 50000, 152),),
-    (Mechanism(4.6), Mechanism(2.182, 16384 / 50000, 152)),
-    (Mechanism(15.2, 16384 / 50000, 152),),
-    (Mechanism(1.0, 0.01, 1000),),
-    (Mechanism(1.552, 431 / 1437, 100), Mechanism(4.093)),
-    (Mechanism(0.8, 0.005, 500), Mechanism(20.0), Mechanism(1.5, 0.02, 300)),
-    (Mechanism(8.0, 0.5, 30),),
-    (Mechanism(3.0, count=4), Mechanism(1.2, 0.03, 200)),
+    (SampledGaussian(1.0),),
+    (SampledGaussian(5.0), SampledGaussian(2.0)),
+    (SampledGaussian(2.171, 16384 / 50000, 152),),
+    (SampledGaussian(4.6), SampledGaussian(2.182, 16384 / 50000, 152)),
+    (SampledGaussian(15.2, 16384 / 50000, 152),),
+    (SampledGaussian(1.0, 0.01, 1000),),
+    (SampledGaussian(1.552, 431 / 1437, 100), SampledGaussian(4.093)),
+    (SampledGaussian(0.8, 0.005, 500), SampledGaussian(20.0), SampledGaussian(1.5, 0.02, 300)),
+    (SampledGaussian(8.0, 0.5, 30),),
+    (SampledGaussian(3.0, count=4), SampledGaussian(1.2, 0.03, 200)),
 ]
 
 
-def directly(mechanisms: tuple[Mechanism, ...], delta: float, accountant: str) -> float:
+def directly(mechanisms: tuple[SampledGaussian, ...], delta: float, accountant: str) -> float:
     book = pld.PLDAccountant() if accountant == "pld" else rdp.RdpAccountant()
     for m in mechanisms:
         event = dp_accounting.GaussianDpEvent(m.noise_multiplier)
@@ -34,14 +34,14 @@ def directly(mechanisms: tuple[Mechanism, ...], delta: float, accountant: str) -
 
 @pytest.mark.parametrize("mechanisms", MIXES)
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
-def test_ten_mixes_agree_with_dp_accounting(mechanisms: tuple[Mechanism, ...], accountant: str) -> None:
+def test_ten_mixes_agree_with_dp_accounting(mechanisms: tuple[SampledGaussian, ...], accountant: str) -> None:
     assert epsilon(mechanisms, 1e-5, accountant) == pytest.approx(
         directly(mechanisms, 1e-5, accountant), abs=1e-3
     )
 
 
 @pytest.mark.parametrize("mechanisms", MIXES[2:6])
-def test_prv_agrees_within_its_own_error(mechanisms: tuple[Mechanism, ...]) -> None:
+def test_prv_agrees_within_its_own_error(mechanisms: tuple[SampledGaussian, ...]) -> None:
     from opacus.accountants import PRVAccountant
 
     prv = PRVAccountant()
@@ -55,28 +55,28 @@ def test_prv_agrees_within_its_own_error(mechanisms: tuple[Mechanism, ...]) -> N
     ("target", "by_pld", "by_rdp"), [(10, 2.171, 2.310), (5, 3.736, 3.994), (1, 15.18, 16.46)]
 )
 def test_the_paper_settings_need_the_known_noise(target: float, by_pld: float, by_rdp: float) -> None:
-    training = Mechanism(1.0, 16384 / 50000, 152)
+    training = SampledGaussian(1.0, 16384 / 50000, 152)
     assert training_noise(target, 1e-5, training) == pytest.approx(by_pld, rel=5e-4)
     assert training_noise(target, 1e-5, training, (), "rdp") == pytest.approx(by_rdp, rel=5e-4)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_the_noise_found_keeps_the_promise_and_hardly_less_would_not(accountant: str) -> None:
-    others = (Mechanism(6.0),)
-    sigma = training_noise(3.0, 1e-5, Mechanism(1.0, 0.1, 60), others, accountant)
-    assert epsilon((*others, Mechanism(sigma, 0.1, 60)), 1e-5, accountant) <= 3.0
-    assert epsilon((*others, Mechanism(sigma * 0.999, 0.1, 60)), 1e-5, accountant) > 3.0
+    others = (SampledGaussian(6.0),)
+    sigma = training_noise(3.0, 1e-5, SampledGaussian(1.0, 0.1, 60), others, accountant)
+    assert epsilon((*others, SampledGaussian(sigma, 0.1, 60)), 1e-5, accountant) <= 3.0
+    assert epsilon((*others, SampledGaussian(sigma * 0.999, 0.1, 60)), 1e-5, accountant) > 3.0
 
 
 def test_the_derived_query_costs_half_a_percent_of_noise() -> None:
-    alone = training_noise(10, 1e-5, Mechanism(1.0, 0.3, 100))
-    sigma = query_noise(10, 1e-5, Mechanism(alone, 0.3, 100), 0.005)
-    beside = training_noise(10, 1e-5, Mechanism(1.0, 0.3, 100), (Mechanism(sigma),))
-    louder = training_noise(10, 1e-5, Mechanism(1.0, 0.3, 100), (Mechanism(sigma * 0.97),))
+    alone = training_noise(10, 1e-5, SampledGaussian(1.0, 0.3, 100))
+    sigma = query_noise(10, 1e-5, SampledGaussian(alone, 0.3, 100), 0.005)
+    beside = training_noise(10, 1e-5, SampledGaussian(1.0, 0.3, 100), (SampledGaussian(sigma),))
+    louder = training_noise(10, 1e-5, SampledGaussian(1.0, 0.3, 100), (SampledGaussian(sigma * 0.97),))
     assert beside / alone <= 1.0051
     assert louder / alone > 1.0051
 
 
 def test_a_query_that_costs_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="no amount of noise"):
-        training_noise(1.0, 1e-5, Mechanism(1.0, 0.1, 10), (Mechanism(0.5),))
+        training_noise(1.0, 1e-5, SampledGaussian(1.0, 0.1, 10), (SampledGaussian(0.5),))

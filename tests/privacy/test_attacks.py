@@ -86,7 +86,7 @@ def released(folder: Path) -> bool:
 def true_epsilon(folder: Path, draws: list[spy.Draw]) -> float:
     """What was spent, from the log of noise draws and the plan's noise."""
     plan = plan_from_dict(read_json(folder / "private" / "account.json")["plan"])
-    parts = [(part.mechanism, spy.uses(draws, part.stage)) for part in plan.parts]
+    parts = [(part.composition, spy.uses(draws, part.stage)) for part in plan.mechanisms]
     return epsilon(
         [type(m)(m.noise_multiplier, m.sample_rate, count) for m, count in parts if count],
         plan.delta,
@@ -436,9 +436,9 @@ def test_an_account_of_an_older_version_is_refused_in_one_line(
 ) -> None:
     assert go(settings(tmp_path / "a", images), 3) == 75
     path = tmp_path / "a" / "private" / "account.json"
-    path.write_text(path.read_text().replace('"version": 2,', ""))
+    path.write_text(path.read_text().replace('"version": 3,', ""))
     assert go(settings(tmp_path / "a", images)) == 2
-    assert f"{path}: made by an older version" in capfd.readouterr().err
+    assert f"{path}: made by another version" in capfd.readouterr().err
 
 
 def test_weights_without_a_charge_for_each_step_are_not_released(

@@ -18,15 +18,30 @@ from privimage.cli import app
 from privimage.config import Config, load
 from privimage.distributed.world import World
 from privimage.privacy import audit, dpsgd
-from privimage.privacy.accounting import Mechanism, epsilon, profile
+from privimage.privacy.accounting import SampledGaussian, epsilon, profile
 from privimage.privacy.audit import EPSILONS, Finding, TradeOff, refuted
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import FinetunePlan, PrivacyPlan
+from privimage.privacy.mechanisms import DPSGD
+from privimage.privacy.plan import PrivacyPlan
 from privimage.privacy.sampling import poisson_sample
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 # 30 steps at q = 0.3: epsilon 3.40 at delta 1e-4 for noise multiplier 2.
-PLAN = PrivacyPlan(3.5, 1e-4, "pld", None, FinetunePlan(1000, 300, 30, 2.0, 0.01, 2))
+PLAN = PrivacyPlan(
+    3.5,
+    1e-4,
+    "pld",
+    (
+        DPSGD(
+            count=1000,
+            logical_batch_size=300,
+            steps=30,
+            noise_multiplier=2.0,
+            max_grad_norm=0.01,
+            noise_copies=2,
+        ),
+    ),
+)
 
 
 def pure(value: float, delta: float = 0.0) -> TradeOff:
@@ -38,7 +53,7 @@ def gaussian(*deviations_and_shares: tuple[float, float]) -> TradeOff:
     and shown.
     """
     deltas = sum(
-        share * profile((Mechanism(deviation),), EPSILONS) for deviation, share in deviations_and_shares
+        share * profile((SampledGaussian(deviation),), EPSILONS) for deviation, share in deviations_and_shares
     )
     return TradeOff(EPSILONS, np.asarray(deltas))
 
@@ -126,7 +141,7 @@ def test_the_bound_becomes_tight() -> None:
 
     The bound rises towards 2 with their number.
     """
-    plan, bounds = PLAN.finetune, []
+    plan, bounds = PLAN.the(DPSGD), []
     for guesses in (100, 1000, 10_000):
         right = round(guesses / (1 + math.exp(-2.0)))
         low, high = 0.0, 5.0
@@ -149,12 +164,12 @@ def test_the_bound_becomes_tight() -> None:
 def test_the_curve_of_the_mechanism_tells_more_than_one_point() -> None:
     """What refutes (epsilon, delta) refutes every mechanism of the planned kind that has it."""
     for right in (70, 100):
-        found = audit.find(PLAN.finetune, PLAN.delta, 500, 100, right, 0.05)
+        found = audit.find(PLAN.the(DPSGD), PLAN.delta, 500, 100, right, 0.05)
         assert found.any_epsilon <= found.epsilon + 0.02
 
 
 def test_chance_refutes_nothing() -> None:
-    assert audit.find(PLAN.finetune, PLAN.delta, 500, 100, 50, 0.05) == Finding(100, 50, 0.0, 0.0)
+    assert audit.find(PLAN.the(DPSGD), PLAN.delta, 500, 100, 50, 0.05) == Finding(100, 50, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -170,7 +185,7 @@ def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(
     Its gradient is clipped from 1000 C to C, averaged over its copies, and nothing else touches its
     coordinate.
     """
-    root, plan = insecure_fixed(1), PLAN.finetune
+    root, plan = insecure_fixed(1), PLAN.the(DPSGD)
     samples: list[np.ndarray] = []
 
     def spy(*arguments) -> np.ndarray:
@@ -190,13 +205,13 @@ def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(
 
 def test_an_absent_canary_scores_noise_of_the_planned_deviation(config: Config) -> None:
     """About 500 numbers against N(0, T (sigma C)^2): Kolmogorov-Smirnov, false-alarm rate 1e-3, fixed key."""
-    coins, scores = audit.play(config, PLAN.finetune, 1000, insecure_fixed(2), ALONE)
+    coins, scores = audit.play(config, PLAN.the(DPSGD), 1000, insecure_fixed(2), ALONE)
     assert stats.kstest(scores[~coins] / (2.0 * 0.01 * 30**0.5), "norm").pvalue > 1e-3
 
 
 def test_the_audit_passes_and_fails_with_a_tenth_of_the_noise(config: Config) -> None:
     """Fixed keys; with others the first would be a false alarm with probability 0.05 at most."""
-    claim = epsilon((PLAN.finetune.mechanism,), PLAN.delta)
+    claim = epsilon((PLAN.the(DPSGD).composition,), PLAN.delta)
     planned = audit.best(audit.audit(config, PLAN, 600, 0.95, insecure_fixed(3), ALONE))
     broken = audit.best(audit.audit(config, PLAN, 600, 0.95, insecure_fixed(4), ALONE, noise_factor=0.1))
     assert 0.5 < planned <= claim < broken
@@ -208,12 +223,14 @@ from privimage.config import load
 from privimage.distributed.world import connect
 from privimage.privacy import audit, dpsgd
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import FinetunePlan
+from privimage.privacy.mechanisms import DPSGD
 from ranks import TINY
 
 config = load(TINY, ["runtime.threads=1"])
 world = connect(config.runtime)
-plan = FinetunePlan(1000, 300, 30, 2.0, 0.01, 2)
+plan = DPSGD(
+    count=1000, logical_batch_size=300, steps=30, noise_multiplier=2.0, max_grad_norm=0.01, noise_copies=2
+)
 found = [audit.play(config, plan, 600, insecure_fixed(5), world, factor)[1].tolist() for factor in (0.0, 1.0)]
 print(json.dumps(found))
 world.close()
@@ -231,7 +248,10 @@ def test_several_ranks_are_audited_as_one(config: Config) -> None:
     assert all(other == first for other in others)
     silent, scores = (np.array(part) for part in first)
     assert np.allclose(
-        silent, audit.play(config, PLAN.finetune, 600, insecure_fixed(5), ALONE, 0.0)[1], rtol=1e-4, atol=1e-9
+        silent,
+        audit.play(config, PLAN.the(DPSGD), 600, insecure_fixed(5), ALONE, 0.0)[1],
+        rtol=1e-4,
+        atol=1e-9,
     )
     total = ((scores - silent) ** 2).sum() / (30 * (2.0 * 0.01) ** 2)
     assert stats.chi2.sf(total, 600) > 1e-3 and stats.chi2.cdf(total, 600) > 1e-3
@@ -253,7 +273,7 @@ def test_the_command_touches_neither_data_nor_ledger(tmp_path: Path, monkeypatch
 
 def test_noise_forgotten_in_the_training_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        FinetunePlan, "rank_deviation", lambda self, ranks: 0.1 * self.noise_multiplier * self.max_grad_norm
+        DPSGD, "rank_deviation", lambda self, ranks: 0.1 * self.noise_multiplier * self.max_grad_norm
     )
     done = CliRunner().invoke(app, ["audit", str(TINY), *SMALL, "--canaries", "1000"])
     assert done.exit_code == 1

@@ -20,7 +20,7 @@ from privimage.distributed.world import connect
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import FoldedGradients
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import FinetunePlan
+from privimage.privacy.mechanisms import DPSGD
 
 mode, steps, count, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 world = connect(Runtime(device="cpu", timeout_minutes=1))
@@ -28,7 +28,14 @@ torch.manual_seed(0)
 features = 40 if mode == "update" else 3000
 module = nn.Sequential(nn.Linear(features, 1, bias=False))
 nn.init.zeros_(module[0].weight)
-plan = FinetunePlan(count, batch, steps, 2.0, 0.5, 1)
+plan = DPSGD(
+    count=count,
+    logical_batch_size=batch,
+    steps=steps,
+    noise_multiplier=2.0,
+    max_grad_norm=0.5,
+    noise_copies=1,
+)
 order, batches_seen = [], []
 class Losses:
     def draw(self, images, labels, indices, seed):

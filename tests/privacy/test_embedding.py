@@ -9,9 +9,9 @@ from scipy import stats
 from torch import Tensor
 
 from privimage.models.random_features import RandomFeatures
-from privimage.privacy.embedding import QUANTUM, embedding_sum, noisy_mean_embedding
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import MatchPlan
+from privimage.privacy.mechanisms import MeanEmbedding
+from privimage.privacy.mechanisms.embedding import QUANTUM, embedding_sum, noisy_mean_embedding
 
 KEY = insecure_fixed(13).derive("test")
 HOSTILE = (0.0, 1.0, -1.0, 1e-30, 1e30, 1e200, -1e308, float("nan"), float("inf"), float("-inf"))
@@ -113,7 +113,7 @@ def test_the_noise_is_gaussian_of_sigma_over_n_on_every_number():
 
     Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
     """
-    plan = MatchPlan(count=250, features=2000, noise_multiplier=3.0)
+    plan = MeanEmbedding(count=250, features=2000, noise_multiplier=3.0)
     noise = noisy_mean_embedding(np.zeros((10, 2000), np.int64), plan, "aes-ctr", KEY).ravel() * 250 / 3.0
     assert stats.kstest(noise, "norm").pvalue > 1e-3
     assert 5e-4 < stats.chi2.cdf((noise**2).sum(), noise.size) < 1 - 5e-4
@@ -123,13 +123,13 @@ def test_it_is_the_sum_divided_by_the_public_n_not_by_the_images_that_are_there(
     features = torch.full((3, 4), 0.5, dtype=torch.float64)
     total = embedding_sum(features, torch.zeros(3, dtype=torch.int64), 1).numpy()
     mean = noisy_mean_embedding(
-        total, MatchPlan(count=100, features=4, noise_multiplier=1e-9), "aes-ctr", KEY
+        total, MeanEmbedding(count=100, features=4, noise_multiplier=1e-9), "aes-ctr", KEY
     )
     assert mean == pytest.approx(np.full((1, 4), 0.015), rel=1e-6)
 
 
 def test_other_keys_give_other_noise_and_the_same_key_the_same():
-    plan, total = MatchPlan(10, 50, 1.0), np.zeros((2, 50), np.int64)
+    plan, total = MeanEmbedding(count=10, features=50, noise_multiplier=1.0), np.zeros((2, 50), np.int64)
     first, again, other = (
         noisy_mean_embedding(total, plan, "aes-ctr", key)
         for key in (KEY, KEY, insecure_fixed(14).derive("test"))

@@ -18,8 +18,8 @@ from ranks import TINY, charges, run_ranks, run_stages
 from privimage.config import Config, load
 from privimage.distributed import checkpoint
 from privimage.families.evolution import Population
-from privimage.privacy.accounting import Mechanism
-from privimage.privacy.histogram import noisy_histogram, vote_counts
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.mechanisms.histogram import noisy_histogram, vote_counts
 from privimage.runs import pipeline
 from privimage.stages import evolve
 from privimage.storage.files import read_json
@@ -85,8 +85,9 @@ class Checkpoints:
 
 def test_the_ledger_holds_the_planned_uses_and_nothing_else(undisturbed: Path) -> None:
     plan = read_json(undisturbed / "private" / "account.json")["plan"]
-    assert sorted(plan["evolve"]) == ["iterations", "noise_multiplier"]
-    assert charges(undisturbed) == (Mechanism(plan["evolve"]["noise_multiplier"], 1.0, 3),)
+    (used,) = plan["mechanisms"]
+    assert sorted(used) == ["iterations", "noise_multiplier", "per_image", "stage"]
+    assert charges(undisturbed) == (SampledGaussian(used["noise_multiplier"], 1.0, 3),)
 
 
 def test_the_population_has_the_planned_form(undisturbed: Path) -> None:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from privimage.privacy.histogram import noisy_histogram, vote_counts
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import QueryPlan
+from privimage.privacy.mechanisms import SemanticHistogram
+from privimage.privacy.mechanisms.histogram import noisy_histogram, vote_counts
 from privimage.stages.select import exclusive_top
 
 KEY = insecure_fixed(11).derive("test")
@@ -37,7 +37,7 @@ def test_the_noise_is_gaussian_of_sigma_sqrt_k1_on_every_bin() -> None:
 
     Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
     """
-    plan = QueryPlan(per_image=4, noise_multiplier=7.0)
+    plan = SemanticHistogram(per_image=4, noise_multiplier=7.0)
     noise = (
         noisy_histogram(
             np.zeros((0, 4), np.int64), np.zeros(0, np.int64), 20, 1000, plan, "aes-ctr", KEY
@@ -51,7 +51,13 @@ def test_the_noise_is_gaussian_of_sigma_sqrt_k1_on_every_bin() -> None:
 def test_more_votes_than_planned_are_refused() -> None:
     with pytest.raises(ValueError, match="3 votes an image, planned for 2"):
         noisy_histogram(
-            np.zeros((5, 3), np.int64), np.zeros(5, np.int64), 1, 10, QueryPlan(2, 1.0), "aes-ctr", KEY
+            np.zeros((5, 3), np.int64),
+            np.zeros(5, np.int64),
+            1,
+            10,
+            SemanticHistogram(per_image=2, noise_multiplier=1.0),
+            "aes-ctr",
+            KEY,
         )
 
 

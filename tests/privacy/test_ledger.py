@@ -13,18 +13,18 @@ import pytest
 
 from privimage.errors import UserError
 from privimage.privacy import ledger as ledger_module
-from privimage.privacy.accounting import Mechanism, epsilon
+from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.ledger import Ledger, read
 
-QUERY, STEP = Mechanism(5.0), Mechanism(2.0, 0.3)
-PLAN = {"select": QUERY, "finetune": Mechanism(2.0, 0.3, 10)}
+QUERY, STEP = SampledGaussian(5.0), SampledGaussian(2.0, 0.3)
+PLAN = {"select": QUERY, "finetune": SampledGaussian(2.0, 0.3, 10)}
 
 
 def announce(
     ledger: Ledger,
     run: str,
     budget: tuple[float, float] | None = None,
-    plan: dict[str, Mechanism] | None = None,
+    plan: dict[str, SampledGaussian] | None = None,
 ) -> None:
     with ledger.announced(run, plan or PLAN, budget, "pld"):
         pass
@@ -52,15 +52,15 @@ def test_charges_add_up_by_mechanism_and_over_runs(ledger: Ledger) -> None:
     announce(ledger, "other")
     step(ledger, "other", "step 0 of the other")
     spent = read(ledger.path)
-    assert set(spent.mechanisms("run")) == {QUERY, Mechanism(2.0, 0.3, 4)}
-    assert set(spent.mechanisms()) == {QUERY, Mechanism(2.0, 0.3, 5)}
+    assert set(spent.mechanisms("run")) == {QUERY, SampledGaussian(2.0, 0.3, 4)}
+    assert set(spent.mechanisms()) == {QUERY, SampledGaussian(2.0, 0.3, 5)}
 
 
 def test_a_replay_counts_once(ledger: Ledger) -> None:
     for _ in range(3):
         step(ledger, "run", "step 7 attempt 0")
     step(ledger, "run", "step 7 attempt 1")
-    assert read(ledger.path).mechanisms() == (Mechanism(2.0, 0.3, 2),)
+    assert read(ledger.path).mechanisms() == (SampledGaussian(2.0, 0.3, 2),)
 
 
 def test_the_file_only_grows(ledger: Ledger) -> None:
@@ -72,7 +72,7 @@ def test_the_file_only_grows(ledger: Ledger) -> None:
     assert ledger.path.stat().st_mode & 0o777 == 0o600
 
 
-def tear(ledger: Ledger, run: str, mechanism: Mechanism, kept: int) -> None:
+def tear(ledger: Ledger, run: str, mechanism: SampledGaussian, kept: int) -> None:
     """A crash in the middle of writing a charge: only its first bytes arrive."""
     whole = ledger.path.read_bytes()
     ledger.charge(run, "select" if mechanism == QUERY else "finetune", mechanism, "torn", 1000)
@@ -91,9 +91,9 @@ def test_once_the_query_is_charged_a_torn_line_is_a_step(ledger: Ledger, kept: i
     query(ledger, "run", "query")
     step(ledger, "run", "a")
     tear(ledger, "run", STEP, kept)
-    assert set(read(ledger.path).mechanisms()) == {QUERY, Mechanism(2.0, 0.3, 2)}
+    assert set(read(ledger.path).mechanisms()) == {QUERY, SampledGaussian(2.0, 0.3, 2)}
     step(Ledger(ledger.path.parent, "f" * 64), "run", "c")  # after the crash
-    assert set(read(ledger.path).mechanisms()) == {QUERY, Mechanism(2.0, 0.3, 3)}
+    assert set(read(ledger.path).mechanisms()) == {QUERY, SampledGaussian(2.0, 0.3, 3)}
     assert json.loads(ledger.path.read_bytes().splitlines()[-1])["run"] == "run"
 
 
@@ -114,7 +114,7 @@ def test_a_torn_first_plan_costs_nothing_since_nothing_was_drawn(tmp_path) -> No
 
 def test_a_budget_refuses_a_run_before_it_starts(ledger: Ledger) -> None:
     one = epsilon(PLAN.values(), 1e-5)
-    two = epsilon((QUERY, QUERY, Mechanism(2.0, 0.3, 20)), 1e-5)
+    two = epsilon((QUERY, QUERY, SampledGaussian(2.0, 0.3, 20)), 1e-5)
     announce(ledger, "second", (two + 0.01, 1e-5))
     before = ledger.path.read_bytes()
     with pytest.raises(
@@ -128,7 +128,7 @@ def test_a_budget_refuses_a_run_before_it_starts(ledger: Ledger) -> None:
 def test_an_announced_run_keeps_its_room_in_the_budget(ledger: Ledger) -> None:
     """The first run has charged one step of ten: the other nine are still its own."""
     step(ledger, "run", "step 0")
-    limit = epsilon((QUERY, QUERY, Mechanism(2.0, 0.3, 15)), 1e-5)
+    limit = epsilon((QUERY, QUERY, SampledGaussian(2.0, 0.3, 15)), 1e-5)
     with pytest.raises(UserError, match=r"privacy\.budget"):
         announce(ledger, "second", (limit, 1e-5))
 
@@ -173,7 +173,7 @@ def test_processes_at_once_lose_no_charge(ledger: Ledger) -> None:
 
     assert at_once(6, charge) == [0] * 6
     assert read(ledger.path).torn == 0
-    assert read(ledger.path).mechanisms() == (Mechanism(2.0, 0.3, 180),)
+    assert read(ledger.path).mechanisms() == (SampledGaussian(2.0, 0.3, 180),)
 
 
 def test_of_runs_that_announce_at_once_the_budget_admits_as_many_as_fit(tmp_path) -> None:
@@ -181,7 +181,7 @@ def test_of_runs_that_announce_at_once_the_budget_admits_as_many_as_fit(tmp_path
 
     The check and the announcement are one, or several would find the room free.
     """
-    plan = {"finetune": Mechanism(2.0, 0.3, 10)}
+    plan = {"finetune": SampledGaussian(2.0, 0.3, 10)}
     limit = epsilon(plan.values(), 1e-5) * 1.01
     ledger = Ledger(tmp_path, "f" * 64)
     assert sorted(at_once(5, lambda number: announce(ledger, f"run {number}", (limit, 1e-5), plan))) == [
@@ -221,8 +221,10 @@ def test_charges_behind_what_a_copy_goes_on_from_count_for_it_too(ledger: Ledger
     for number in range(2):
         step(ledger, "run", str(number))
     assert step(ledger, "copy", "a", 3, ("0", "1")) and not step(ledger, "copy", "b", 3, ("0", "1"))
-    assert read(ledger.path).mechanisms("copy", ("0", "1")) == (Mechanism(2.0, 0.3, 3),)
-    assert read(ledger.path).mechanisms() == (Mechanism(2.0, 0.3, 3),)  # of the set as a whole, each once
+    assert read(ledger.path).mechanisms("copy", ("0", "1")) == (SampledGaussian(2.0, 0.3, 3),)
+    assert read(ledger.path).mechanisms() == (
+        SampledGaussian(2.0, 0.3, 3),
+    )  # of the set as a whole, each once
 
 
 def test_a_ledger_that_is_known_is_recognised_after_others_have_written(ledger: Ledger) -> None:
@@ -302,4 +304,4 @@ def test_a_ledger_of_an_older_version_counts(tmp_path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ledger = Ledger(tmp_path, "f" * 64)
     assert ledger.spent.identity and ledger.spent.mechanisms() == (QUERY,)
-    assert set(ledger.spent.promised("new", {})) == {QUERY, Mechanism(2.0, 0.3, 10)}
+    assert set(ledger.spent.promised("new", {})) == {QUERY, SampledGaussian(2.0, 0.3, 10)}

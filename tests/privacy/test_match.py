@@ -15,14 +15,14 @@ from ranks import TINY, charges, run_ranks
 from scipy import stats
 
 from privimage.config import Config, load
+from privimage.config.seeds import public_seed
 from privimage.data.sources import read_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.config.seeds import public_seed
 from privimage.families.matching import MatchedGenerator
 from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
-from privimage.privacy.accounting import Mechanism
+from privimage.privacy.accounting import SampledGaussian
 from privimage.runs import pipeline
 from privimage.stages import match
 from privimage.storage.files import read_json
@@ -54,10 +54,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_ledger_holds_one_use_of_the_plan_and_nothing_else(undisturbed: Path) -> None:
     plan = read_json(undisturbed / "private" / "account.json")["plan"]
-    assert (
-        sorted(plan["match"]) == ["count", "features", "noise_multiplier"] and plan["match"]["count"] == 1437
-    )
-    assert charges(undisturbed) == (Mechanism(plan["match"]["noise_multiplier"]),)
+    (used,) = plan["mechanisms"]
+    assert sorted(used) == ["count", "features", "noise_multiplier", "stage"] and used["count"] == 1437
+    assert charges(undisturbed) == (SampledGaussian(used["noise_multiplier"]),)
 
 
 def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: Path) -> None:
@@ -65,7 +64,8 @@ def test_the_embedding_is_that_of_the_images_and_noise_of_the_plan(undisturbed: 
 
     Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
     """
-    config, plan = settings(undisturbed), read_json(undisturbed / "private" / "account.json")["plan"]["match"]
+    config = settings(undisturbed)
+    (plan,) = read_json(undisturbed / "private" / "account.json")["plan"]["mechanisms"]
     images = read_sensitive(config, "train")
     features = RandomFeatures(
         64,

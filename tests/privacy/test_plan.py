@@ -14,15 +14,16 @@ from scipy.optimize import brentq
 
 from privimage.config import load
 from privimage.errors import UserError
-from privimage.privacy.accounting import Mechanism
-from privimage.privacy.plan import EvolvePlan, FinetunePlan, MatchPlan, make_plan, plan_from_dict
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.mechanisms import DPSGD, MeanEmbedding, NearestHistogram
+from privimage.privacy.plan import make_plan, plan_from_dict
 
 PHI = NormalDist().cdf
 KINDS = {
-    "privimage+d": FinetunePlan,
-    "dpdm": FinetunePlan,
-    "dp-merf": MatchPlan,
-    "private-evolution": EvolvePlan,
+    "privimage+d": DPSGD,
+    "dpdm": DPSGD,
+    "dp-merf": MeanEmbedding,
+    "private-evolution": NearestHistogram,
 }
 
 
@@ -46,7 +47,7 @@ def test_the_noise_is_that_of_the_closed_form(method: str, count: int, epsilon: 
         [f"method={method}", f"privacy.epsilon={epsilon}", "privacy.accountant=pld", "evolve.iterations=12"],
     )
     plan = make_plan(config, 1437)
-    assert plan.mechanisms == (Mechanism(plan.training.noise_multiplier, 1.0, count),)
+    assert plan.compositions == (SampledGaussian(plan.training.noise_multiplier, 1.0, count),)
     assert plan.training.noise_multiplier == pytest.approx(closed_form(epsilon, 1e-4, count), rel=1e-3)
     assert plan.training.noise_multiplier >= closed_form(epsilon, 1e-4, count)
     assert plan.spent() <= epsilon
@@ -57,7 +58,7 @@ def test_a_plan_reads_back_from_json_and_names_its_mechanisms(method: str) -> No
     plan = make_plan(load(TINY, [f"method={method}"]), 1437)
     assert isinstance(plan.training, KINDS[method])
     assert plan_from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert len({part.name for part in plan.parts}) == len(plan.parts)
+    assert len({part.name for part in plan.mechanisms}) == len(plan.mechanisms)
     assert plan.training.stage in load(TINY, [f"method={method}"]).spec.stages
 
 
@@ -66,7 +67,7 @@ def test_a_method_without_dp_sgd_has_nothing_to_audit(method: str) -> None:
     with pytest.raises(
         UserError, match=f"method: it draws from the sensitive set by {KINDS[method].name}, not by DP-SGD"
     ):
-        _ = make_plan(load(TINY, [f"method={method}"]), 1437).finetune
+        _ = make_plan(load(TINY, [f"method={method}"]), 1437).the(DPSGD)
     told = subprocess.run(
         ["privimage", "audit", str(TINY), f"method={method}"],
         capture_output=True,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from privimage.distributed.world import World
 from privimage.privacy.gradients import FoldedGradients, clip_and_sum_
+from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.optimizer import PrivateOptimizer
-from privimage.privacy.plan import FinetunePlan
 
 HOSTILE = (0.0, 1.0, -1e30, 1e30, 3e38, float("nan"), float("inf"), float("-inf"))
 
@@ -139,7 +139,17 @@ def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(
     leaves the user's choice as it was.
     """
     torch.set_float32_matmul_precision("medium")
-    world, plan = World(0, 0, 1, 1, device), FinetunePlan(50_000, 16_384, 1, 0.0, 1.0, 1)
+    world, plan = (
+        World(0, 0, 1, 1, device),
+        DPSGD(
+            count=50_000,
+            logical_batch_size=16_384,
+            steps=1,
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            noise_copies=1,
+        ),
+    )
     parameter, sums = nn.Parameter(torch.zeros(500, device=device)), []
     for images in (16_384, 16_383):
         optimizer = PrivateOptimizer(torch.optim.SGD([parameter]), plan, world, None, lambda: False)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from privimage.privacy.histogram import noisy_histogram, vote_counts
 from privimage.privacy.keys import insecure_fixed
-from privimage.privacy.plan import EvolvePlan
+from privimage.privacy.mechanisms import NearestHistogram
+from privimage.privacy.mechanisms.histogram import noisy_histogram, vote_counts
 from privimage.stages.evolve import chances, nearest
 
 HOSTILE = (0.0, 1e-45, 1e19, 3e38, -3e38, float("nan"), float("inf"), float("-inf"))
@@ -74,7 +74,10 @@ def test_the_noise_is_gaussian_of_sigma_on_every_bin_of_every_class() -> None:
 
     Kolmogorov-Smirnov and variance, false-alarm rate 1e-3 each, fixed key.
     """
-    plan, key = EvolvePlan(iterations=10, noise_multiplier=6.0), insecure_fixed(12).derive("test")
+    plan, key = (
+        NearestHistogram(iterations=10, noise_multiplier=6.0, per_image=1),
+        insecure_fixed(12).derive("test"),
+    )
     noise = (
         noisy_histogram(
             np.zeros((0, 1), np.int64), np.zeros(0, np.int64), 10, 2000, plan, "aes-ctr", key

@@ -12,7 +12,7 @@ from PIL import Image
 from privimage.config import Config
 from privimage.errors import UserError
 from privimage.evaluation import figures, report
-from privimage.privacy.accounting import Mechanism, best_guess
+from privimage.privacy.accounting import SampledGaussian, best_guess
 from privimage.storage.rundir import RunDir
 
 PROMISE = {
@@ -266,7 +266,7 @@ def test_the_best_guess_is_the_closed_form_of_a_gaussian(noise_multiplier: float
     # two unit-sensitivity Gaussians differ by TV = 2 Phi(1 / (2 sigma)) - 1, and (1 + TV) / 2 = Phi(1 / (2
     # sigma))
     expected = NormalDist().cdf(1 / (2 * noise_multiplier))
-    assert expected - 1e-6 <= best_guess([Mechanism(noise_multiplier)]) <= expected + 1e-3
+    assert expected - 1e-6 <= best_guess([SampledGaussian(noise_multiplier)]) <= expected + 1e-3
 
 
 def test_the_sample_grid_shows_the_pixels_unchanged(tmp_path: Path) -> None:

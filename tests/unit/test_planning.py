@@ -46,7 +46,7 @@ def test_a_query_whose_noise_is_loud_beside_a_small_set_is_told(capsys: pytest.C
         for rise in (0.005, 0.2)
     )
     assert re.search(
-        r"warning: noise of 3\d\.\d votes a bin is loud beside the 144 votes of a sensitive class", loud
+        r"warning: noise of 3\d\.\d votes per bin is large beside the 144 votes of a sensitive class", loud
     )
     assert "warning" not in quiet
 

@@ -22,7 +22,7 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.models.resnet import classifier
 from privimage.models.semantic import TEMPERATURE, SemanticQuery, centroids_of, contrastive_loss, varied
-from privimage.privacy.histogram import vote_counts
+from privimage.privacy.mechanisms.histogram import vote_counts
 from privimage.stages import prepare, pretrain, query, select
 from privimage.stages.public_set import load_scores, public_labels, public_semantics
 from privimage.storage.rundir import RunDir

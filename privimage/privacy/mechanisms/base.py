@@ -1,0 +1,73 @@
+"""What every mechanism that draws from the sensitive set has to know about itself.
+
+A new mechanism is one file with a subclass of `Mechanism`, and one line in `mechanisms/__init__.py`. The plan
+is a list of these objects; accountant, ledger, PRIVACY.json and `privimage plan` ask them.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from privimage.config import Config
+from privimage.privacy.accounting import SampledGaussian
+
+NEIGHBOURS = "add or remove one image"  # the relation for which all sensitivities are stated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism(ABC):
+    """One mechanism of a run, with its public parameters and its noise, before it is used."""
+
+    name: ClassVar[str]  # in PRIVACY.json and for people
+    stage: ClassVar[str]  # the stage that uses it; a stage uses one
+    noise_multiplier: float  # standard deviation of the noise over the L2 sensitivity; 0: none
+
+    @classmethod
+    @abstractmethod
+    def draft(cls, config: Config, count: int) -> Self:
+        """The mechanism for `count` sensitive images (N, taken as public), its noise still to be found.
+
+        Raises UserError for settings that do not fit N.
+        """
+
+    @property
+    @abstractmethod
+    def composition(self) -> SampledGaussian:
+        """All uses together, as the accountant and the ledger see them."""
+
+    @property
+    @abstractmethod
+    def sensitivity(self) -> float:
+        """Largest L2 distance of what is summed up on two neighbouring sets, before noise."""
+
+    @property
+    @abstractmethod
+    def claim(self) -> str:
+        """Why the sensitivity holds, in one sentence of the formal statement."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What PRIVACY.json states beside noise multiplier, sample rate and number of uses."""
+        return {}
+
+    @property
+    def standard_deviation(self) -> float:
+        """Standard deviation of the noise on each coordinate of the sum; 0 without noise."""
+        return self.noise_multiplier * self.sensitivity if self.noise_multiplier else 0.0
+
+    def with_noise(self, noise_multiplier: float) -> Self:
+        """The same mechanism with another noise multiplier."""
+        return dataclasses.replace(self, noise_multiplier=noise_multiplier)
+
+    def described(self, used: SampledGaussian) -> dict[str, Any]:
+        """The entry of PRIVACY.json for uses that the ledger has recorded."""
+        return {
+            "name": self.name,
+            "mechanism": used.kind,
+            "claim": self.claim,
+            **self.parameters,
+            "noise_multiplier": used.noise_multiplier,
+            "sample_rate": used.sample_rate,
+            "count": used.count,
+        }

@@ -1,0 +1,79 @@
+"""The noisy mean embedding: how matching sees the sensitive set (Harder et al. 2021, DP-MERF)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privimage.config import Config
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.mechanisms.base import Mechanism
+from privimage.privacy.noise import gaussian
+
+# Features are summed as whole multiples of it: integer sums are exact, in any order and on any number of
+# ranks.
+QUANTUM = 2.0**-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanEmbedding(Mechanism):
+    """One noisy sum of feature vectors, each in the row of its image's label."""
+
+    name: ClassVar[str] = "noisy mean embedding"
+    stage: ClassVar[str] = "match"
+    count: int  # N
+    features: int  # F
+
+    @classmethod
+    def draft(cls, config: Config, count: int) -> Self:
+        """See `Mechanism.draft`."""
+        return cls(noise_multiplier=0.0, count=count, features=config.match.features)
+
+    @property
+    def composition(self) -> SampledGaussian:
+        """See `Mechanism.composition`."""
+        return SampledGaussian(self.noise_multiplier)
+
+    @property
+    def sensitivity(self) -> float:
+        """1: the largest norm of a feature vector."""
+        return 1.0
+
+    @property
+    def claim(self) -> str:
+        """See `Mechanism.claim`."""
+        return "each image adds one feature vector of L2 norm at most 1 to the sum"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """See `Mechanism.parameters`."""
+        return {"features": self.features}
+
+
+def embedding_sum(features: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """The features of each class summed over its images, in units of `QUANTUM`: int64 (rows, F).
+
+    features float64 (B, F), labels int64 (B,) in [0, rows). Adding or removing an image moves the sum by an
+    L2 norm of at most 1 / QUANTUM, exactly: longer vectors are shortened, rounding is towards zero, and an
+    image with a feature that is not finite adds nothing.
+    """
+    features = torch.where(features.isfinite().all(1, keepdim=True), features, 0.0)
+    # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm
+    # itself is rounded.
+    features = features / features.abs().amax(1, keepdim=True).clamp(min=1.0)
+    features = features / features.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
+    total = torch.zeros(rows, features.shape[1], dtype=torch.int64, device=features.device)
+    return total.index_add_(0, labels, (features / QUANTUM).trunc().to(torch.int64))
+
+
+def noisy_mean_embedding(total: np.ndarray, mechanism: MeanEmbedding, source: str, key: bytes) -> np.ndarray:
+    """`embedding_sum` over the whole sensitive set with Gaussian noise of standard deviation sigma on every
+    number, divided by the public N.
+
+    total int64 (rows, F) -> float64 (rows, F): row c estimates (1 / N) sum of phi(x) over the images x of
+    class c. The caller charges the ledger before it uses what is returned.
+    """
+    noise = gaussian(source, key, total.size, mechanism.standard_deviation)
+    return (total * QUANTUM + noise.reshape(total.shape)) / mechanism.count
