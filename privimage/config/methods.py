@@ -3,11 +3,34 @@
 What is pretrained on, which generator, private or not).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from privimage.config.stages import STAGES, upstream
 from privimage.errors import UserError
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What the settings need to know of a family of generators (`privimage.families`)."""
+
+    noise_copies: bool = False  # its private loss is averaged over noised copies of an image
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)  # of settings, in place of diffusion's
+
+
+# A GAN's are for CIFAR-10 (Table 6 of the paper: 20,000 and 30 steps of the generator).
+GENERATORS: dict[str, Generator] = {
+    "diffusion": Generator(noise_copies=True),
+    "gan": Generator(
+        defaults={
+            "pretrain": {"batch_size": 64, "steps": 100_000, "learning_rate": 2e-4},
+            "finetune": {"steps": 150, "max_grad_norm": 1.0, "learning_rate": 5e-4},
+        }
+    ),
+    "matching": Generator(),
+    "evolution": Generator(),
+    "none": Generator(),
+}
 
 
 @dataclass(frozen=True)
@@ -16,7 +39,7 @@ class Method:
 
     title: str
     pretraining: Literal["selected", "random", "all", "none"]
-    generator: Literal["diffusion", "gan", "matching", "evolution", "none"]
+    generator: str  # a key of GENERATORS
     private: bool
     training: Literal["finetune", "match", "evolve"] = (
         "finetune"  # the stage in which the synthetic set is shaped by the sensitive one
@@ -63,19 +86,10 @@ METHODS: dict[str, Method] = {
     "nonpriv": Method("NonPriv", "none", "none", False),
 }
 
-# Defaults of the settings where the generator is not a diffusion model, for CIFAR-10 (Table 6 of the paper:
-# 20,000 and 30 steps of the generator).
-DEFAULTS: dict[str, dict] = {
-    "gan": {
-        "pretrain": {"batch_size": 64, "steps": 100_000, "learning_rate": 2e-4},
-        "finetune": {"steps": 150, "max_grad_norm": 1.0, "learning_rate": 5e-4},
-    }
-}
-
 
 def with_defaults(tree: dict) -> dict:
     """A tree of settings with the defaults of its method's generator for what it leaves out."""
-    return _over(DEFAULTS.get(_generator(tree), {}), tree)
+    return _over(GENERATORS[_generator(tree)].defaults, tree)
 
 
 def for_method(tree: dict, given: Any) -> dict:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
 from privimage.config.data import Data, RunSection
-from privimage.config.methods import METHODS, Method, for_method, with_defaults
+from privimage.config.methods import GENERATORS, METHODS, Method, for_method, with_defaults
 from privimage.config.private import Evolve, Finetune, Match, Select
 from privimage.config.promise import Privacy
 from privimage.config.public import Model, Pretrain, Query
@@ -100,8 +100,8 @@ class Config(Section):
 
     @property
     def noise_copies(self) -> int:
-        """K of the method: diffusion alone adds noise to images."""
-        return self.finetune.noise_copies if self.spec.generator == "diffusion" else 1
+        """K of the method: 1 where the generator's private loss has no noised copies."""
+        return self.finetune.noise_copies if GENERATORS[self.spec.generator].noise_copies else 1
 
     def to_yaml(self) -> str:
         """The resolved settings as YAML; `load` reads it back to an equal tree."""

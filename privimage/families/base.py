@@ -15,7 +15,7 @@ from privimage.distributed.world import World
 from privimage.families.work import Work, seconds_an_image
 from privimage.models import parameters
 from privimage.privacy.batching import cpu_batch_size
-from privimage.privacy.gradients import GRADIENTS, clip_and_sum_
+from privimage.privacy.gradients import GRADIENTS, clip_and_sum_, trained_parameters
 from privimage.privacy.plan import PrivacyPlan
 
 
@@ -30,7 +30,7 @@ class PublicTraining(ABC):
         """
 
     @abstractmethod
-    def losses(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Means of the losses over the steps since the last call and over the ranks, for TensorBoard.
 
         All ranks must call it together.
@@ -133,20 +133,21 @@ class PrivateTraining(ABC):
 
 
 class Family(ABC):
-    """One kind of generator. `n_classes` is 0 for an unlabelled set."""
+    """One kind of generator. `n_classes` is 0 for an unlabelled set.
 
-    trains: ClassVar[bool] = (
-        True  # whether a network learns from the sensitive set, to be released with the images
-    )
-    engines: ClassVar[tuple[str, ...]] = ("ddp", "deepspeed")  # by which `public_training` works
+    A family that can be pretrained on public images is also `Pretrained`, one that can be fine-tuned by
+    DP-SGD also `FineTuned`.
+    """
+
+    releases_model: ClassVar[bool] = True  # whether its network is released with the images
 
     @abstractmethod
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
-        """All fresh networks by name. Raises UserError for settings that do not fit together."""
+        """All networks by name, with fresh weights. Raises UserError for settings that do not fit."""
 
     @abstractmethod
     def generator(self, config: Config, n_classes: int) -> nn.Module:
-        """A fresh network that makes images; it loads the states that trainings leave."""
+        """The network that makes images, with fresh weights; it loads the states that trainings leave."""
 
     def restored(self, config: Config, state: dict[str, Any]) -> nn.Module:
         """The generator that a stage left in `state`: its weights as `ema`, and `n_classes`."""
@@ -160,14 +161,32 @@ class Family(ABC):
     ) -> Tensor:
         """The images at `indices` (B,) of an endless synthetic set, uint8 (B, C, H, W).
 
-        `labels` int64 (B,), None for an unlabelled set.
-
-        The random numbers of an image come from `runtime.seed` and its index.
+        `labels` are int64 (B,), or None for an unlabelled set. The random numbers of an image come from
+        `runtime.seed` and its index.
         """
+
+    @abstractmethod
+    def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
+        """Estimate of time and memory of training and synthesis, from a short measurement on `device`."""
+
+    def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
+        """The number of parameters of each network, by name."""
+        with torch.device("meta"):
+            return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
+
+
+class Pretrained(ABC):
+    """A family that stage `pretrain` trains on public images."""
+
+    engines: ClassVar[tuple[str, ...]] = ("ddp", "deepspeed")  # values of pretrain.engine that it supports
 
     @abstractmethod
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
         """Fresh networks, equal on all ranks; `pretrain.engine` is one of `engines`."""
+
+
+class FineTuned(ABC):
+    """A family that stage `finetune` trains on sensitive images by DP-SGD."""
 
     @abstractmethod
     def private_training(
@@ -175,31 +194,23 @@ class Family(ABC):
     ) -> PrivateTraining:
         """Networks that start from the `weights` of public training, or fresh ones; equal on all ranks.
 
-        Where the public labels were others than the sensitive ones, label embeddings are fresh in any case.
+        Label embeddings are fresh in any case where the public labels were others than the sensitive ones.
         Raises ValueError for the weights of other networks.
         """
-
-    @abstractmethod
-    def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
-        """What pretraining, fine-tuning and synthesis will take, from a short measurement on `device`."""
 
     def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
         """Seconds per image of a private step on `device`, without noise and update, measured briefly."""
         training = self.private_training(config, n_classes, World(0, 0, 1, 1, device), None)
         gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
-        trained = [p for p in training.module.parameters() if p.requires_grad]
-        gradient_sum = torch.zeros(parameters(training.module), device=device, dtype=torch.float64)
+        trained = trained_parameters(training.module)
+        size = sum(parameter.numel() for parameter in trained)
+        gradient_sum = torch.zeros(size, device=device, dtype=torch.float64)
 
         def step(images: int) -> Tensor:
             gradients.backward(losses, *losses.probe(images))
             return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
 
         return seconds_an_image(step, 1, cpu_batch_size(config.finetune))
-
-    def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
-        """The number of parameters of each network, by name."""
-        with torch.device("meta"):
-            return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ The denoiser is the generator, and the network that sees sensitive images.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from privimage.distributed.engine import make_engine
 from privimage.distributed.world import World
 from privimage.families.base import (
     Family,
+    FineTuned,
     ImageLosses,
+    Pretrained,
     PrivateTraining,
     PublicTraining,
     image_shape,
@@ -28,14 +31,15 @@ from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.models.ema import EMA
 from privimage.privacy.batching import cpu_batch_size
+from privimage.privacy.gradients import trained_parameters
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "network.label.weight"
 
 
-class Diffusion(Family):
-    """See `Family`."""
+class DiffusionFamily(Family, Pretrained):
+    """What families share that pretrain a diffusion model."""
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """The denoiser alone."""
@@ -66,12 +70,6 @@ class Diffusion(Family):
         """EDM's loss, by DDP or DeepSpeed."""
         return DiffusionPublic(config, n_classes, world)
 
-    def private_training(
-        self, config: Config, n_classes: int, world: World, pretrained: dict | None
-    ) -> PrivateTraining:
-        """DP-SGD on the denoiser."""
-        return DiffusionPrivate(config, n_classes, world, pretrained)
-
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Estimate from passes through the denoiser, 3 per public step, and private steps."""
         denoiser = build_diffusion(config, n_classes).to(device)
@@ -93,6 +91,7 @@ class Diffusion(Family):
             *self._later_work(config, plan, n_classes, passes, forward, device),
         ]
 
+    @abstractmethod
     def _later_work(
         self,
         config: Config,
@@ -102,7 +101,28 @@ class Diffusion(Family):
         forward: Callable[[int], Tensor],
         device: torch.device,
     ) -> list[Work]:
-        """What follows pretraining; `forward(n)` is what was measured in `passes`."""
+        """Estimate of what follows pretraining; `forward(n)` is what was measured in `passes`."""
+
+
+class Diffusion(DiffusionFamily, FineTuned):
+    """A denoiser that is fine-tuned by DP-SGD: see `Family`, `Pretrained` and `FineTuned`."""
+
+    def private_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PrivateTraining:
+        """DP-SGD on the denoiser."""
+        return DiffusionPrivate(config, n_classes, world, pretrained)
+
+    def _later_work(
+        self,
+        config: Config,
+        plan: PrivacyPlan,
+        n_classes: int,
+        passes: "Passes",
+        forward: Callable[[int], Tensor],
+        device: torch.device,
+    ) -> list[Work]:
+        """See `DiffusionFamily._later_work`."""
         finetune, settings, images = plan.the(DPSGD), config.synthesize, cpu_batch_size(config.finetune)
         memory = images * (
             finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size
@@ -189,7 +209,7 @@ class DiffusionPublic(PublicTraining):
         hidden = torch.rand(count, generator=generator, device=device) < settings.label_dropout
         return x, torch.where(hidden, self.n_classes, labels), sigma, noise
 
-    def losses(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """See `PublicTraining`."""
         mean = self.world.all_reduce_(self.loss_sum.clone()) / (self.steps * self.world.size)
         self.loss_sum.zero_()
@@ -231,7 +251,7 @@ class DiffusionPrivate(PrivateTraining):
             weights = pretrained[config.finetune.start_from]
             load_pretrained(self.module, weights, LABEL if config.spec.pretraining == "all" else None)
         self.losses = DenoisingLosses(config, world, n_classes)
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.finetune.learning_rate)
+        self.optimizer = torch.optim.Adam(trained_parameters(self.module), lr=config.finetune.learning_rate)
         self.ema = EMA(self.module, config.finetune.ema_decay)
 
     def after_step(self, step: int) -> dict[str, float]:

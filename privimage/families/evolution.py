@@ -14,19 +14,19 @@ from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
 from privimage.families.base import image_shape
-from privimage.families.diffusion import Diffusion, Passes
+from privimage.families.diffusion import DiffusionFamily, Passes
 from privimage.families.work import Work
 from privimage.models import build_diffusion, edm
 from privimage.privacy.plan import PrivacyPlan
 
 
-class Evolution(Diffusion):
-    """See `Family`: pretraining is that of a diffusion model.
+class Evolution(DiffusionFamily):
+    """See `Family` and `Pretrained`: pretraining is that of a diffusion model.
 
     What is sampled from is a population and that model.
     """
 
-    trains: ClassVar[bool] = False
+    releases_model: ClassVar[bool] = False
 
     def restored(self, config: Config, state: dict[str, Any]) -> nn.Module:
         """The population that `state` holds under `ema`."""

@@ -14,19 +14,22 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.blocks import blockwise
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
+from privimage.families.adversary import Adversary
 from privimage.families.base import (
-    Family,
+    FineTuned,
     ImageLosses,
+    Pretrained,
     PrivateTraining,
     PublicTraining,
     image_shape,
     load_pretrained,
 )
-from privimage.families.generator import BETAS, TrainedGenerator, generated
+from privimage.families.generator import BETAS, GeneratorFamily
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
-from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real, g_loss
+from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real
 from privimage.privacy.batching import cpu_batch_size
+from privimage.privacy.gradients import trained_parameters
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
 
@@ -35,8 +38,8 @@ LABEL = "label.weight"  # the label embedding of either network
 FAKES = 32
 
 
-class Gan(Family):
-    """See `Family`."""
+class Gan(GeneratorFamily, Pretrained, FineTuned):
+    """BigGAN's generator against a discriminator: see `Family`, `Pretrained` and `FineTuned`."""
 
     engines: ClassVar[tuple[str, ...]] = ("ddp",)  # DeepSpeed trains one network, and these are two in turn
 
@@ -46,23 +49,6 @@ class Gan(Family):
             "generator": build_generator(config, n_classes),
             "discriminator": build_discriminator(config, n_classes),
         }
-
-    def generator(self, config: Config, n_classes: int) -> Generator:
-        """BigGAN's generator."""
-        return build_generator(config, n_classes)
-
-    def sample(
-        self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
-    ) -> Tensor:
-        """One pass of the generator, which is in eval mode."""
-        assert isinstance(generator, Generator)
-        return generated(
-            generator,
-            draws,
-            public_seed(config, "latents"),
-            indices,
-            torch.zeros_like(indices) if labels is None else labels,
-        )
 
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
         """Discriminator and generator in turn, by DDP."""
@@ -114,66 +100,6 @@ class Gan(Family):
             Work("finetune", private.steps, private.logical_batch_size, private.steps * seconds, memory)
         )
         return [*rows, self._sampling(config, g_seconds, g_memory, weights)]
-
-    def _generator_work(
-        self, config: Config, n_classes: int, device: torch.device
-    ) -> tuple[float, float, int]:
-        """Of the generator.
-
-        Seconds of a pass an image, bytes of activations an image in training, and parameters.
-        """
-        generator = build_generator(config, n_classes).to(device)
-
-        def forward(images: int) -> Tensor:
-            return generator(
-                torch.zeros(images, generator.latent_size, device=device),
-                torch.zeros(images, dtype=torch.int64, device=device),
-            )
-
-        seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
-        return seconds, activations(forward, device, config.runtime.precision), parameters(generator)
-
-    def _sampling(self, config: Config, seconds: float, memory: float, weights: float) -> Work:
-        """What synthesis takes, by the figures of the generator; `weights` are the bytes of the networks."""
-        settings = config.synthesize
-        return Work(
-            "synthesize",
-            1,
-            settings.samples,
-            settings.samples * seconds,
-            weights + settings.batch_size * memory / 8,
-        )
-
-
-class Adversary(TrainedGenerator):
-    """A generator against a discriminator that it only looks at.
-
-    A step depends on the discriminator's weights, the seed of the configuration and its own number, on
-    nothing else.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        n_classes: int,
-        world: World,
-        network: Generator,
-        batch_size: int,
-        learning_rate: float,
-        decay: float,
-        bf16: bool,
-    ):
-        super().__init__(config, n_classes, world, network, batch_size, learning_rate, decay, bf16)
-        self.critic = build_discriminator(config, n_classes).to(world.device).requires_grad_(False)
-
-    def step(self, discriminator: nn.Module, number: int) -> Tensor:
-        """One update; returns this rank's loss. All ranks call it together."""
-        # A copy: per-image gradients have taken the place of the original's ordinary ones.
-        self.critic.load_state_dict(discriminator.state_dict())
-        images, labels = self.batch(number)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            scores = self.critic(images, labels)
-        return self.update(g_loss(scores.float()).mean())
 
 
 class GanPublic(PublicTraining):
@@ -228,7 +154,7 @@ class GanPublic(PublicTraining):
         self.sums[which] += loss
         self.counts[which] += 1
 
-    def losses(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """See `PublicTraining`."""
         sums = (self.world.all_reduce_(self.sums.clone()) / self.world.size).tolist()
         names = ("discriminator loss", "generator loss")
@@ -279,7 +205,9 @@ class GanPrivate(PrivateTraining):
             fresh = LABEL if config.spec.pretraining == "all" else None
             load_pretrained(self.module, pretrained["discriminator"], fresh)
             load_pretrained(network, pretrained[settings.start_from], fresh)
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=settings.learning_rate, betas=BETAS)
+        self.optimizer = torch.optim.Adam(
+            trained_parameters(self.module), lr=settings.learning_rate, betas=BETAS
+        )
         self.ratio, bf16 = settings.discriminator_steps, settings.precision == "bf16"
         self.generator = Adversary(
             config,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from privimage.config import Config
 from privimage.config.seeds import public_seed
@@ -11,7 +11,9 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.batch_norm import over_ranks
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
-from privimage.models import build_generator, edm
+from privimage.families.base import Family
+from privimage.families.work import Work, activations, seconds_of_a_pass
+from privimage.models import build_generator, edm, parameters
 from privimage.models.biggan import Generator, settle
 from privimage.models.ema import EMA
 
@@ -114,3 +116,53 @@ class TrainedGenerator:
         """The inverse of `state`."""
         self.engine.load(state["generator"])
         self.ema.load_state_dict(state["ema"])
+
+
+class GeneratorFamily(Family):
+    """What families share whose images come from BigGAN's generator in one pass."""
+
+    def generator(self, config: Config, n_classes: int) -> Generator:
+        """BigGAN's generator."""
+        return build_generator(config, n_classes)
+
+    def sample(
+        self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
+    ) -> Tensor:
+        """One pass of the generator, which is in eval mode."""
+        assert isinstance(generator, Generator)
+        return generated(
+            generator,
+            draws,
+            public_seed(config, "latents"),
+            indices,
+            torch.zeros_like(indices) if labels is None else labels,
+        )
+
+    def _generator_work(
+        self, config: Config, n_classes: int, device: torch.device
+    ) -> tuple[float, float, int]:
+        """Of the generator.
+
+        Seconds of a pass an image, bytes of activations an image in training, and parameters.
+        """
+        generator = build_generator(config, n_classes).to(device)
+
+        def forward(images: int) -> Tensor:
+            return generator(
+                torch.zeros(images, generator.latent_size, device=device),
+                torch.zeros(images, dtype=torch.int64, device=device),
+            )
+
+        seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
+        return seconds, activations(forward, device, config.runtime.precision), parameters(generator)
+
+    def _sampling(self, config: Config, seconds: float, memory: float, weights: float) -> Work:
+        """What synthesis takes, by the figures of the generator; `weights` are the bytes of the networks."""
+        settings = config.synthesize
+        return Work(
+            "synthesize",
+            1,
+            settings.samples,
+            settings.samples * seconds,
+            weights + settings.batch_size * memory / 8,
+        )

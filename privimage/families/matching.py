@@ -11,16 +11,15 @@ from torch.nn import functional as F
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.distributed.world import World
-from privimage.families.gan import Gan
-from privimage.families.generator import TrainedGenerator
+from privimage.families.generator import GeneratorFamily, TrainedGenerator
 from privimage.families.work import Work
 from privimage.models import build_generator
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.plan import PrivacyPlan
 
 
-class Matching(Gan):
-    """See `Family`."""
+class Matching(GeneratorFamily):
+    """A generator without a discriminator, and without pretraining: see `Family`."""
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """The generator alone."""
@@ -82,6 +81,6 @@ class MatchedGenerator(TrainedGenerator):
         self.update(2 * self.world.size * (residual * own).sum())
         self.distance = residual.square().sum()
 
-    def losses(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """The squared distance of the embeddings before the last update, the same on all ranks."""
         return {"squared distance": self.distance.item()}

@@ -32,7 +32,7 @@ from privimage.errors import UserError
 from privimage.privacy.accounting import SampledGaussian, epsilon, profile
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
-from privimage.privacy.gradients import GRADIENTS
+from privimage.privacy.gradients import GRADIENTS, trained_parameters
 from privimage.privacy.keys import RootKey
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.noise import bit_generator
@@ -199,7 +199,7 @@ def play(
         plan,
         GRADIENTS[config.finetune.gradients](module, filled_to=physical),
         losses,
-        torch.optim.SGD(module.parameters(), lr=1.0),
+        torch.optim.SGD(trained_parameters(module), lr=1.0),
         Canaries(torch.from_numpy(np.flatnonzero(coins))),
         world,
         Randomness(root, source, b"audit"),

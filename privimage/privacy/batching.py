@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from privimage.config.settings import Finetune
 from privimage.models import parameters
-from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_
+from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_, trained_parameters
 
 CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
 CPU_UNIT = (
@@ -82,7 +82,7 @@ def _peak(
     before = torch.cuda.memory_allocated(device)
     gradients = GRADIENTS[settings.gradients](module, None)
     gradients.backward(losses, *probe(count))
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = trained_parameters(module)
     clip_and_sum_(torch.zeros(parameters(module), device=device, dtype=torch.float64), trained, 1.0)
     gradients.to_standard_module()
     return torch.cuda.max_memory_allocated(device) - before

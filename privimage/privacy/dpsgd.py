@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from privimage.distributed.agreement import Ranks, gathered, require_equal
 from privimage.privacy.account import charge_name
-from privimage.privacy.gradients import PerImageGradients
+from privimage.privacy.gradients import PerImageGradients, trained_parameters
 from privimage.privacy.identity import digest_of_tensors
 from privimage.privacy.keys import RootKey
 from privimage.privacy.mechanisms import DPSGD
@@ -92,6 +92,10 @@ class PrivateSteps:
             state,
             first,
         )
+        trained = trained_parameters(gradients._module)
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if [id(parameter) for parameter in updated] != [id(parameter) for parameter in trained]:
+            raise ValueError("the optimizer updates other parameters than those that require gradients")
         self.optimizer = PrivateOptimizer(optimizer, plan, ranks, None, stop_requested)
         if deviation := plan.rank_deviation(ranks.size) * noise_factor:
             self.optimizer.noise = NoiseStream(randomness.source, self.optimizer.size, deviation)

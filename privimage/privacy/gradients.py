@@ -25,6 +25,14 @@ LONGEST = 1e18
 FEW = 4096  # numbers for which an operation of its own would be all overhead
 
 
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that private steps train, in order: those that require gradients.
+
+    Clipping, the flat sum, the size of the noise and the optimizer are all of these and of no others.
+    """
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 class PerImageGradients(AbstractGradSampleModule):
     """A module whose parameters get `grad_sample`.
 
@@ -60,8 +68,8 @@ class PerImageGradients(AbstractGradSampleModule):
                 losses, *(filled(t, self.filled_to) for t in tensors) if short else tensors
             )
         if short:
-            for p in filter(lambda p: p.requires_grad, self._module.parameters()):
-                p.grad_sample = p.grad_sample[:images]
+            for p in trained_parameters(self._module):
+                p.grad_sample = p.grad_sample[:images]  # type: ignore[attr-defined]
         return per_image[:images]
 
     @abstractmethod

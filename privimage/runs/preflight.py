@@ -28,7 +28,7 @@ from privimage.distributed.engine import deepspeed_settings
 from privimage.distributed.world import World
 from privimage.errors import Mistakes, UserError
 from privimage.evaluation import fidelity, semantics
-from privimage.families import family
+from privimage.families import family, pretrained_family
 from privimage.privacy import account
 from privimage.privacy.plan import make_plan
 from privimage.telemetry.progress import say
@@ -257,10 +257,9 @@ def _networks(visit: Visit) -> Iterator[str]:
     config = visit.config
     if not visit.needs(NETWORKS):
         return
-    kind = family(config)
-    if "pretrain" in visit.stages and config.pretrain.engine not in kind.engines:
+    if "pretrain" in visit.stages and config.pretrain.engine not in pretrained_family(config).engines:
         yield f"pretrain.engine: {config.pretrain.engine} trains one network and a GAN has two; choose ddp"
-    visit.sizes = kind.sizes(config, visit.rows or 0)
+    visit.sizes = family(config).sizes(config, visit.rows or 0)
 
 
 def _plan(visit: Visit) -> None:

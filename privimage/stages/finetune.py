@@ -10,7 +10,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
-from privimage.families import family
+from privimage.families import finetuned_family
 from privimage.families.base import PrivateTraining
 from privimage.models import parameters
 from privimage.privacy.account import Account, Behind, merged, open_account
@@ -98,7 +98,7 @@ def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tupl
 
     Fresh ones for methods without pretraining.
     """
-    kind = family(config)
+    kind = finetuned_family(config)
     if config.spec.pretraining == "none":
         return kind.private_training(config, n_classes, world, None), {}
     run.require("pretrain")

@@ -27,7 +27,7 @@ from privimage.privacy.account import Account, charge_name, open_account
 from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.mechanisms import MeanEmbedding
 from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
-from privimage.stages.training import train
+from privimage.stages.training import Schedule, train
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
 
@@ -57,7 +57,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             generator.step(step)
             yield
 
-    train("match", settings, settings.batch_size, generator, steps, run, world)
+    schedule = Schedule(settings.steps, settings.batch_size, settings.log_every, settings.checkpoint_every)
+    train("match", schedule, generator, steps, run, world)
     if world.is_main:
         known = {
             "n_classes": n_classes,

@@ -14,10 +14,10 @@ from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.families import family
+from privimage.families import pretrained_family
 from privimage.privacy.account import Behind, merged
 from privimage.stages.public_set import public_labels, public_semantics
-from privimage.stages.training import train
+from privimage.stages.training import Schedule, train
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 
@@ -32,7 +32,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     path, indices, labels, n_classes = pretraining_set(config, run)
     behind = _charges(config, run, world)
     batch_size = -(-settings.batch_size // world.size)
-    training = family(config).public_training(config, n_classes, world)
+    training = pretrained_family(config).public_training(config, n_classes, world)
     stream = PublicStream(
         path, indices, labels, batch_size, world.rank, world.size, world.device, seed, config.data.workers
     )
@@ -42,7 +42,10 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             training.step(*batch, step)
             yield
 
-    train("pretrain", settings, batch_size * world.size, training, steps, run, world, text=config.to_yaml())
+    schedule = Schedule(
+        settings.steps, batch_size * world.size, settings.log_every, settings.checkpoint_every
+    )
+    train("pretrain", schedule, training, steps, run, world, text=config.to_yaml())
     if world.is_main:
         checkpoint.save(
             run.stage("pretrain") / "weights.pt",

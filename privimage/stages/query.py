@@ -5,6 +5,9 @@ And cluster what its features tell apart.
 SGD, cosine schedule, the weights of the best validation accuracy (paper, Table 7).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,7 @@ from privimage.data import store
 from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
 from privimage.distributed.blocks import in_blocks
-from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
-from privimage.errors import Stopped
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
 from privimage.stages.public_set import (
@@ -29,10 +30,9 @@ from privimage.stages.public_set import (
     query_network,
     query_task,
 )
+from privimage.stages.training import Schedule, train
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
-from privimage.telemetry.curves import Curves
-from privimage.telemetry.progress import Progress
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
@@ -50,39 +50,17 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> dict:
-    """Train the network by the task that the public set allows."""
-    settings, path, labels, task = (
-        config.query,
-        run.public_store,
-        public.of_images,
-        query_task(config, public),
-    )
-    train, held_out = split(
+    """Train the network by the task that the public set allows; returns the best validation accuracy."""
+    settings, labels = config.query, public.of_images
+    train_indices, held_out = split(
         len(labels), settings.validation_fraction, public_seed(config, "query held-out images")
     )
-    batch_size = -(-min(settings.batch_size, len(train)) // world.size)
-    torch.manual_seed(public_seed(config, "query network"))
-    network = query_network(config, public).to(world.device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(network, device_ids=devices) if world.size > 1 else network
-
-    file, best_file = run.stage("query") / "checkpoint.pt", run.stage("query") / "network.pt"
-    step, best = 0, -1.0
-    if (state := checkpoint.load(file, world.device)) is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step, best = state["step"], state["best"]
-    own = held_out[world.rank :: world.size]
-    validation = store.read(path, own)
+    training = QueryTraining(config, run, world, public, held_out)
+    batch_size = -(-min(settings.batch_size, len(train_indices)) // world.size)
     stream = PublicStream(
-        path,
-        train,
-        labels[train],
+        run.public_store,
+        train_indices,
+        labels[train_indices],
         batch_size,
         world.rank,
         world.size,
@@ -90,51 +68,83 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
         public_seed(config, "query stream"),
         config.data.workers,
     )
-    curves = Curves(run.tensorboard, "query", step, world.is_main)
-    bf16 = config.runtime.precision == "bf16"
-    with Progress("query", settings.steps, step, world.is_main) as bar:
-        for images, targets in stream.batches(step):
-            if step == settings.steps:
-                break
-            network.train()
-            generator = torch.Generator().manual_seed(
-                public_seed(config, "query augmentation", step, world.rank)
-            )
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                loss = task.loss(wrapped, to_unit(images), targets, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            bar.advance()
-            wanted = stop.agreed(world)
-            looked = step % settings.checkpoint_every == 0 or step == settings.steps
-            if looked:
-                accuracy = _accuracy(task, network, validation, labels[own], world)
-                curves.scalars(
-                    step,
-                    {
-                        "loss": loss.item(),
-                        "validation accuracy": accuracy,
-                        "learning rate": float(schedule.get_last_lr()[0]),
-                    },
-                )
-                if accuracy > best and world.is_main:
-                    checkpoint.save(best_file, {"network": network.state_dict(), "accuracy": accuracy})
-                best = max(best, accuracy)
-            if (looked or wanted) and world.is_main:
-                state = {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                }
-                checkpoint.save(file, state | {"step": step, "best": best})
-            if wanted and step < settings.steps:
-                curves.close()
-                raise Stopped(f"query: saved at step {step} of {settings.steps}")
-    curves.close()
-    return {"images": settings.steps * batch_size * world.size, "validation_accuracy": best}
+
+    def steps(first: int) -> Iterator[None]:
+        for step, (images, targets) in enumerate(stream.batches(first), first):
+            training.step(images, targets, step)
+            yield
+
+    every, images = settings.checkpoint_every, batch_size * world.size
+    train("query", Schedule(settings.steps, images, every, every), training, steps, run, world)
+    return {"images": settings.steps * images, "validation_accuracy": training.best}
+
+
+class QueryTraining:
+    """SGD with a cosine schedule, and the network of the best validation so far in query/network.pt."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, public: Semantics, held_out: np.ndarray):
+        """`held_out` are the indices of the public images to validate on."""
+        self.config, self.world, self.task = config, world, query_task(config, public)
+        torch.manual_seed(public_seed(config, "query network"))
+        self.network = query_network(config, public).to(world.device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=config.query.learning_rate, momentum=0.9, weight_decay=5e-4
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.query.steps)
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        self.wrapped = (
+            DistributedDataParallel(self.network, device_ids=devices) if world.size > 1 else self.network
+        )
+        own = held_out[world.rank :: world.size]
+        self.validation, self.labels = store.read(run.public_store, own), public.of_images[own]
+        self.best_file, self.best = run.stage("query") / "network.pt", -1.0
+        self.loss = torch.zeros((), device=world.device)
+
+    def step(self, images: Tensor, targets: Tensor, step: int) -> None:
+        """One update by this rank's images uint8 (B, C, H, W) and their labels (B,)."""
+        self.network.train()
+        generator = torch.Generator().manual_seed(
+            public_seed(self.config, "query augmentation", step, self.world.rank)
+        )
+        bf16 = self.config.runtime.precision == "bf16"
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
+            loss = self.task.loss(self.wrapped, to_unit(images), targets, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.loss = loss.detach()
+
+    def figures(self) -> dict[str, float]:
+        """Validate, and keep the network if it is the best so far."""
+        accuracy = _accuracy(self.task, self.network, self.validation, self.labels, self.world)
+        if accuracy > self.best and self.world.is_main:
+            checkpoint.save(self.best_file, {"network": self.network.state_dict(), "accuracy": accuracy})
+        self.best = max(self.best, accuracy)
+        return {
+            "loss": self.loss.item(),
+            "validation accuracy": accuracy,
+            "learning rate": float(self.schedule.get_last_lr()[0]),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """See `Trained`."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self.best,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `Trained`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.best = state["best"]
+
+    def samples(self) -> None:
+        """It makes no images."""
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

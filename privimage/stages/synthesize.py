@@ -72,7 +72,7 @@ def _generator(config: Config, world: World, weights: dict) -> nn.Module:
 
 def _pretrained(config: Config, run: RunDir, world: World) -> dict | None:
     """The weights before private fine-tuning, if there are any and they are to be looked at."""
-    if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).trains:
+    if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).releases_model:
         return None
     return checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
 
@@ -149,7 +149,7 @@ def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
     write_arrays(aside / "synthetic.npz", {"images": images, "labels": labels})
     if config.synthesize.images:
         _write_images(aside / "images", images, labels)
-    if family(config).trains:
+    if family(config).releases_model:
         _write_model(aside / "model.pt", config, weights)
     strangers = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
     if strangers:

@@ -1,14 +1,11 @@
-"""The loop of every training that sees no sensitive image.
-
-Resume, step, curves, checkpoints, and a stop that loses nothing.
-"""
+"""The loop of every training that sees no sensitive image: resume, step, curves, checkpoints, stop."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from privimage.config.settings import Match, Pretrain
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -19,11 +16,21 @@ from privimage.telemetry.curves import Curves
 from privimage.telemetry.progress import Progress
 
 
-class Trained(Protocol):
-    """What is trained. All ranks call `losses`, `state` and `load`; one rank calls `samples` alone."""
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training goes on and how often it reports and saves."""
 
-    def losses(self) -> dict[str, float]:
-        """Figures for TensorBoard."""
+    steps: int
+    images: int  # per step, over all ranks
+    log_every: int
+    checkpoint_every: int
+
+
+class Trained(Protocol):
+    """What is trained. All ranks call `figures`, `state` and `load`; one rank calls `samples` alone."""
+
+    def figures(self) -> dict[str, float]:
+        """Numbers for TensorBoard, of the steps since the last call."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -31,52 +38,48 @@ class Trained(Protocol):
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
 
-    def samples(self) -> Tensor:
-        """A few images uint8 (N, C, H, W)."""
+    def samples(self) -> Tensor | None:
+        """A few images uint8 (N, C, H, W) for TensorBoard; None if it makes none."""
 
 
 def train(
     stage: str,
-    settings: Pretrain | Match,
-    images: int,
+    schedule: Schedule,
     trained: Trained,
     steps: Callable[[int], Iterator[None]],
     run: RunDir,
     world: World,
     text: str = "",
 ) -> None:
-    """Take `settings.steps` steps of `images` images over all ranks, from the last checkpoint on.
+    """Go on from the last checkpoint to the last step of the schedule.
 
-    `steps(first)` takes one step each time that it is asked for the next, the first being number `first`.
-    `text` is shown beside the curves. Raises Stopped when a stop was requested, with the state saved.
+    `steps(first)` is an iterator that takes one step each time it is advanced, beginning with the one after
+    `first`. `text` is shown beside the curves. Raises Stopped when a stop was requested, with the state
+    saved.
     """
     file, first = run.stage(stage) / "checkpoint.pt", 0
     if (state := checkpoint.load(file, world.device)) is not None:
         trained.load(state)
         first = state["step"]
-    step, curves = first, Curves(run.tensorboard, stage, first, world.is_main)
+    curves = Curves(run.tensorboard, stage, first, world.is_main)
     if text:
         curves.text("configuration", text)
-    with Progress(stage, settings.steps, first, world.is_main) as bar:
-        for step, _ in zip(range(first + 1, settings.steps + 1), steps(first), strict=False):
+    with Progress(stage, schedule.steps, first, world.is_main) as bar:
+        for step, _ in zip(range(first + 1, schedule.steps + 1), steps(first), strict=False):
             bar.advance()
-            wanted = stop.agreed(world)
-            if step % settings.log_every == 0:
-                shown = {
-                    "images per second": bar.rate * images,
-                    "memory": memory.peak(world.device),
-                    "learning rate": settings.learning_rate,
-                }
-                curves.scalars(step, trained.losses() | shown)
-            if step % settings.checkpoint_every == 0 or wanted:
+            last, wanted = step == schedule.steps, stop.agreed(world)
+            # Figures come before the checkpoint, which holds what they find: the best network so far.
+            if step % schedule.log_every == 0 or last:
+                shown = {"images per second": bar.rate * schedule.images, "memory": memory.peak(world.device)}
+                curves.scalars(step, shown | trained.figures())
+            if step % schedule.checkpoint_every == 0 or wanted or last:
                 state = trained.state() | {"step": step}
                 curves.flush()
                 if world.is_main:
                     checkpoint.save(file, state)
-                    curves.images(step, "samples", trained.samples())
-            if wanted and step < settings.steps:
+                    if (samples := trained.samples()) is not None:
+                        curves.images(step, "samples", samples)
+            if wanted and not last:
                 curves.close()
-                raise Stopped(f"{stage}: saved at step {step} of {settings.steps}")
-    if world.is_main:
-        curves.images(step, "samples", trained.samples())
+                raise Stopped(f"{stage}: saved at step {step} of {schedule.steps}")
     curves.close()

@@ -121,6 +121,7 @@ def test_a_run_stopped_under_one_launcher_goes_on_under_another_to_the_same_resu
 
 def test_mpirun_passes_a_request_to_stop_on(a_copy: Callable[[str], Path]):
     folder = a_copy("stopped")
+    shutil.rmtree(folder / "evaluate", ignore_errors=True)  # made from the pretraining that is replaced
     running = Running("mpirun", folder, 2, "pretrain.steps=100000")
     running.wait_until((folder / "pretrain" / "checkpoint.pt").exists)
     running.process.send_signal(signal.SIGTERM)

@@ -5,17 +5,23 @@ The folded rules against vmap(grad), over layers, shapes, copies and both ways o
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from privimage.data.sensitive import SensitiveSet
+from privimage.distributed.world import World
 from privimage.models import edm
 from privimage.models.biggan import Discriminator
 from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.folded import WAYS
-from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
+from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_, trained_parameters
+from privimage.privacy.keys import insecure_fixed
+from privimage.privacy.mechanisms import DPSGD
 
 
 def squares(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -220,6 +226,7 @@ def test_bf16_gradients_are_close_and_sums_are_fp32() -> None:
 def test_the_whole_diffusion_network_in_bf16_is_near_fp32_with_activations_in_bf16_between_the_layers() -> (
     None
 ):
+    torch.manual_seed(0)
     denoiser = perturbed(edm.Denoiser(DDPMpp(8, 1, 3, width=16, multipliers=(1, 2), attention=(4,))))
     inputs = (
         torch.randn(3, 2, 1, 8, 8),
@@ -255,3 +262,52 @@ def test_norms_and_sums_of_bf16_gradients_are_those_of_their_values_in_float64()
     flat = torch.cat([p.grad_sample.double().flatten(1) for p in parameters], dim=1)
     assert finite.all() and torch.allclose(norms.double(), flat.norm(dim=1), rtol=1e-6)
     assert (total - (flat / flat.norm(dim=1, keepdim=True)).sum(0)).norm() < 3e-5 * total.norm()
+
+
+class Squares:
+    """The squared output of a network for each image."""
+
+    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor]:
+        return (images.float()[:, None],)
+
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
+        return module(tensors[0].flatten(1)).square().sum(1)
+
+
+def private_steps(module: nn.Module, optimizer: torch.optim.Optimizer) -> PrivateSteps:
+    images = torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8).numpy()
+    plan = DPSGD(
+        count=20, logical_batch_size=10, steps=2, noise_multiplier=1.0, max_grad_norm=0.5, noise_copies=1
+    )
+    return PrivateSteps(
+        plan,
+        FoldedGradients(module),
+        Squares(),
+        optimizer,
+        SensitiveSet(images, np.zeros(20, np.int64), torch.device("cpu")),
+        World(0, 0, 1, 1, torch.device("cpu")),
+        Randomness(insecure_fixed(5), "aes-ctr", b"test"),
+        physical=4,
+        charge=lambda name: True,
+        state=lambda: module.state_dict().values(),
+    )
+
+
+def test_frozen_parameters_have_no_part_in_private_steps() -> None:
+    """Noise, flat sum and optimizer are of the trained ones, which the steps move, and of no others."""
+    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    module[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    steps = private_steps(module, torch.optim.SGD(trained_parameters(module), lr=1.0))
+    assert steps.optimizer.size == steps.optimizer.gradient_sum.numel() == 3 * 2 + 2
+    assert steps.optimizer.noise is not None and steps.optimizer.noise.size == 3 * 2 + 2
+    assert len(list(steps)) == 2
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("0."), name
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    module[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="other parameters"):
+        private_steps(module, torch.optim.SGD(module.parameters(), lr=1.0))

@@ -11,7 +11,7 @@ from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.families import family
+from privimage.families import family, finetuned_family, pretrained_family
 from privimage.families.gan import GanPrivate, GanPublic
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
@@ -25,7 +25,7 @@ def settings(method: str, *overrides: str) -> Config:
 
 def pretrained(config: Config, n_classes: int) -> dict:
     """Weights of a short public training that differ everywhere from fresh ones."""
-    training = family(config).public_training(config, n_classes, ALONE)
+    training = pretrained_family(config).public_training(config, n_classes, ALONE)
     generator = torch.Generator().manual_seed(3)
     for step in range(4):
         images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=generator)
@@ -52,15 +52,15 @@ def test_label_embeddings_are_kept_for_the_labels_of_a_selection_and_fresh_for_o
     config = settings(same, f"finetune.start_from={start_from}")
     own, label = pretrained(config, 10), LABELS[config.spec.generator]
     sources = {"generator": own[start_from], "module": own.get("discriminator", own[start_from])}
-    begun = networks(family(config).private_training(config, 10, ALONE, own))
+    begun = networks(finetuned_family(config).private_training(config, 10, ALONE, own))
     config = settings(other, f"finetune.start_from={start_from}")
     public = pretrained(config, 34)
     public_sources = {
         "generator": public[start_from],
         "module": public.get("discriminator", public[start_from]),
     }
-    again = networks(family(config).private_training(config, 10, ALONE, public))
-    fresh = networks(family(config).private_training(config, 10, ALONE, None))
+    again = networks(finetuned_family(config).private_training(config, 10, ALONE, public))
+    fresh = networks(finetuned_family(config).private_training(config, 10, ALONE, None))
     for name, network in begun.items():
         for key, value in network.named_parameters():
             assert torch.equal(value, sources[name][key]), key
@@ -76,7 +76,7 @@ def test_label_embeddings_are_kept_for_the_labels_of_a_selection_and_fresh_for_o
 @pytest.mark.parametrize("method", ["pdp-diffusion", "dpgan-p"])
 def test_an_unlabelled_sensitive_set_takes_everything_but_the_public_labels(method: str) -> None:
     config = settings(method)
-    training = family(config).private_training(config, 0, ALONE, pretrained(config, 34))
+    training = finetuned_family(config).private_training(config, 0, ALONE, pretrained(config, 34))
     losses = training.losses(training.module, *(part.flatten(0, 1) for part in training.losses.probe(3)))
     assert losses.isfinite().all()
 
@@ -86,7 +86,7 @@ def test_weights_of_another_network_are_refused(method: str) -> None:
     config = settings(method)
     narrow = settings(method, "model.width=16", "model.gan_width=8")
     with pytest.raises(ValueError, match="those of another network"):
-        family(config).private_training(config, 10, ALONE, pretrained(narrow, 10))
+        finetuned_family(config).private_training(config, 10, ALONE, pretrained(narrow, 10))
 
 
 @pytest.mark.parametrize("method", ["dpdm", "dpgan"])
@@ -108,7 +108,7 @@ def test_a_released_state_loads_and_images_belong_to_their_indices(method: str) 
 def test_every_network_is_counted(method: str) -> None:
     config = settings(method)
     sizes = family(config).sizes(config, 10)
-    training = family(config).private_training(config, 10, ALONE, None)
+    training = finetuned_family(config).private_training(config, 10, ALONE, None)
     own = {name: sum(p.numel() for p in network.parameters()) for name, network in networks(training).items()}
     assert sizes == (
         {"generator": own["module"]}
@@ -130,7 +130,7 @@ def test_a_public_training_goes_on_to_the_bit_from_its_state(method: str, tmp_pa
             training.step(images, torch.arange(8) % 10, step)
         return training
 
-    whole, half, resumed = (family(config).public_training(config, 10, ALONE) for _ in range(3))
+    whole, half, resumed = (pretrained_family(config).public_training(config, 10, ALONE) for _ in range(3))
     trained(whole, 0, 10)
     checkpoint.save(tmp_path / "half", trained(half, 0, 5).state())
     resumed.load(checkpoint.load(tmp_path / "half") or {})
@@ -149,7 +149,9 @@ def test_a_private_training_goes_on_to_the_bit_from_a_checkpoint_between_two_tur
     Made-up gradients stand for the noised ones.
     """
     config = settings(method)
-    whole, half, resumed = (family(config).private_training(config, 10, ALONE, None) for _ in range(3))
+    whole, half, resumed = (
+        finetuned_family(config).private_training(config, 10, ALONE, None) for _ in range(3)
+    )
 
     def trained(training, steps: range):
         for step in steps:
@@ -205,9 +207,9 @@ def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
     start = distance()
     assert [moved(step) for step in range(130)] == [[True, step % 2 == 1] for step in range(130)]
     assert distance() < start / 4
-    assert set(training.losses()) == {"discriminator loss", "generator loss"}
+    assert set(training.figures()) == {"discriminator loss", "generator loss"}
     training.step(pictures, torch.arange(2), 130)
-    assert set(training.losses()) == {"discriminator loss"}
+    assert set(training.figures()) == {"discriminator loss"}
 
 
 def test_no_random_numbers_of_one_seed_are_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
