@@ -1,4 +1,4 @@
-"""The three ways in which a run ends early, each with its exit status."""
+"""The exceptions of this package, the ways in which a run ends early, and the exit status of each."""
 
 import os
 import sys
@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-class UserError(Exception):
-    """A mistake in the configuration or the input, told in one line that names the key or the file (exit
-    status 2).
+class PrivImageError(Exception):
+    """Base class of all exceptions that this package raises on purpose; their text is for the user."""
+
+    status = 1
+
+
+class UserError(PrivImageError):
+    """A mistake in the configuration or the input; the message is one line that names the key or the file.
+
+    Exit status 2.
     """
 
     status = 2
@@ -22,8 +29,8 @@ class Mistakes(UserError):
         self.lines = tuple(lines)
 
 
-class Stopped(Exception):
-    """A stop was requested and the state is saved; running again goes on from there (exit status 75)."""
+class Stopped(PrivImageError):
+    """A stop was requested and the state is saved; running again goes on from there. Exit status 75."""
 
     status = 75
 

@@ -1,5 +1,9 @@
 """`privimage plan`: what a configuration promises and what it will cost, without touching data."""
 
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +13,7 @@ from privimage.distributed.precision import settled
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
+from privimage.families.work import Work
 from privimage.privacy.account import plan_without_noise
 from privimage.privacy.accounting import SampledGaussian, training_noise
 from privimage.privacy.mechanisms import SemanticHistogram
@@ -46,38 +51,86 @@ def public_size(config: Config) -> tuple[int, int]:
     return count, classes
 
 
-def show(config: Config) -> None:
-    """Print the budget split, noise multipliers by both accountants, steps, parameters, and estimated time
-    and memory.
-    """
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run promises and what it will cost; `print` shows it."""
+
+    config: Config
+    count: int  # N
+    classes: int  # 0 if unlabelled
+    privacy: PrivacyPlan
+    other: PrivacyPlan | None  # the same promise by the other accountant; None for a method without privacy
+    parameters: dict[str, int]  # of each network
+    work: list[Work]  # of each stage, from a short measurement on `device`
+    device: str
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may make the result useless or the promise weak, one line each."""
+        if self.other is None:
+            return []
+        return [*_noise_of_query(self), *_large_delta(self)]
+
+    def render(self, console: Console) -> None:
+        """Print it on a console of rich."""
+        if self.other is None:
+            console.print(f"{self.config.spec.title} adds no noise: its output is [bold]not private[/].")
+        else:
+            _show_privacy(console, self.count, self.privacy, self.other)
+        for warning in self.warnings:
+            console.print(f"[yellow]warning:[/] {warning}")
+        if self.work:
+            _show_cost(console, self)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        self.render(Console(file=text, width=120, highlight=False))
+        return text.getvalue()
+
+
+def plan_run(config: Config) -> RunPlan:
+    """The plan of a run, without touching data. Raises UserError if the promise cannot be kept."""
     count, classes = public_size(config)
-    console = Console(highlight=False)
+    device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
+    other = None
     if config.spec.private:
-        plan = make_plan(config, count)
-        other = make_plan(config, count, "rdp" if plan.accountant == "pld" else "pld")
-        _show_privacy(console, count, plan, other)
-        if config.spec.pretraining == "selected":
-            _warn_of_noise(console, plan.the(SemanticHistogram), count, classes)
-        if plan.delta >= 1 / count:
-            console.print(
-                f"[yellow]warning:[/] delta {plan.delta:g} is not below 1/N = {1 / count:.2g}: revealing "
-                "one whole image would be within the promise"
-            )
+        privacy = make_plan(config, count)
+        other = make_plan(config, count, "rdp" if privacy.accountant == "pld" else "pld")
     else:
-        plan = plan_without_noise(config, count)
-        console.print(f"{config.spec.title} adds no noise: its output is [bold]not private[/].")
-    if config.spec.generator != "none":
-        _show_cost(console, config, plan, classes)
+        privacy = plan_without_noise(config, count)
+    if config.spec.generator == "none":
+        return RunPlan(config, count, classes, privacy, other, {}, [], device.type)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    kind, measured = family(config), settled(config, World(0, 0, 1, 1, device))
+    work = kind.work(measured, privacy, classes, device)
+    return RunPlan(config, count, classes, privacy, other, kind.sizes(config, classes), work, device.type)
 
 
-def _warn_of_noise(console: Console, query: SemanticHistogram, count: int, classes: int) -> None:
-    votes = count * query.per_image / max(classes, 1)
+def show(config: Config) -> None:
+    """Print what `plan_run` finds."""
+    plan_run(config).render(Console(highlight=False))
+
+
+def _noise_of_query(plan: RunPlan) -> Iterator[str]:
+    if plan.config.spec.pretraining != "selected":
+        return
+    query = plan.privacy.the(SemanticHistogram)
+    votes = plan.count * query.per_image / max(plan.classes, 1)
     # About the largest of many bins' noise against half of the votes of a class.
     if 8 * query.standard_deviation > votes:
-        console.print(
-            f"[yellow]warning:[/] noise of {query.standard_deviation:.3g} votes per bin is large beside the "
-            f"{votes:.0f} votes of a sensitive class: the query may choose wrong public classes; a larger "
-            "select.max_rise makes it surer"
+        yield (
+            f"noise of {query.standard_deviation:.3g} votes per bin is large beside the {votes:.0f} votes of "
+            "a sensitive class: the query may choose wrong public classes; a larger select.max_rise makes it "
+            "surer"
+        )
+
+
+def _large_delta(plan: RunPlan) -> Iterator[str]:
+    if plan.privacy.delta >= 1 / plan.count:
+        yield (
+            f"delta {plan.privacy.delta:g} is not below 1/N = {1 / plan.count:.2g}: revealing one whole "
+            "image would be within the promise"
         )
 
 
@@ -118,28 +171,24 @@ def _alone(plan: PrivacyPlan) -> float:
     return training_noise(plan.epsilon, plan.delta, plan.training.composition, (), plan.accountant)
 
 
-def _show_cost(console: Console, config: Config, plan: PrivacyPlan, classes: int) -> None:
-    device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    config = settled(config, World(0, 0, 1, 1, device))
-    work = Table(
-        title=f"work, from a short measurement on this machine's {device.type}, one rank",
+def _show_cost(console: Console, plan: RunPlan) -> None:
+    for name, size in plan.parameters.items():
+        console.print(f"{name}: {size:,} parameters")
+    table = Table(
+        title=f"work, from a short measurement on this machine's {plan.device}, one rank",
         title_justify="left",
     )
-    for column in ("stage", "steps", "images a step", "estimated hours", "memory"):
-        work.add_column(column, justify="left" if column == "stage" else "right")
-    for row in family(config).work(config, plan, classes, device):
-        work.add_row(
+    for column in ("stage", "steps", "images per step", "estimated hours", "memory"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in plan.work:
+        table.add_row(
             row.stage,
             f"{row.steps:,}",
             f"{row.images:,.0f}",
             f"{row.seconds / 3600:.3g}",
             f"{row.memory / 2**30:.2g} GiB",
         )
-    for name, size in family(config).sizes(config, classes).items():
-        console.print(f"{name}: {size:,} parameters")
-    console.print(work)
+    console.print(table)
     console.print(
         "Hours and memory are of one rank that does all the work: divide by the number of ranks; the "
         "network of the query is not included."

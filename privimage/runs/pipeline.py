@@ -23,24 +23,17 @@ from privimage.storage.rundir import RunDir
 
 
 def run(config: Config, stages: Sequence[str] = ()) -> int:
-    """Run `stages`, or all stages of the method, and return the exit status.
+    """Run `stages`, or all stages of the method, as a command does, and return the exit status.
 
-    0 done, 2, 75 or 1 (see `privimage.errors`).
-
-    What ends a run early is told here, whichever rank it happened on. Raises UserError only where the ranks
-    do not meet.
+    0 done, 2, 75 or 1 (see `privimage.errors`). Signals request a stop, and what ends the run early is
+    written to standard error, whichever rank it happened on. Raises UserError only where the ranks do not
+    meet.
     """
-    owner_only.close_process()
     world = connect(config.runtime)
     stop.install(told=world.is_main)
     status = 0
     try:
-        with _claimed(config, world) as run_dir:
-            settled = precision.settled(config, world)
-            names = _known(stages, config)
-            preflight.check(settled, run_dir, world, names)
-            for name in names:
-                _run_stage(name, settled, run_dir, world)
+        execute(config, stages, world)
         if world.is_main:
             leave_status(status)
     except Stopped as error:
@@ -52,6 +45,22 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
         status = world.fail(error)
     world.close()
     return status
+
+
+def execute(config: Config, stages: Sequence[str], world: World) -> RunDir:
+    """Run `stages`, or all stages of the method where none are named; finished ones are skipped.
+
+    All ranks of `world` call it together. From here on this process writes files that only its user can read.
+    Raises UserError for a mistake in the settings or the data, and Stopped.
+    """
+    owner_only.close_process()
+    with _claimed(config, world) as run_dir:
+        settled = precision.settled(config, world)
+        names = _known(stages, config)
+        preflight.check(settled, run_dir, world, names)
+        for name in names:
+            _run_stage(name, settled, run_dir, world)
+    return run_dir
 
 
 @contextlib.contextmanager

@@ -169,8 +169,13 @@ def _write_model(path: Path, config: Config, weights: dict) -> None:
         "channels": config.data.channels,
         "n_classes": weights["n_classes"],
     }
-    network = {"generator": config.spec.generator, "model": config.model.model_dump(mode="json")} | shape
-    torch.save({"weights": on_cpu, "classes": weights["classes"]} | network, path)
+    settings = config.model_dump(mode="json", include={"method", "model", "synthesize"})
+    torch.save(
+        {"weights": on_cpu, "classes": weights["classes"], "generator": config.spec.generator}
+        | settings
+        | shape,
+        path,
+    )
 
 
 def _write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:

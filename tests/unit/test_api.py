@@ -1,0 +1,83 @@
+"""The Python interface: the same as the command line, with exceptions in place of exit statuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import SMALL, TINY
+
+import privimage
+from privimage.config import Config
+from privimage.runs.release import Release
+from privimage.storage.files import read_json
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small finished run, made by the interface."""
+    folder = tmp_path_factory.mktemp("api") / "run"
+    config = privimage.load_config(TINY, [f"run.dir={folder}", "method=dpdm", *SMALL])
+    assert privimage.run(config) == folder
+    return folder
+
+
+def test_a_release_is_opened_with_its_promise(finished: Path) -> None:
+    for path in (finished, finished / "release"):
+        release = privimage.open_release(path)
+        with np.load(finished / "release" / "synthetic.npz") as data:
+            assert (release.images == data["images"]).all() and (release.labels == data["labels"]).all()
+        assert release.promise == read_json(finished / "release" / "PRIVACY.json")
+        assert release.promise["method"] == "dpdm"
+        assert release.classes == tuple("0123456789")
+
+
+def test_more_images_come_from_the_released_model(finished: Path) -> None:
+    release = privimage.open_release(finished)
+    images, labels = release.sample(7, seed=3)
+    assert images.shape == (7, 8, 8, 1) and images.dtype == np.uint8 and labels.tolist() == list(range(7))
+    again, other = release.sample(7, seed=3)[0], release.sample(7, seed=4)[0]
+    assert (images == again).all() and (images != other).any()
+
+
+def test_samples_of_the_runs_own_seed_are_not_those_of_the_release(finished: Path) -> None:
+    release = privimage.open_release(finished)
+    found = release.sample(len(release.labels), seed=0)[0]
+    assert not (found == release.images).all((1, 2, 3)).any()
+
+
+def test_a_finished_run_is_not_run_again(finished: Path) -> None:
+    before = (finished / "release" / "synthetic.npz").stat().st_mtime_ns
+    config = privimage.load_config(finished / "config.yaml")
+    privimage.run(config, ["synthesize"])
+    assert (finished / "release" / "synthetic.npz").stat().st_mtime_ns == before
+
+
+def test_mistakes_are_exceptions_of_one_base_class(tmp_path: Path, tiny_config: Config) -> None:
+    assert issubclass(privimage.UserError, privimage.PrivImageError)
+    assert issubclass(privimage.Stopped, privimage.PrivImageError)
+    with pytest.raises(privimage.UserError, match="no such configuration file"):
+        privimage.load_config(tmp_path / "none.yaml")
+    with pytest.raises(privimage.UserError, match="has no stage match"):
+        privimage.run(tiny_config, ["match"])
+    with pytest.raises(privimage.UserError, match="no release"):
+        privimage.open_release(tmp_path)
+
+
+def test_a_release_without_a_model_has_nothing_to_sample_from(finished: Path, tmp_path: Path) -> None:
+    for name in ("PRIVACY.json", "synthetic.npz"):
+        (tmp_path / name).write_bytes((finished / "release" / name).read_bytes())
+    release = Release(tmp_path)
+    assert len(release.images) == len(release.labels)
+    with pytest.raises(privimage.UserError, match="no model to sample from"):
+        release.sample(1)
+    (tmp_path / "model.pt").write_bytes(b"damaged")
+    with pytest.raises(privimage.UserError, match="damaged"):
+        Release(tmp_path).sample(1)
+
+
+def test_a_plan_is_an_object_that_prints_itself() -> None:
+    plan = privimage.plan(privimage.load_config(TINY, ["method=dp-merf", "privacy.delta=0.01"]))
+    assert plan.privacy.epsilon == 10 and plan.count == 1437 and plan.classes == 10
+    assert plan.parameters["generator"] > 0 and {row.stage for row in plan.work} == {"match", "synthesize"}
+    text = str(plan)
+    assert "noisy mean embedding" in text and "is not below 1/N" in text.replace("\n", " ")
