@@ -125,39 +125,56 @@ class DDPMpp(nn.Module):
         self.embed_2 = _initialised(nn.Linear(size, size))
         self.input = _initialised(nn.Conv2d(channels, width, 3, padding=1))
 
-        skips, current = [width], width
-        encoder, decoder = [], []
-        last = len(multipliers) - 1
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(2):
-                encoder.append(
-                    Block(current, width * multiplier, size, attention=resolution >> level in attention)
-                )
-                current = width * multiplier
-                skips.append(current)
-            if level < last:
-                encoder.append(Block(current, current, size, "down"))
-                skips.append(current)
+        encoder, skips = self._encoder(resolution, multipliers, attention)
+        current = skips[-1]
         self.encoder = nn.ModuleList(encoder)
         self.middle = nn.ModuleList(
             [Block(current, current, size, attention=True), Block(current, current, size)]
         )
+        self.decoder = nn.ModuleList(self._decoder(resolution, multipliers, attention, current, skips))
+        self.norm = _norm(width * multipliers[0])
+        self.output = _initialised(nn.Conv2d(width * multipliers[0], channels, 3, padding=1), 1e-10)
+
+    def _encoder(
+        self, resolution: int, multipliers: tuple[int, ...], attention: tuple[int, ...]
+    ) -> tuple[list[Block], list[int]]:
+        """Two blocks for each level and one that halves the resolution between levels.
+
+        Also the channels of all activations that the decoder will see.
+        """
+        size, current, blocks, skips = 4 * self.width, self.width, [], [self.width]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(2):
+                blocks.append(
+                    Block(current, self.width * multiplier, size, attention=resolution >> level in attention)
+                )
+                current = self.width * multiplier
+                skips.append(current)
+            if level < len(multipliers) - 1:
+                blocks.append(Block(current, current, size, "down"))
+                skips.append(current)
+        return blocks, skips
+
+    def _decoder(
+        self,
+        resolution: int,
+        multipliers: tuple[int, ...],
+        attention: tuple[int, ...],
+        current: int,
+        skips: list[int],
+    ) -> list[Block]:
+        """Three blocks for each level, each beside an activation of the encoder, and one that doubles the
+        resolution between levels.
+        """
+        size, blocks, left = 4 * self.width, [], list(skips)
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for position in range(3):
-                decoder.append(
-                    Block(
-                        current + skips.pop(),
-                        width * multiplier,
-                        size,
-                        attention=position == 2 and resolution >> level in attention,
-                    )
-                )
-                current = width * multiplier
+                attended = position == 2 and resolution >> level in attention
+                blocks.append(Block(current + left.pop(), self.width * multiplier, size, attention=attended))
+                current = self.width * multiplier
             if level > 0:
-                decoder.append(Block(current, current, size, "up"))
-        self.decoder = nn.ModuleList(decoder)
-        self.norm = _norm(current)
-        self.output = _initialised(nn.Conv2d(current, channels, 3, padding=1), 1e-10)
+                blocks.append(Block(current, current, size, "up"))
+        return blocks
 
     def forward(self, images: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """images (B, C, H, W) float, c_noise (B,) float, labels (B,) int64 in [0, n_classes] or None for no

@@ -31,15 +31,13 @@ from privimage.telemetry.progress import Progress
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """T noisy histograms.
+    """Private Evolution: T noisy histograms, and a new generation of synthetic images from each.
 
     Each sensitive image votes for the image of its own class that is nearest in the features of the query
-    network.
-
-    The first generation comes from the public model alone, each further one from the chances that the last
-    histogram gave. Writes evolve/weights.pt: the last generation, its chances and the public model, from
-    which `synthesize` draws. How near the images are goes to private/tensorboard. Raises UserError if the run
-    has used up its histograms, and what they made is lost.
+    network. The first generation comes from the public model alone, each further one from the chances that
+    the last histogram gave. Writes evolve/weights.pt: the last generation, its chances and the public model,
+    from which `synthesize` draws. The mean distance of a vote goes to private/tensorboard. Raises UserError
+    if the run has used up its histograms, and what they made is lost.
     """
     sensitive = open_sensitive(config, "train", world)
     account = open_account(config, run, sensitive, world)
@@ -47,26 +45,20 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     population = _population(config, run, world, max(n_classes, 1))
     voters = Voters(config, run, world, sensitive)
+    digest = _digest(config, world, account, sensitive, voters)
 
+    # Go on from the last generation that was voted for, with the charges that made it.
     file, step, charges = run.stage("evolve") / "checkpoint.pt", 0, []
     if (state := checkpoint.load(file, world.device)) is not None:
         population.load_state_dict(population.state_dict() | state["population"])
         step, charges = state["step"], state["charges"]
         account.require_known({plan.stage: charges}, file, world)
-    own = {"plan": account.plan.to_dict()}
-    digest = computation(
-        world,
-        account.root,
-        sensitive.content,
-        config,
-        "evolve",
-        own,
-        [digest_of_tensors(voters.network.state_dict().values())],
-    )
-    curves = Curves(run.tensorboard, "evolve", step, world.is_main, timed=False)
-    private_curves = Curves(run.private / "tensorboard", "evolve", step, world.is_main)
+
+    curves = _Curves(run, account, step, world)
     with Progress("evolve", plan.iterations, step, world.is_main) as bar:
         while step < plan.iterations:
+            # A new generation, from public randomness and the last noisy histogram. Its histogram is named by
+            # all that it depends on, and charged before anybody votes.
             population.images, population.public = _generation(population, step, config, world)
             name = charge_name(
                 account.root, digest, step.to_bytes(8, "big"), digest_of_tensors([population.images])
@@ -74,28 +66,16 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             if not world.broadcast_object(account.charge(plan, name, charges) if world.is_main else None):
                 break
             charges.append(name)
-            votes, distance = voters.vote(population)
-            if world.is_main:
-                key = account.root.derive("evolve noise", name, digest_of_tensors([votes, voters.rows]).hex())
-                rows, members = population.chances.shape
-                counts = noisy_histogram(
-                    votes, voters.rows, rows, members, plan, config.privacy.noise_source, key
-                )
-            noisy = torch.from_numpy(world.broadcast_object(counts if world.is_main else None)).to(
-                world.device
-            )
+
+            # Votes, noise, and chances to have children.
+            noisy, distance = _histogram(config, world, account, plan, voters, population, name)
             population.chances = chances(noisy, config.evolve.threshold * plan.standard_deviation)
             step += 1
             bar.advance()
-            curves.scalars(step, _figures(account, population, replace(plan.composition, count=step), world))
-            curves.images(step, "population", population.images[:10, :10].flatten(0, 1))
-            private_curves.scalars(step, {"mean distance of a vote": distance})
-            curves.flush()
-            private_curves.flush()
+            curves.add(step, population, distance)
             if world.is_main:
                 checkpoint.save(file, {"population": population.state(), "step": step, "charges": charges})
     curves.close()
-    private_curves.close()
     if not step:
         raise UserError(
             f"{run.path}: all histograms of this run were drawn before, and what they made is lost; choose "
@@ -109,11 +89,60 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         }
         made = {"steps": step, "charges": {"evolve": charges}}
         checkpoint.save(run.stage("evolve") / "weights.pt", {"ema": population.state_dict()} | known | made)
-    return {
-        "images": step * len(sensitive.images),
-        "iterations": step,
-        "population": population.public.numel(),
-    }
+    size = population.public.numel()
+    return {"images": step * len(sensitive.images), "iterations": step, "population": size}
+
+
+def _digest(config: Config, world: World, account: Account, sensitive: ImageSet, voters: "Voters") -> bytes:
+    """All that a histogram depends on beside the generation that is voted for."""
+    network = digest_of_tensors(voters.network.state_dict().values())
+    own = {"plan": account.plan.to_dict()}
+    return computation(world, account.root, sensitive.content, config, "evolve", own, [network])
+
+
+def _histogram(
+    config: Config,
+    world: World,
+    account: Account,
+    plan: NearestHistogram,
+    voters: "Voters",
+    population: Population,
+    name: str,
+) -> tuple[Tensor, float]:
+    """The noisy votes (R, P) of a charged histogram, equal on all ranks, and the mean distance of a vote,
+    which is private.
+    """
+    votes, distance = voters.vote(population)
+    counts = None
+    if world.is_main:
+        key = account.root.derive("evolve noise", name, digest_of_tensors([votes, voters.rows]).hex())
+        rows, members = population.chances.shape
+        source = config.privacy.noise_source
+        counts = noisy_histogram(votes, voters.rows, rows, members, plan, source, key)
+    return torch.from_numpy(world.broadcast_object(counts)).to(world.device), distance
+
+
+class _Curves:
+    """Public curves, from noisy counts alone, and private ones."""
+
+    def __init__(self, run: RunDir, account: Account, step: int, world: World):
+        self.account, self.world = account, world
+        self.public = Curves(run.tensorboard, "evolve", step, world.is_main, timed=False)
+        self.private = Curves(run.private / "tensorboard", "evolve", step, world.is_main)
+
+    def add(self, step: int, population: Population, distance: float) -> None:
+        """Points of all curves after an iteration."""
+        used = replace(self.account.plan.the(NearestHistogram).composition, count=step)
+        self.public.scalars(step, _figures(self.account, population, used, self.world))
+        self.public.images(step, "population", population.images[:10, :10].flatten(0, 1))
+        self.private.scalars(step, {"mean distance of a vote": distance})
+        self.public.flush()
+        self.private.flush()
+
+    def close(self) -> None:
+        """The end of the curves."""
+        self.public.close()
+        self.private.close()
 
 
 def _population(config: Config, run: RunDir, world: World, rows: int) -> Population:

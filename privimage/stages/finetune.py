@@ -1,6 +1,7 @@
 """Fine-tune the generator on the sensitive set with DP-SGD."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from privimage.config import Config
@@ -28,54 +29,46 @@ from privimage.telemetry.progress import Progress
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """T private steps.
-
-    Poisson sample, per-image gradients averaged over an image's copies, clip, sum, noise, update.
+    """Fine-tune the pretrained networks on the sensitive set by DP-SGD.
 
     Writes finetune/weights.pt with the averaged generator, the number of steps and the charges that made it.
     Losses and clipping rates go to private/tensorboard. Raises UserError if the run has used up its steps,
     and what they made is lost.
     """
-    settings = config.finetune
     sensitive = open_sensitive(config, "train", world)
     account = open_account(config, run, sensitive, world)
     plan = account.plan.the(DPSGD)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
+
+    # Go on from the last checkpoint, else from the pretrained weights. Both carry the names of the charges
+    # that made them; what an unknown charge has made could never be released.
     training, behind = _training(config, run, world, n_classes)
     account.require_known(behind, run.path / "pretrain" / "weights.pt", world)
+    file = run.stage("finetune") / "checkpoint.pt"
+    first, behind = _resumed(file, training, account, behind, world)
 
-    # What was done before: the last checkpoint, with the charges that made it.
-    file, first = run.stage("finetune") / "checkpoint.pt", 0
-    if (state := checkpoint.load(file, world.device)) is not None:
-        first, behind = state["step"], merged(behind, state["charges"])
-        account.require_known(behind, file, world)
-        training.module.load_state_dict(state["module"])
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.load(state)
-
+    # Each step of this loop is one use of the sensitive set, charged before anything of it is computed. What
+    # follows the step (averages, a GAN's generator) depends on the noised weights alone.
     steps = _steps(config, run, world, account, training, sensitive, behind, first)
-    watched = _Curves(config, run, world, account, first)
+    curves = _Curves(config, run, world, account, first)
     with Progress("finetune", plan.steps, first, world.is_main) as bar:
         for figures in steps:
             step = steps.step
             behind.setdefault(plan.stage, []).append(steps.name)
             bar.advance()
-            watched.add(step, training.after_step(step), figures, bar.rate)
-            if step % settings.checkpoint_every == 0 or step == plan.steps or figures.stop:
-                watched.flush()
-                own = {
-                    "module": training.module.state_dict(),
-                    "optimizer": training.optimizer.state_dict(),
-                    "step": step,
-                    "charges": behind,
-                }
-                state = training.state() | own
-                if world.is_main:
-                    checkpoint.save(file, state)
+            curves.add(step, training.after_step(step), figures, bar.rate)
+
+            # All ranks take part in the state of a checkpoint, the main rank writes it. A stop that any rank
+            # has seen arrives on all of them with the sum of the gradients.
+            if step % config.finetune.checkpoint_every == 0 or step == plan.steps or figures.stop:
+                curves.flush()
+                _save(file, training, step, behind, world)
             if figures.stop and step < plan.steps:
-                watched.close()
+                curves.close()
                 raise Stopped(f"finetune: saved at step {step} of {plan.steps}")
-    watched.close()
+    curves.close()
+
+    # The steps end early where the account allows no more. Without a single one there is nothing to release.
     if not steps.step:
         raise UserError(
             f"{run.path}: all private steps of this run were made before, and what they made is lost; "
@@ -91,6 +84,33 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         checkpoint.save(run.stage("finetune") / "weights.pt", {"ema": training.weights()} | known)
     images, size = steps.step * plan.logical_batch_size, parameters(training.module)
     return {"images": images, "steps": steps.step, "physical_batch_size": steps.physical, "parameters": size}
+
+
+def _resumed(
+    file: Path, training: PrivateTraining, account: Account, behind: Behind, world: World
+) -> tuple[int, Behind]:
+    """Load the last checkpoint, if there is one; returns the steps made, and all charges behind."""
+    state = checkpoint.load(file, world.device)
+    if state is None:
+        return 0, behind
+    behind = merged(behind, state["charges"])
+    account.require_known(behind, file, world)
+    training.module.load_state_dict(state["module"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.load(state)
+    return state["step"], behind
+
+
+def _save(file: Path, training: PrivateTraining, step: int, behind: Behind, world: World) -> None:
+    """Write a checkpoint; all ranks call it together."""
+    state = training.state() | {
+        "module": training.module.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "step": step,
+        "charges": behind,
+    }
+    if world.is_main:
+        checkpoint.save(file, state)
 
 
 def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tuple[PrivateTraining, Behind]:

@@ -8,8 +8,8 @@ import pytest
 from ranks import REPOSITORY
 
 PACKAGE = REPOSITORY / "privimage"
-# From the lowest to the highest. A module imports from its own package and from lower layers only; packages of
-# one layer do not know each other.
+# From the lowest to the highest. A module imports from its own package and from lower layers only; packages
+# of one layer do not know each other.
 LAYERS = (
     {"errors", "torchvision_operators"},
     {"config"},
