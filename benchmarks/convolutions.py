@@ -1,6 +1,6 @@
 """Per-image weight gradients of each kind of convolution.
 
-The ways of `privacy/folded.py` in turn, beside the ordinary gradient.
+The ways of `privacy/convolutions.py` in turn, beside the ordinary gradient.
 
     python benchmarks/convolutions.py [--device cuda --images 512] [--precision bf16] [--rounds 8]
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from privimage.models import edm
 from privimage.models.ddpmpp import DDPMpp
-from privimage.privacy.folded import WAYS, Folding
+from privimage.privacy.convolutions import WAYS, Folding
 from privimage.telemetry import memory
 
 

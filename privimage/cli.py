@@ -80,9 +80,9 @@ def audit(
 
     A lower bound on epsilon beside the claim, without touching data.
     """
+    from privimage.commands.audit import run
     from privimage.commands.plan import public_size
     from privimage.config import load
-    from privimage.privacy.audit import run
 
     settings = load(config, overrides or ())
     sys.exit(run(settings, public_size(settings)[0], canaries, confidence))

@@ -8,13 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from privimage.config import Config
+from privimage.data.arrays import Known, Split
 from privimage.data.decode import Source, decoded
 from privimage.data.glyphs import glyph_source
 from privimage.data.readers import (
     EMBEDDED,
     OWN_TEST_SPLIT,
-    Known,
-    Split,
     aligned,
     holds_test_split,
     open_source,

@@ -106,14 +106,7 @@ def write(
                 else:
                     raise UserError(found.problem)
                 bar.advance(skipped=str(len(bad)))
-        given, classes = source.labels, len(source.classes)
-        before, left = (np.bincount(labels, minlength=classes) for labels in (given, given[kept]))
-        empty = np.flatnonzero((before > 0) & (left == 0))
-        if len(empty):
-            raise UserError(
-                f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad "
-                f"one: {bad[0]}"
-            )
+        _require_all_classes(source, kept, bad, path)
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
         _sidecar_path(path).unlink(missing_ok=True)  # never a new file beside an old sidecar
         temporary.replace(path)
@@ -125,6 +118,18 @@ def write(
     if bad:
         say(f"{path}: {len(bad)} of {len(source)} images were skipped, the first: {bad[0]}")
     return sidecar
+
+
+def _require_all_classes(source: Source, kept: list[int], bad: list[str], path: Path) -> None:
+    """Raise UserError for a class of which no image was kept."""
+    given, classes = source.labels, len(source.classes)
+    before, left = (np.bincount(labels, minlength=classes) for labels in (given, given[kept]))
+    empty = np.flatnonzero((before > 0) & (left == 0))
+    if len(empty):
+        raise UserError(
+            f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad "
+            f"one: {bad[0]}"
+        )
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 
 from privimage.distributed.blocks import filled, without_chance
-from privimage.privacy.folded import RULES, ConvolutionBackends, Folding
+from privimage.privacy.convolutions import ConvolutionBackends, Folding
+from privimage.privacy.folded import RULES
 
 Losses = Callable[..., Tensor]  # losses(module, *tensors of leading size n) -> (n,)
 AT_ONCE = 32  # per-image gradients whose sum is float32

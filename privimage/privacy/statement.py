@@ -5,6 +5,7 @@ PRIVACY.json and PRIVACY.md, from the charges in the ledger that made it, never 
 
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
+from typing import Any
 
 from privimage.config import Config
 from privimage.errors import UserError
@@ -43,35 +44,23 @@ def statement(
         "versions": versions,
     }
     if (why := _not_private(config, account, spent, names)) is not None:
-        return (
-            head
-            | {
-                "private": False,
-                "epsilon": None,
-                "delta": None,
-                "reason": f"not private: {why}",
-                "mechanisms": [],
-            }
-            | tail
-        )
+        nothing: dict[str, Any] = {"private": False, "epsilon": None, "delta": None, "mechanisms": []}
+        return head | nothing | {"reason": f"not private: {why}"} | tail
+
+    # What is stated is what the ledger has, not what was planned: it may be less, never more.
     _require_proof(account, spent, made_by, steps)
     used = spent.by_part(account.run, names)
     by_stage = {mechanism.stage: mechanism for mechanism in plan.mechanisms}
     total = epsilon([m for uses in used.values() for m in uses], plan.delta, plan.accountant)
-    return (
-        head
-        | {
-            "epsilon": rounded_up(total, places=4),
-            "delta": rounded_up(plan.delta, digits=6),
-            "promised_epsilon": plan.epsilon,
-        }
-        | {
-            "mechanisms": [
-                by_stage[stage].described(uses) for stage, all_uses in used.items() for uses in all_uses
-            ]
-        }
-        | tail
-    )
+    promise = {
+        "epsilon": rounded_up(total, places=4),
+        "delta": rounded_up(plan.delta, digits=6),
+        "promised_epsilon": plan.epsilon,
+        "mechanisms": [
+            by_stage[stage].described(uses) for stage, all_uses in used.items() for uses in all_uses
+        ],
+    }
+    return head | promise | tail
 
 
 def _not_private(config: Config, account: Account, spent: Spent, names: set[str]) -> str | None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from privimage.runs import room
+from privimage.runs.visit import CHARGED, Check, Visit, together
 from privimage.config import Config
 from privimage.config.stages import SENSITIVE, STAGES, TRAINING
 from privimage.data import store
 from privimage.data.decode import Source
-from privimage.data.readers import ONE_CLASS
+from privimage.data.arrays import ONE_CLASS
 from privimage.data.sources import (
     has_test_split,
     held_out_source,
@@ -27,7 +28,7 @@ from privimage.data.sources import (
 from privimage.distributed.engine import deepspeed_settings
 from privimage.distributed.world import World
 from privimage.errors import Mistakes, UserError
-from privimage.evaluation import fidelity, semantics
+from privimage.evaluation import extractor, semantics
 from privimage.families import family, pretrained_family
 from privimage.privacy import account
 from privimage.privacy.plan import make_plan
@@ -36,7 +37,6 @@ from privimage.storage.rundir import RunDir
 
 SAMPLED = 32  # images of each set that are decoded, the first of as many classes
 PUBLIC = set(STAGES) - set(SENSITIVE)  # stages that may take hours and see no sensitive image
-CHARGED = {*TRAINING, "synthesize"}  # stages that open the account, as a query does
 NETWORKS = {"pretrain", *CHARGED}  # stages that build the generator
 # What stages import when they come to it, and the package that has it; PrivImage itself is imported already.
 PACKAGES = {
@@ -49,57 +49,6 @@ PACKAGES = {
     "tensorboard": "tensorboard",
     "torch_fidelity": "torch-fidelity",
 }
-
-
-@dataclass
-class Visit:
-    """What the checks of one run look at on one rank, what they have found of it, and what is wrong."""
-
-    config: Config
-    run: RunDir
-    world: World
-    stages: frozenset[str]  # those that are about to run
-    sensitive: Source | None = None  # None where it could not be opened, or is not needed
-    public: tuple[int, tuple[str, ...]] | None = None  # of the public set: images, classes; on the main rank
-    sizes: dict[str, int] = field(default_factory=dict)  # parameters of each network; on the main rank
-    mistakes: list[str] = field(default_factory=list)
-
-    def needs(self, stages: Iterable[str]) -> bool:
-        """Whether one of `stages` is about to run."""
-        return not self.stages.isdisjoint(stages)
-
-    def attempt(self, check: "Check") -> None:
-        """Keep what `check` finds wrong."""
-        try:
-            for line in check(self) or ():
-                self.mistakes.append(line)
-        except UserError as error:
-            self.mistakes.append(str(error))
-        except ModuleNotFoundError:
-            if not self.mistakes:  # a missing package was told already
-                raise
-
-    @property
-    def rows(self) -> int | None:
-        """Rows of the histogram, as far as they are known."""
-        if self.sensitive is None:
-            return None
-        return len(self.sensitive.classes) if self.config.data.sensitive.labelled else 1
-
-    @property
-    def columns(self) -> int | None:
-        """Columns of the histogram: public classes or clusters, as far as they are known."""
-        if self.config.query.semantics == "clusters":
-            return self.config.query.clusters
-        return len(self.public[1]) if self.public else None
-
-    @property
-    def opens_account(self) -> bool:
-        """Whether noise is going to be drawn, or a release to be made."""
-        return self.needs(CHARGED) or ("select" in self.stages and self.config.spec.pretraining == "selected")
-
-
-Check = Callable[[Visit], Iterable[str] | None]
 
 
 def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> None:
@@ -115,18 +64,6 @@ def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> N
     if mistakes := together(world.gather_objects(visit.mistakes)):
         raise Mistakes(mistakes)
     _whole_set(visit)
-
-
-def together(found: list[list[str]]) -> list[str]:
-    """What the ranks have found, each mistake once, and which have met it where the main one has not."""
-    lines = []
-    for line in dict.fromkeys(line for mistakes in found for line in mistakes):
-        ranks = [rank for rank, mistakes in enumerate(found) if line in mistakes]
-        if ranks[0] == 0:
-            lines.append(line)  # the main rank alone looks at what all share
-        else:
-            lines.append(f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {line}")
-    return lines
 
 
 def _run_directory(visit: Visit) -> Iterator[str]:
@@ -220,7 +157,7 @@ def _features(visit: Visit) -> None:
     """The weights of the fidelity measures are there and what they should be."""
     settings = visit.config.evaluate
     if "evaluate" in visit.stages:
-        fidelity.weights_for(settings.features, settings.inception_weights)
+        extractor.weights_for(settings.features, settings.inception_weights)
 
 
 def _word_vectors(visit: Visit) -> None:

@@ -14,7 +14,7 @@ from privimage.config.effects import settings_of
 from privimage.data.sources import ImageSet, has_test_split, open_sensitive
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.evaluation import fidelity, report, semantics
+from privimage.evaluation import extractor, report, semantics
 from privimage.evaluation.utility import Labelled
 from privimage.stages.measures import MEASURES, Finished, Subject
 from privimage.storage.rundir import RunDir
@@ -51,7 +51,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 def _subject(config: Config, run: RunDir, world: World) -> Subject:
     """Open all that is measured. A mistake in the settings is found here, before the long work."""
     settings = config.evaluate
-    extractor = fidelity.choose(settings.features, settings.inception_weights, run.private)
+    network = extractor.choose(settings.features, settings.inception_weights, run.private)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
     train = open_sensitive(config, "train", world)
     test = open_sensitive(config, "test", world) if has_test_split(config) else None
@@ -70,7 +70,7 @@ def _subject(config: Config, run: RunDir, world: World) -> Subject:
     if world.is_main:
         figures.mkdir(exist_ok=True)
     return Subject(
-        config, run, world, train, test, after, before, n_classes, extractor, vectors, figures, finished
+        config, run, world, train, test, after, before, n_classes, network, vectors, figures, finished
     )
 
 

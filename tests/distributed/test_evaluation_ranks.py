@@ -13,6 +13,7 @@ from torch import nn
 from privimage.config.settings import Runtime
 from privimage.distributed.world import connect
 from privimage.evaluation import fidelity, utility
+from privimage.evaluation.extractor import choose
 
 class Plain(nn.Module):
     # without batch norm, whose statistics are those of a rank's own images
@@ -29,7 +30,7 @@ train = utility.Labelled(random.integers(0, 256, (65, 1, 8, 8), dtype=np.uint8),
 real = utility.train_cnn(train, 3, epochs=1, batch_size=32, flip=True, seed=0, world=world)
 utility.resnet9 = Plain
 plain = utility.train_cnn(train, 3, epochs=3, batch_size=32, flip=True, seed=0, world=world)
-features = fidelity.extract(fidelity.choose("stand-in", None, Path(".")), train.images, world, "features")
+features = fidelity.extract(choose("stand-in", None, Path(".")), train.images, world, "features")
 result = {"real": real.state_dict(), "plain": plain.state_dict(), "features": features}
 torch.save(result, Path(sys.argv[1]) / f"{world.size}-{world.rank}.pt")
 world.close()

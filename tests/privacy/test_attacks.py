@@ -19,7 +19,7 @@ from privimage.config import Config, load
 from privimage.data.readers import open_source
 from privimage.data.sources import read
 from privimage.distributed import checkpoint
-from privimage.families.diffusion import DiffusionPrivate
+from privimage.families.denoising import DiffusionPrivate
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import plan_from_dict
 from privimage.runs import pipeline

@@ -19,10 +19,10 @@ from privimage.config import Config, load
 from privimage.distributed.world import World
 from privimage.privacy import audit, dpsgd
 from privimage.privacy.accounting import SampledGaussian, epsilon, profile
-from privimage.privacy.audit import EPSILONS, Finding, TradeOff, refuted
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
+from privimage.privacy.refutation import EPSILONS, Finding, TradeOff, find, refuted
 from privimage.privacy.sampling import poisson_sample
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -156,20 +156,18 @@ def test_the_bound_becomes_tight() -> None:
         assert low <= math.log(exact / (1 - exact)) + 1e-3
         bounds.append(low)
     assert bounds == sorted(bounds) and bounds[-1] > 1.75
-    assert audit.find(plan, 1e-9, 10_000, 10_000, right, 0.05).any_epsilon == pytest.approx(
-        bounds[-1], abs=2e-3
-    )
+    assert find(plan, 1e-9, 10_000, 10_000, right, 0.05).any_epsilon == pytest.approx(bounds[-1], abs=2e-3)
 
 
 def test_the_curve_of_the_mechanism_tells_more_than_one_point() -> None:
     """What refutes (epsilon, delta) refutes every mechanism of the planned kind that has it."""
     for right in (70, 100):
-        found = audit.find(PLAN.the(DPSGD), PLAN.delta, 500, 100, right, 0.05)
+        found = find(PLAN.the(DPSGD), PLAN.delta, 500, 100, right, 0.05)
         assert found.any_epsilon <= found.epsilon + 0.02
 
 
 def test_chance_refutes_nothing() -> None:
-    assert audit.find(PLAN.the(DPSGD), PLAN.delta, 500, 100, 50, 0.05) == Finding(100, 50, 0.0, 0.0)
+    assert find(PLAN.the(DPSGD), PLAN.delta, 500, 100, 50, 0.05) == Finding(100, 50, 0.0, 0.0)
 
 
 @pytest.fixture

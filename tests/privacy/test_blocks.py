@@ -17,7 +17,7 @@ from torch import Tensor
 from privimage.config import load
 from privimage.distributed.blocks import BLOCK, blockwise, filled, in_blocks
 from privimage.distributed.world import World
-from privimage.families.diffusion import DiffusionPrivate
+from privimage.families.denoising import DiffusionPrivate
 from privimage.families.gan import GanPrivate
 from privimage.models.biggan import Generator
 from privimage.models.edm import to_unit

@@ -20,7 +20,7 @@ from privimage.models import edm, parameters
 from privimage.models.biggan import Discriminator
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.batching import physical_batch_size
-from privimage.privacy.folded import WAYS
+from privimage.privacy.convolutions import WAYS
 from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
 from privimage.privacy.ledger import read
 from privimage.storage.files import read_json

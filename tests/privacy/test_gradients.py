@@ -17,8 +17,8 @@ from privimage.distributed.world import World
 from privimage.models import edm
 from privimage.models.biggan import Discriminator
 from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.convolutions import WAYS
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
-from privimage.privacy.folded import WAYS
 from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_, trained_parameters
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import DPSGD

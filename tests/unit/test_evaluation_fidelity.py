@@ -11,6 +11,7 @@ import torch
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.evaluation import fidelity
+from privimage.evaluation.extractor import choose
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -82,7 +83,7 @@ def test_a_synthetic_set_without_variety_has_precision_but_no_recall() -> None:
 
 
 def test_without_weights_there_is_a_stand_in_that_is_not_called_fid(tmp_path: Path) -> None:
-    extractor = fidelity.choose("auto", None, tmp_path)
+    extractor = choose("auto", None, tmp_path)
     features = [
         fidelity.extract(extractor, images(60, seed, channels=1), ALONE, "features") for seed in (0, 1)
     ]
@@ -97,7 +98,7 @@ def test_the_stand_in_ranks_noisier_images_as_further_away(tmp_path: Path) -> No
     from sklearn.datasets import load_digits
 
     digits = (load_digits().images * 15.9).astype(np.uint8)[:, None]
-    extractor = fidelity.choose("stand-in", None, tmp_path)
+    extractor = choose("stand-in", None, tmp_path)
     real = fidelity.extract(extractor, digits[:800], ALONE, "real")
     noise = np.random.default_rng(0).normal(size=digits[800:1600].shape)
     distances = [
@@ -118,7 +119,7 @@ def test_the_stand_in_ranks_noisier_images_as_further_away(tmp_path: Path) -> No
 
 def test_the_stand_in_is_the_same_on_every_machine(tmp_path: Path) -> None:
     checker = (np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)[None, None].repeat(2, 0)
-    features = fidelity.extract(fidelity.choose("stand-in", None, tmp_path), checker, ALONE, "features")
+    features = fidelity.extract(choose("stand-in", None, tmp_path), checker, ALONE, "features")
     assert features.shape == (2, 288)
     assert features[0, [0, 40, 120, 160]].numpy() == pytest.approx([0.3970, 0.9725, 0.2500, 0.4710], abs=1e-4)
 
@@ -128,11 +129,11 @@ def test_the_stand_in_is_the_same_on_every_machine(tmp_path: Path) -> None:
 )
 def test_only_uint8_images_in_channel_order_are_accepted(wrong: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="uint8 images N,C,H,W"):
-        fidelity.extract(fidelity.choose("stand-in", None, tmp_path), wrong, ALONE, "features")
+        fidelity.extract(choose("stand-in", None, tmp_path), wrong, ALONE, "features")
 
 
 def test_partial_weights_give_fd_768_and_never_fid(partial_weights: Path, tmp_path: Path) -> None:
-    extractor = fidelity.choose("auto", partial_weights, tmp_path)
+    extractor = choose("auto", partial_weights, tmp_path)
     assert (extractor.name, extractor.features) == ("FD-768", "768")
     assert len(extractor.sha256 or "") == 64
     features = fidelity.extract(extractor, images(2, 0), ALONE, "features")
@@ -142,7 +143,7 @@ def test_partial_weights_give_fd_768_and_never_fid(partial_weights: Path, tmp_pa
 
 def test_partial_weights_are_refused_for_fid(partial_weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"zero beyond the 768 features.*use evaluate\.features=768"):
-        fidelity.choose("2048", partial_weights, tmp_path)
+        choose("2048", partial_weights, tmp_path)
 
 
 def test_whole_weights_give_fid_and_say_when_they_are_not_the_published_file(
@@ -153,7 +154,7 @@ def test_whole_weights_give_fid_and_say_when_they_are_not_the_published_file(
         if name.startswith("Mixed_7") and value.is_floating_point():
             value.fill_(0.01)
     torch.save(state, tmp_path / "whole.pth")
-    extractor = fidelity.choose("auto", tmp_path / "whole.pth", tmp_path)
+    extractor = choose("auto", tmp_path / "whole.pth", tmp_path)
     assert (extractor.name, extractor.features) == ("FID", "2048")
     assert "another weights file" in extractor.note
 
@@ -173,7 +174,7 @@ def test_bad_weights_end_in_one_line_and_run_nothing(content: str, tmp_path: Pat
     elif content == "other":
         torch.save({"layer.weight": torch.ones(3)}, path)
     with pytest.raises(UserError, match=r"evaluate\.inception_weights: .*weights\.pth: ") as raised:
-        fidelity.choose("auto", path, tmp_path)
+        choose("auto", path, tmp_path)
     assert "\n" not in str(raised.value)
     assert not trace.exists()
 
@@ -182,7 +183,7 @@ def test_named_features_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"evaluate\.inception_weights: evaluate\.features=2048 needs the weights file"
     ):
-        fidelity.choose("2048", None, tmp_path)
+        choose("2048", None, tmp_path)
 
 
 def test_features_of_the_sensitive_set_are_computed_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from privimage.data.sources import ImageSet
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
-from privimage.evaluation.fidelity import Extractor
+from privimage.evaluation.extractor import Extractor
 from privimage.evaluation.utility import Labelled
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir

@@ -1,0 +1,132 @@
+"""Bars of accuracies, and the plane of the features behind them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from privimage.evaluation.figures.theme import ANNOTATED, OKABE_ITO, save
+
+
+def _beside(axes: Axes, x: float, y: float, text: str, right: bool, **style: Any) -> None:
+    axes.annotate(
+        text,
+        (x, y),
+        (8 if right else -8, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="center",
+        **style,
+    )
+
+
+def accuracies(path: Path, after: dict[str, float], before: dict[str, float], chance: float) -> None:
+    """Accuracy in percent of each classifier, trained before and after private fine-tuning."""
+    names = {"lr": "logistic regression", "mlp": "MLP", "cnn": "CNN"}
+
+    def draw(figure: Figure, theme: dict[str, str]) -> None:
+        axes = figure.add_subplot()
+        for y, key in enumerate(reversed(after)):
+            rise = after[key] - before.get(key, 0.0)
+            if key in before:
+                axes.plot(
+                    [before[key], after[key]],
+                    [y, y],
+                    color=theme["grid"],
+                    linewidth=5,
+                    solid_capstyle="round",
+                    zorder=1,
+                )
+                axes.scatter(before[key], y, s=55, color=theme["second"], zorder=2)
+                _beside(axes, before[key], y, f"{before[key]:.1f}", right=rise < 0, color=theme["muted"])
+            axes.scatter(after[key], y, s=75, color=theme["accent"], zorder=3)
+            _beside(
+                axes,
+                after[key],
+                y,
+                f"{after[key]:.1f}",
+                right=rise >= 0,
+                color=theme["ink"],
+                fontweight="bold",
+            )
+        axes.axvline(chance, color=theme["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "guessing", (chance, -0.62), (4, 0), textcoords="offset points", color=theme["muted"], fontsize=8
+        )
+        axes.set(
+            xlim=(-8, 108),
+            ylim=(-0.7, len(after) - 0.4),
+            xlabel="% of real test images classified right",
+            yticks=range(len(after)),
+        )
+        axes.set_yticklabels([names[key] for key in reversed(after)], color=theme["ink"])
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(length=0)
+        if before:
+            handles = [
+                axes.scatter([], [], s=55, color=theme["second"]),
+                axes.scatter([], [], s=75, color=theme["accent"]),
+            ]
+            labels = ["before private fine-tuning", "after"]
+            figure.legend(
+                handles,
+                labels,
+                loc="outside upper left",
+                ncols=2,
+                frameon=False,
+                handletextpad=0.2,
+                fontsize=8,
+            )
+
+    save(path, (5.2, 0.9 + 0.62 * len(after)), draw)
+
+
+def embedding(
+    path: Path,
+    synthetic: np.ndarray,
+    synthetic_labels: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    classes: Sequence[str],
+    seed: int,
+) -> None:
+    """t-SNE (van der Maaten and Hinton 2008) of penultimate features (N, F) and (M, F), in one plane, side by
+    side.
+    """
+    from sklearn.manifold import TSNE
+
+    everything = np.concatenate([synthetic, real])
+    perplexity = min(30.0, (len(everything) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(everything)
+    parts = (
+        (points[: len(synthetic)], synthetic_labels, "synthetic images"),
+        (points[len(synthetic) :], real_labels, "real test images"),
+    )
+
+    def draw(figure: Figure, theme: dict[str, str]) -> None:
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, (at, labels, title) in zip(panels, parts, strict=True):
+            axes.scatter(
+                *at.T,
+                s=5,
+                linewidths=0,
+                alpha=0.75,
+                color=[OKABE_ITO[label % len(OKABE_ITO)] for label in labels],
+            )
+            for label in np.unique(labels) if len(classes) <= ANNOTATED else ():
+                centre = np.median(at[labels == label], 0)
+                box = {
+                    "boxstyle": "round,pad=0.2",
+                    "facecolor": theme["surface"],
+                    "edgecolor": OKABE_ITO[label % len(OKABE_ITO)],
+                    "alpha": 0.9,
+                }
+                axes.annotate(classes[label], centre, ha="center", va="center", fontsize=8, bbox=box)
+            axes.set_title(title, fontsize=9, color=theme["muted"])
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+
+    save(path, (9.4, 4.6), draw)

@@ -1,0 +1,156 @@
+"""Training of a denoiser by EDM's loss, in public and in private."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privimage.config import Config
+from privimage.config.seeds import public_seed
+from privimage.data.sensitive import dropped
+from privimage.distributed.engine import make_engine
+from privimage.distributed.world import World
+from privimage.families.base import (
+    ImageLosses,
+    PrivateTraining,
+    PublicTraining,
+    image_shape,
+    load_pretrained,
+)
+from privimage.models import build_diffusion, edm
+from privimage.models.ema import EMA
+from privimage.privacy.gradients import trained_parameters
+
+LABEL = "network.label.weight"
+
+
+class DiffusionPublic(PublicTraining):
+    """EDM's loss on public images through an engine, and the average of the weights."""
+
+    def __init__(self, config: Config, n_classes: int, world: World):
+        self.config, self.n_classes, self.world = config, n_classes, world
+        torch.manual_seed(public_seed(config, "networks"))
+        self.denoiser = build_diffusion(config, n_classes).to(world.device)
+        self.engine = make_engine(config, self.denoiser, world)
+        self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
+        self.loss_sum, self.steps = torch.zeros((), device=world.device), 0
+
+    def step(self, images: Tensor, labels: Tensor, step: int) -> None:
+        """See `PublicTraining`."""
+        losses = edm.loss(self.engine.forward, *self._noised(images, labels, step))
+        self.engine.backward_and_step(losses.mean())
+        self.ema.update()
+        self.loss_sum += losses.detach().mean()
+        self.steps += 1
+
+    def _noised(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Images in [-1, 1], labels with some dropped, noise levels and noise.
+
+        The random part of a step, repeatable.
+        """
+        settings, device = self.config.pretrain, self.world.device
+        generator = torch.Generator(device).manual_seed(
+            public_seed(self.config, "pretraining step", step, self.world.rank)
+        )
+        x = edm.to_unit(images)
+        count = len(x)
+        if settings.flip:
+            flipped = torch.rand(count, generator=generator, device=device) < 0.5
+            x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+        sigma = edm.draw_sigma(torch.randn(count, generator=generator, device=device))
+        noise = torch.randn(x.shape, generator=generator, device=device)
+        hidden = torch.rand(count, generator=generator, device=device) < settings.label_dropout
+        return x, torch.where(hidden, self.n_classes, labels), sigma, noise
+
+    def figures(self) -> dict[str, float]:
+        """See `PublicTraining`."""
+        mean = self.world.all_reduce_(self.loss_sum.clone()) / (self.steps * self.world.size)
+        self.loss_sum.zero_()
+        self.steps = 0
+        return {"loss": mean.item()}
+
+    def state(self) -> dict[str, Any]:
+        """See `PublicTraining`."""
+        return {"engine": self.engine.state(), "ema": self.ema.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `PublicTraining`."""
+        self.engine.load(state["engine"])
+        self.ema.load_state_dict(state["ema"])
+
+    def samples(self) -> Tensor:
+        """See `PublicTraining`."""
+        averaged = build_diffusion(self.config, self.n_classes).to(self.world.device)
+        averaged.load_state_dict(self.denoiser.state_dict())
+        self.ema.copy_to(averaged)
+        count = 5 * min(self.n_classes, 10) if self.n_classes else 25
+        generator = torch.Generator(self.world.device).manual_seed(public_seed(self.config, "latents"))
+        latents = torch.randn(count, *image_shape(self.config), generator=generator, device=self.world.device)
+        labels = torch.arange(count, device=self.world.device) % max(self.n_classes, 1)
+        return edm.to_uint8(edm.sample(averaged, latents, labels if self.n_classes else None, steps=18))
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """See `PublicTraining`."""
+        return {"raw": self.denoiser.state_dict(), "ema": self.ema.averages}
+
+
+class DiffusionPrivate(PrivateTraining):
+    """DP-SGD on the denoiser itself; each private step is followed by its average."""
+
+    def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
+        torch.manual_seed(public_seed(config, "networks"))
+        self.module = build_diffusion(config, n_classes).to(world.device)
+        if pretrained is not None:
+            weights = pretrained[config.finetune.start_from]
+            load_pretrained(self.module, weights, LABEL if config.spec.pretraining == "all" else None)
+        self.losses = DenoisingLosses(config, world, n_classes)
+        self.optimizer = torch.optim.Adam(trained_parameters(self.module), lr=config.finetune.learning_rate)
+        self.ema = EMA(self.module, config.finetune.ema_decay)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Take the weights into the average."""
+        self.ema.update()
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """See `PrivateTraining`."""
+        return {"ema": self.ema.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `PrivateTraining`."""
+        self.ema.load_state_dict(state["ema"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `PrivateTraining`."""
+        return self.ema.averages
+
+
+class DenoisingLosses(ImageLosses):
+    """EDM's loss of K noised copies of each image; all random numbers belong to (step, image)."""
+
+    def __init__(self, config: Config, world: World, n_classes: int):
+        super().__init__(config, world, n_classes)
+        self.copies, self.label_dropout = config.finetune.noise_copies, config.finetune.label_dropout
+
+    def draw(
+        self, images: Tensor, labels: Tensor, indices: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W) -> images, labels, sigma and noise with K copies each: (B, K, ...)."""
+        count, copies, pixels = len(images), self.copies, images[0].numel()
+        normal = self.draws.normal(seed, indices, 1 + copies * (1 + pixels))
+        hidden = dropped(normal[:, 0], self.label_dropout)
+        sigma = edm.draw_sigma(normal[:, 1 : 1 + copies])
+        noise = normal[:, 1 + copies :].view(count, copies, *self.shape)
+        kept = torch.where(hidden, self.n_classes, labels)
+        return (
+            edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1),
+            kept[:, None].expand(-1, copies),
+            sigma,
+            noise,
+        )
+
+    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
+        """See `ImageLosses`."""
+        images, labels, sigma, noise = tensors
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return edm.loss(module, images, labels if self.n_classes else None, sigma, noise)
