@@ -6,7 +6,7 @@ selection on the test set. Whatever is fitted (means, scales, weights) is fitted
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,40 +122,31 @@ def train_cnn(
     """Train a ResNet-9 by SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
 
     Returns the network of the last epoch, in eval mode. The learning rate is 0.1 at a batch of 512 and in
-    proportion at others: small sets need small batches to get enough steps. `batch_size` is over all ranks:
-    each takes every `world.size`-th image of a batch and the gradients of the summed loss are added up, so
-    that the update is that of the whole batch but for batch-norm statistics, which each rank takes over its
-    own share. All ranks call it together and get the same network. Raises Stopped when a stop was requested.
+    proportion at others: small sets need small batches to get enough steps. `batch_size` is over all ranks,
+    whose gradients are added up, so that the update is that of the whole batch but for batch-norm statistics.
+    All ranks call it together and get the same network. Raises Stopped when a stop was requested.
     """
-    images, labels = (
-        torch.from_numpy(train.images).to(world.device),
-        torch.from_numpy(train.labels).to(world.device),
-    )
+    images, labels = (torch.from_numpy(array).to(world.device) for array in (train.images, train.labels))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
     parameters = list(network.parameters())
-    optimizer = torch.optim.SGD(
-        parameters, lr=LEARNING_RATE * batch_size / 512, momentum=0.9, weight_decay=5e-4
-    )
-    steps = epochs * math.ceil(len(train) / batch_size)
+    rate, steps = LEARNING_RATE * batch_size / 512, epochs * math.ceil(len(train) / batch_size)
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)  # order and flips, equal on all ranks
 
     network.train()
     with Progress(label, total=epochs, shown=world.is_main) as bar:
         for _ in range(epochs):
-            order = torch.randperm(len(train), generator=generator)
-            mirrored = torch.rand(len(train), generator=generator) < (0.5 if flip else 0.0)
             loss_sum = torch.zeros(1, device=world.device)
-            for start in range(0, len(train), batch_size):
-                batch = order[start : start + batch_size]
-                mine = batch[world.rank :: world.size]
+            for batch, mirrored in _batches(len(train), batch_size, flip, generator):
                 optimizer.zero_grad(set_to_none=True)
+                mine = batch[world.rank :: world.size].to(world.device)
                 if len(mine):  # a rank without images still takes part in the sum of gradients
-                    place = mine.to(world.device)
-                    inputs = _mirrored(to_unit(images[place]), mirrored[mine].to(world.device))
-                    loss = F.cross_entropy(network(inputs), labels[place], reduction="sum")
+                    own = mirrored[world.rank :: world.size].to(world.device)
+                    logits = network(_mirrored(to_unit(images[mine]), own))
+                    loss = F.cross_entropy(logits, labels[mine], reduction="sum")
                     (loss / len(batch)).backward()
                     loss_sum += loss.detach()
                 _add_up(parameters, world)
@@ -164,10 +155,27 @@ def train_cnn(
                 if stop.agreed(world):
                     raise Stopped(f"evaluate: finished measures are kept, {label} begins again")
             bar.advance(loss=f"{float(world.all_reduce_(loss_sum)) / len(train):.3f}")
+
+    _average_statistics(network, world)
+    return network.eval()
+
+
+def _average_statistics(network: nn.Module, world: World) -> None:
+    """Batch-norm statistics are of each rank's share: all ranks go on with their mean."""
     for buffer in network.buffers():
         if buffer.is_floating_point():
             world.all_reduce_(buffer).div_(world.size)
-    return network.eval()
+
+
+def _batches(
+    count: int, batch_size: int, flip: bool, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch, in random order: indices (B,) and which of them are flipped (B,)."""
+    order = torch.randperm(count, generator=generator)
+    mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
+    for start in range(0, count, batch_size):
+        batch = order[start : start + batch_size]
+        yield batch, mirrored[batch]
 
 
 def _mirrored(images: Tensor, which: Tensor) -> Tensor:

@@ -76,21 +76,22 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             if world.is_main:
                 checkpoint.save(file, {"population": population.state(), "step": step, "charges": charges})
     curves.close()
-    if not step:
+    known = {"n_classes": n_classes, "classes": list(sensitive.classes), "charges": {"evolve": charges}}
+    _finish(run, population, step, known, world)
+    size = population.public.numel()
+    return {"images": step * len(sensitive.images), "iterations": step, "population": size}
+
+
+def _finish(run: RunDir, population: Population, steps: int, known: dict, world: World) -> None:
+    """Write the last generation. Raises UserError if there was not a single histogram."""
+    if not steps:
         raise UserError(
             f"{run.path}: all histograms of this run were drawn before, and what they made is lost; choose "
             "another run.dir"
         )
     if world.is_main:
-        known = {
-            "n_classes": n_classes,
-            "classes": list(sensitive.classes),
-            "public_classes": population.public_classes,
-        }
-        made = {"steps": step, "charges": {"evolve": charges}}
-        checkpoint.save(run.stage("evolve") / "weights.pt", {"ema": population.state_dict()} | known | made)
-    size = population.public.numel()
-    return {"images": step * len(sensitive.images), "iterations": step, "population": size}
+        state = {"ema": population.state_dict(), "public_classes": population.public_classes, "steps": steps}
+        checkpoint.save(run.stage("evolve") / "weights.pt", state | known)
 
 
 def _digest(config: Config, world: World, account: Account, sensitive: ImageSet, voters: "Voters") -> bytes:

@@ -68,22 +68,25 @@ def run(config: Config, run: RunDir, world: World) -> dict:
                 raise Stopped(f"finetune: saved at step {step} of {plan.steps}")
     curves.close()
 
-    # The steps end early where the account allows no more. Without a single one there is nothing to release.
-    if not steps.step:
+    known = {"n_classes": n_classes, "classes": list(sensitive.classes), "charges": behind}
+    _finish(run, training, steps.step, known, world)
+    images, size = steps.step * plan.logical_batch_size, parameters(training.module)
+    return {"images": images, "steps": steps.step, "physical_batch_size": steps.physical, "parameters": size}
+
+
+def _finish(run: RunDir, training: PrivateTraining, steps: int, known: dict, world: World) -> None:
+    """Write the weights, with what later stages have to know of them.
+
+    The steps end early where the account allows no more. Raises UserError if there was not a single one.
+    """
+    if not steps:
         raise UserError(
             f"{run.path}: all private steps of this run were made before, and what they made is lost; "
             "choose another run.dir"
         )
     if world.is_main:
-        known = {
-            "n_classes": n_classes,
-            "classes": list(sensitive.classes),
-            "steps": steps.step,
-            "charges": behind,
-        }
-        checkpoint.save(run.stage("finetune") / "weights.pt", {"ema": training.weights()} | known)
-    images, size = steps.step * plan.logical_batch_size, parameters(training.module)
-    return {"images": images, "steps": steps.step, "physical_batch_size": steps.physical, "parameters": size}
+        state = {"ema": training.weights(), "steps": steps} | known
+        checkpoint.save(run.stage("finetune") / "weights.pt", state)
 
 
 def _resumed(

@@ -30,28 +30,7 @@ def accuracies(path: Path, after: dict[str, float], before: dict[str, float], ch
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
         for y, key in enumerate(reversed(after)):
-            rise = after[key] - before.get(key, 0.0)
-            if key in before:
-                axes.plot(
-                    [before[key], after[key]],
-                    [y, y],
-                    color=theme["grid"],
-                    linewidth=5,
-                    solid_capstyle="round",
-                    zorder=1,
-                )
-                axes.scatter(before[key], y, s=55, color=theme["second"], zorder=2)
-                _beside(axes, before[key], y, f"{before[key]:.1f}", right=rise < 0, color=theme["muted"])
-            axes.scatter(after[key], y, s=75, color=theme["accent"], zorder=3)
-            _beside(
-                axes,
-                after[key],
-                y,
-                f"{after[key]:.1f}",
-                right=rise >= 0,
-                color=theme["ink"],
-                fontweight="bold",
-            )
+            _score(axes, y, after[key], before.get(key), theme)
         axes.axvline(chance, color=theme["muted"], linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
             "guessing", (chance, -0.62), (4, 0), textcoords="offset points", color=theme["muted"], fontsize=8
@@ -66,22 +45,31 @@ def accuracies(path: Path, after: dict[str, float], before: dict[str, float], ch
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0)
         if before:
-            handles = [
-                axes.scatter([], [], s=55, color=theme["second"]),
-                axes.scatter([], [], s=75, color=theme["accent"]),
-            ]
-            labels = ["before private fine-tuning", "after"]
-            figure.legend(
-                handles,
-                labels,
-                loc="outside upper left",
-                ncols=2,
-                frameon=False,
-                handletextpad=0.2,
-                fontsize=8,
-            )
+            _legend(figure, axes, theme)
 
     save(path, (5.2, 0.9 + 0.62 * len(after)), draw)
+
+
+def _score(axes: Axes, y: int, after: float, before: float | None, theme: dict[str, str]) -> None:
+    """One row: a point, and where there is an earlier score a line that leads to it."""
+    rises = after >= (before or 0.0)
+    if before is not None:
+        style: dict[str, Any] = {"linewidth": 5, "solid_capstyle": "round", "zorder": 1}
+        axes.plot([before, after], [y, y], color=theme["grid"], **style)
+        axes.scatter(before, y, s=55, color=theme["second"], zorder=2)
+        _beside(axes, before, y, f"{before:.1f}", right=not rises, color=theme["muted"])
+    axes.scatter(after, y, s=75, color=theme["accent"], zorder=3)
+    _beside(axes, after, y, f"{after:.1f}", right=rises, color=theme["ink"], fontweight="bold")
+
+
+def _legend(figure: Figure, axes: Axes, theme: dict[str, str]) -> None:
+    handles = [
+        axes.scatter([], [], s=55, color=theme["second"]),
+        axes.scatter([], [], s=75, color=theme["accent"]),
+    ]
+    style: dict[str, Any] = {"ncols": 2, "frameon": False, "handletextpad": 0.2, "fontsize": 8}
+    labels = ["before private fine-tuning", "after"]
+    figure.legend(handles, labels, loc="outside upper left", **style)
 
 
 def embedding(
