@@ -63,6 +63,25 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def submit(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [SECTION.KEY=VALUE]...",
+            help="YAML file of settings, or of an experiment, and settings that replace those of the file",
+        ),
+    ],
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="several files, or several values separated by commas")
+    ] = False,
+) -> None:
+    """Queue a run, a sweep or an experiment as jobs of a SLURM cluster."""
+    from privimage.cluster.jobs import submit as submit_jobs
+
+    submit_jobs(words, sweep)
+
+
+@app.command()
 def audit(
     config: ConfigFile,
     overrides: Overrides = None,

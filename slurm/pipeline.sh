@@ -7,4 +7,4 @@
 set -euo pipefail
 # shellcheck source=slurm/_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
-exec python -m privimage.cluster.slurm pipeline "$@"
+exec privimage submit "$@"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY, TINY
 
-from privimage.cluster import slurm
+from privimage.cluster import jobs
 from privimage.distributed.preemption import SIGNALS
 from privimage.errors import UserError
 from privimage.evaluation import report
@@ -369,12 +369,12 @@ def test_a_run_that_cannot_save_yet_when_it_is_stopped_is_no_failure(path: Path,
 
 
 def test_a_sweep_of_an_experiment_shares_its_public_stages(path: Path) -> None:
-    variants = slurm.expand([str(path), "runtime.threads=2"])
+    variants = jobs.expand([str(path), "runtime.threads=2"])
     runs = load(path).all_runs(["runtime.threads=2"])
     assert variants == [(run.path, run.overrides) for run in runs]
     # epsilon 10 trains the query for epsilon 1; DPDM has no public stage to wait for
-    first, second = slurm.waves([run.config for run in runs])
+    first, second = jobs.waves([run.config for run in runs])
     assert [runs[at].name for at in second] == ["privimage+d-epsilon1-seed0", "privimage+d-epsilon1-seed3"]
     assert sorted([*first, *second]) == list(range(8))
     with pytest.raises(UserError, match="an experiment is submitted alone"):
-        slurm.expand([str(path), str(TINY)])
+        jobs.expand([str(path), str(TINY)])

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from ranks import TINY
 
-from privimage.cluster import slurm
+from privimage import cli
+from privimage.cluster import jobs
+from privimage.cluster.scheduler import Submission, job_request
+from privimage.cluster.slurm import sbatch_options
 from privimage.config import load
 from privimage.errors import UserError
 
@@ -20,7 +23,8 @@ SECTION = [
 
 
 def options(stage: str, *overrides: str, **environ: str) -> list[str]:
-    return slurm.sbatch_options(load(TINY, [*SECTION, *overrides]), stage, environ)
+    config = load(TINY, [*SECTION, *overrides])
+    return sbatch_options(config, Submission(stage, Path("log"), (), job_request(config, stage, environ)))
 
 
 def test_a_stage_asks_for_what_all_stages_do_unless_it_says_otherwise():
@@ -59,7 +63,7 @@ def test_what_cannot_be_asked_for_is_told(environ: dict[str, str]):
 
 
 def test_a_sweep_has_a_run_directory_for_each_combination():
-    variants = slurm.expand(
+    variants = jobs.expand(
         [
             str(TINY),
             "privacy.epsilon=1,10",
@@ -76,12 +80,12 @@ def test_a_sweep_has_a_run_directory_for_each_combination():
 
 
 def test_configurations_are_swept_as_they_are(tmp_path: Path):
-    assert slurm.expand(["a.yaml", "b.yaml"]) == [(Path("a.yaml"), ()), (Path("b.yaml"), ())]
+    assert jobs.expand(["a.yaml", "b.yaml"]) == [(Path("a.yaml"), ()), (Path("b.yaml"), ())]
 
 
 def test_a_sweep_whose_runs_would_share_a_directory_is_refused():
     with pytest.raises(UserError, match=r"run\.dir"):
-        slurm.sweep([str(TINY), str(TINY)])
+        jobs.sweep([str(TINY), str(TINY)])
 
 
 def sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +99,9 @@ def test_what_sbatch_refuses_is_told_in_one_line_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     sbatch(tmp_path, "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1", monkeypatch)
+    monkeypatch.setattr("sys.argv", ["privimage", "submit", str(TINY), f"run.dir={tmp_path / 'run'}"])
     with pytest.raises(SystemExit) as ended:
-        slurm.main(["pipeline", str(TINY), f"run.dir={tmp_path / 'run'}"])
+        cli.main()
     told = capsys.readouterr().err
     assert (ended.value.code, told.count("\n")) == (2, 1)
     assert "prepare: sbatch: error: invalid partition specified: gpu" in told
@@ -107,7 +112,7 @@ def test_the_jobs_of_a_pipeline_wait_for_each_other(
 ):
     log = tmp_path / "calls"
     sbatch(tmp_path, f'echo "$@" >>{log}; wc -l <{log}', monkeypatch)
-    slurm.main(["pipeline", str(TINY), f"run.dir={tmp_path / 'run'}", "method=dpdm"])
+    jobs.submit([str(TINY), f"run.dir={tmp_path / 'run'}", "method=dpdm"])
     finetune, synthesize, evaluate, summary = log.read_text().splitlines()
     assert "--dependency" not in finetune
     assert "--dependency=afterok:1 --kill-on-invalid-dep=yes" in synthesize
@@ -119,4 +124,4 @@ def test_the_jobs_of_a_pipeline_wait_for_each_other(
 def test_without_slurm_the_message_says_where_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch: no such command"):
-        slurm.pipeline(TINY, [f"run.dir={tmp_path / 'run'}"])
+        jobs.pipeline(TINY, [f"run.dir={tmp_path / 'run'}"])
