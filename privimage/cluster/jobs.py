@@ -42,8 +42,8 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
     prints a summary.
     """
     config = load(path, tuple(overrides))
-    run, jobs = RunDir(config.run.dir), []
-    logs = _logs(run)
+    run = RunDir(config.run.dir)
+    logs, jobs = _logs(run), list[str]()
     for stage in config.spec.stages:
         if run.record(stage) is not None:
             print(f"{stage:12} done before")
