@@ -37,8 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def plan(config: Config) -> "RunPlan":
     """What a run promises and what it will cost, without touching data; `print` shows it.
 
-    Raises UserError if the promise cannot be kept, or where the configuration does not tell the number of
-    images.
+    Raises UserError if the promise cannot be kept, or if the configuration does not state the number
+    of images.
     """
     from privimage.commands.plan import plan_run
 

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from privimage.config.stages import STAGES
-from privimage.errors import UserError, settled, tell
+from privimage.errors import UserError, earlier_status, tell
 from privimage.storage.owner_only import close_process
 
 app = typer.Typer(
@@ -179,9 +179,10 @@ def methods() -> None:
 def main() -> None:
     """Entry point.
 
-    The exit status is 0 done, 2 a mistake told in one line, 75 stopped with the state saved, 1 anything else.
+    The exit status is 0 done, 2 a mistake, reported in one line, 75 stopped with the state saved, 1 anything
+    else.
     """
-    if (status := settled()) is not None:
+    if (status := earlier_status()) is not None:
         sys.exit(status)
     close_process()
     try:

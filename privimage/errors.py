@@ -22,7 +22,7 @@ class UserError(PrivImageError):
 
 
 class Mistakes(UserError):
-    """Several mistakes at once, each told in a line of its own."""
+    """Several mistakes at once, one line each."""
 
     def __init__(self, lines: Sequence[str]):
         super().__init__("\n".join(lines))
@@ -36,17 +36,17 @@ class Stopped(PrivImageError):
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a run that ends with `error`; 1 for whatever was not foreseen."""
+    """The exit status of a run that ends with `error`; 1 for an unexpected error."""
     return getattr(error, "status", 1)
 
 
 def tell(message: str, status: int | None) -> None:
-    """Tell why a run ends early, on standard error, and leave its status; None where starting again may help.
+    """Print why a run ends early to standard error, and leave its status; None if a restart may help.
 
-    Of several mistakes (status 2) each has a line of its own.
+    Several mistakes (status 2) are printed one per line.
     """
     head = f"privimage: {'stopped' if status == Stopped.status else 'error'}: "
-    # What was not foreseen has a traceback, which is told as it is.
+    # An unexpected error is printed with its traceback, as it is.
     lines = message.splitlines() if status == UserError.status else [message]
     print("\n".join(head + line for line in lines), file=sys.stderr, flush=True)
     if status is not None:
@@ -54,17 +54,17 @@ def tell(message: str, status: int | None) -> None:
 
 
 def leave_status(status: int) -> None:
-    """Write a final exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that end with one
-    of their own.
+    """Write the final exit status to the file named by PRIVIMAGE_STATUS_FILE, for launchers that return
+    another one.
 
-    Ranks that vanish leave none: launchers start all ranks again then.
+    Ranks that are killed write none: launchers then restart all ranks.
     """
     if name := os.environ.get("PRIVIMAGE_STATUS_FILE"):
         Path(name).write_text(f"{status}\n")
 
 
-def settled() -> int | None:
-    """The final status that these ranks have left already, where torchrun starts them again all the same."""
+def earlier_status() -> int | None:
+    """The final status that these ranks left before torchrun restarted them; None if there is none."""
     name = os.environ.get("PRIVIMAGE_STATUS_FILE")
     if not name or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not Path(name).exists():
         return None

@@ -95,8 +95,8 @@ def sweep(words: Sequence[str]) -> None:
 
 
 def waves(configs: Sequence[Config]) -> list[list[int]]:
-    """The places of the runs that may begin at once, and of those that then find all their public stages done
-    by others.
+    """Indices of the runs that can start at once, and of those that then find all their public stages done by
+    others.
     """
     known: set[str] = set()
     first: list[int] = []
@@ -109,9 +109,7 @@ def waves(configs: Sequence[Config]) -> list[list[int]]:
 
 
 def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
-    """Configurations and their overrides from the words of sweep.sh.
-
-    Those of its runs for the file of an experiment.
+    """Configurations and their overrides from the words of a sweep, or of the runs of an experiment.
 
     ``a.yaml privacy.epsilon=1,5`` gives a.yaml twice, with a run.dir of its own for each: ``runs/a-epsilon1``
     and so on. Commas inside brackets separate nothing. Raises UserError where there is no configuration.
@@ -144,7 +142,7 @@ def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def summary(paths: Sequence[str]) -> None:
-    """Print how far each run came and what to do about those that did not come to their end.
+    """Print how far each run came and what to do about those that did not finish.
 
     Runs as the last job.
     """
@@ -165,7 +163,7 @@ def summary(paths: Sequence[str]) -> None:
             "memory; see `scontrol show job`)."
         )
         print(
-            "When it is mended, submit again: finished stages are skipped, and a stage that was stopped "
+            "When that is fixed, submit again: finished stages are skipped, and a stage that was stopped "
             "goes on from its last checkpoint."
         )
         sys.exit(1)

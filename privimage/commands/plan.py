@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from privimage.config import Config
-from privimage.distributed.precision import settled
+from privimage.distributed.precision import resolved
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
@@ -30,7 +30,7 @@ KNOWN = {
 
 
 def public_size(config: Config) -> tuple[int, int]:
-    """N and the number of classes (0 if unlabelled), as far as the configuration tells.
+    """N and the number of classes (0 if unlabelled), as stated by the configuration.
 
     Raises UserError if it does not.
     """
@@ -102,7 +102,7 @@ def plan_run(config: Config) -> RunPlan:
         return RunPlan(config, count, classes, privacy, other, {}, [], device.type)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    kind, measured = family(config), settled(config, World(0, 0, 1, 1, device))
+    kind, measured = family(config), resolved(config, World(0, 0, 1, 1, device))
     work = kind.work(measured, privacy, classes, device)
     return RunPlan(config, count, classes, privacy, other, kind.sizes(config, classes), work, device.type)
 

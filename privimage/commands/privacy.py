@@ -7,7 +7,7 @@ from rich.table import Table
 
 from privimage.errors import UserError
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.ledger import Ledger, read, told
+from privimage.privacy.ledger import Ledger, describe, read
 from privimage.privacy.spent import Spent
 from privimage.storage.files import read_json
 
@@ -65,11 +65,11 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     console.print(f"epsilon {by if mechanisms else '0'} at delta {delta:.3g}")
     if spent.torn:
         console.print(f"{spent.torn} torn lines, from crashes in the middle of a write, are counted as spent")
-    loud = spent.not_private if run is None else spent.not_private & {run}
+    without_noise = spent.not_private if run is None else spent.not_private & {run}
     if run is None and spent.budget is not None:
-        console.print(f"budget of all runs: {told(spent.budget)}")
-    if loud:
+        console.print(f"budget of all runs: {describe(spent.budget)}")
+    if without_noise:
         console.print(
-            f"[bold]not private:[/] {len(loud)} run(s) used the set without noise or with a fixed key; "
-            "their output is covered by nothing"
+            f"[bold]not private:[/] {len(without_noise)} run(s) used the set without noise or with a fixed "
+            "key; their output is covered by nothing"
         )

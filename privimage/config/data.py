@@ -30,7 +30,7 @@ class RunSection(Section):
 class PublicData(Section):
     """The public set: anyone may see it. Its labels are what the query function learns.
 
-    A set without them is told apart by clusters.
+    Without labels, images are grouped into clusters.
     """
 
     affects = on("prepare", place=True)
@@ -78,7 +78,7 @@ class SensitiveData(Section):
 
 
 class Data(Section):
-    """Both image sets, brought to one shape."""
+    """Both image sets, converted to one shape."""
 
     affects = on(*STAGES)
 
@@ -97,6 +97,6 @@ class Data(Section):
         2,
         ge=0,
         le=64,
-        description="processes that prepare and decode public images, a rank",
+        description="processes per rank that prepare and decode public images",
         json_schema_extra=on(),
     )

@@ -37,11 +37,11 @@ class Finetune(Section):
     logical_batch_size: int = Field(
         16384,
         ge=1,
-        description="B, the expected number of images a step; the sample rate is B / N",
+        description="B, the expected number of images per step; the sample rate is B / N",
         json_schema_extra=on("finetune", planned=True),
     )
     physical_batch_size: int | Literal["auto"] = Field(
-        "auto", description="images that go through the network at once, a rank"
+        "auto", description="images per rank that go through the network at once"
     )
     steps: int = Field(
         152,
@@ -114,7 +114,7 @@ class Match(Section):
         gt=0,
         description="a constant: bandwidth of the Gaussian kernel (pixels in [-1, 1]), unit sqrt(pixels)",
     )
-    batch_size: int = Field(500, ge=2, description="generated images a step over all ranks")
+    batch_size: int = Field(500, ge=2, description="generated images per step, over all ranks")
     steps: int = Field(
         4000, ge=1, description="training steps, which use public randomness and the noisy embedding only"
     )
@@ -176,7 +176,7 @@ class Evolve(Section):
     guidance: float = Field(
         0.0, ge=0, description="classifier-free guidance scale towards an image's public class; 0 is off"
     )
-    batch_size: int = Field(500, ge=1, description="images that go through a network at once, a rank")
+    batch_size: int = Field(500, ge=1, description="images per rank that go through a network at once")
 
     @model_validator(mode="after")
     def _degrees_fall(self) -> "Evolve":

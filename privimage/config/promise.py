@@ -46,7 +46,7 @@ class Privacy(Section):
     ledger: Path | None = Field(
         None,
         description=(
-            "folder of the ledgers, one a sensitive set; unset: privimage/ledgers in the user's state "
+            "folder of the ledgers, one per sensitive set; unset: privimage/ledgers in the user's state "
             "directory"
         ),
         json_schema_extra=on(),

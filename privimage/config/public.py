@@ -24,7 +24,7 @@ class Model(Section):
 class Query(Section):
     """The semantic query function, trained on public images.
 
-    On their labels, or without labels to tell views of one image from others.
+    With labels by classification, without labels by contrastive learning.
     """
 
     affects = on("query")
@@ -45,7 +45,7 @@ class Query(Section):
         description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28",
         json_schema_extra=on("query", "select", "evolve"),
     )
-    batch_size: int = Field(8192, ge=1, description="images a step over all ranks")
+    batch_size: int = Field(8192, ge=1, description="images per step, over all ranks")
     steps: int = Field(9400, ge=1, description="training steps")
     learning_rate: float = Field(
         0.01, gt=0, description="SGD learning rate, cosine schedule, momentum 0.9, weight decay 5e-4"
@@ -72,7 +72,7 @@ class Pretrain(Section):
     deepspeed_config: Path | None = Field(
         None, description="DeepSpeed's JSON; unset: ZeRO stage 1 with bf16 on GPUs"
     )
-    batch_size: int = Field(2048, ge=1, description="images a step over all ranks")
+    batch_size: int = Field(2048, ge=1, description="images per step, over all ranks")
     steps: int = Field(128_000, ge=1, description="training steps")
     learning_rate: float = Field(
         1e-4, gt=0, description="Adam learning rate, no weight decay; of both networks of a GAN"

@@ -23,7 +23,7 @@ class Synthesize(Section):
     )
     sampler_steps: int = Field(50, ge=2, le=1000, description="diffusion: noise levels from 80 to 0.002")
     guidance: float = Field(0.0, ge=0, description="diffusion: classifier-free guidance scale; 0 is off")
-    batch_size: int = Field(500, ge=1, description="images that go through the network at once, a rank")
+    batch_size: int = Field(500, ge=1, description="images per rank that go through the network at once")
     images: bool = Field(False, description="also write the images as PNG files under release/images")
 
 

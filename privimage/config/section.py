@@ -1,4 +1,4 @@
-"""What all sections of settings have in common: how they are read, and how a mistake in them is told."""
+"""What all sections of settings have in common: how they are read, and how mistakes are reported."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence

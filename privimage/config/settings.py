@@ -2,8 +2,7 @@
 
 An unknown key is an error that names the nearest one.
 
-Every field has a sentence of help and a range. Inside the house a `Config` is trusted: it was validated at
-the door.
+Every field has a description and a range. A `Config` was validated when it was read; no code checks it again.
 """
 
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ class Runtime(Section):
     affects = on()
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads a rank; unset: cores / local ranks")
+    threads: int | None = Field(None, ge=1, description="CPU threads per rank; unset: cores / local ranks")
     seed: int = Field(
         0,
         ge=0,
@@ -129,5 +128,5 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "gan" in tree and config.spec.generator != "gan":
         parse(
             for_method(tree | {"method": "dpgan"}, {}), f"{path}: gan"
-        )  # a mistake there is told before the section is used
+        )  # report a mistake there even if the section is not used
     return config

@@ -1,4 +1,4 @@
-"""The section `slurm` of the settings: what the jobs of a run ask a cluster for."""
+"""The section `slurm` of the settings: resources of the jobs of a run."""
 
 from pydantic import Field, field_validator
 
@@ -7,17 +7,17 @@ from privimage.config.stages import STAGES
 
 
 class Job(Section):
-    """What one SLURM job asks for."""
+    """Resources of one SLURM job."""
 
     affects = on()
 
     nodes: int | None = Field(None, ge=1, description="nodes; unset: 1")
-    gpus: int | None = Field(None, ge=0, description="GPUs a node; unset: none")
-    ranks: int | None = Field(None, ge=1, description="ranks a node; unset: one a GPU, or one")
+    gpus: int | None = Field(None, ge=0, description="GPUs per node; unset: none")
+    ranks: int | None = Field(None, ge=1, description="ranks per node; unset: one per GPU, or one")
     cpus: int | None = Field(
-        None, ge=1, description="CPU cores a rank; unset: the cluster's default, as for memory and time"
+        None, ge=1, description="CPU cores per rank; unset: the cluster's default, as for memory and time"
     )
-    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, as 200G")
+    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory per node, as 200G")
     time: str | None = Field(
         None,
         pattern=r"^(\d+-)?\d+(:\d+){0,2}$",

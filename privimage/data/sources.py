@@ -121,8 +121,8 @@ def sensitive_source(config: Config, split: Split) -> Source:
     sensitive = config.data.sensitive
     if split == "test":
         if not has_test_split(config):
-            told = f"needed, since kind {sensitive.kind} has no test split of its own here"
-            raise UserError(f"data.sensitive.test_path: {told}")
+            reason = f"needed, since kind {sensitive.kind} has no test split of its own here"
+            raise UserError(f"data.sensitive.test_path: {reason}")
         return held_out_source(config, sensitive_source(config, "train").classes)
     if sensitive.path is None and sensitive.kind not in EMBEDDED:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")

@@ -3,8 +3,8 @@
 One file in FFCV's format, or a memory-mapped .npy where FFCV's compiled part is missing.
 
 Both hold uint8 (C, H, W) images of one shape with their labels, and stand beside a sidecar NAME.json. They
-are written whole or not at all, and checked before they are used: FFCV itself reads a damaged file without a
-word.
+are written whole or not at all, and checked before they are used: FFCV itself reads damaged files without an
+error.
 """
 
 import errno
@@ -46,9 +46,9 @@ class Sidecar:
 
 
 def import_ffcv() -> None:
-    """Import FFCV, by which this process keeps its threads.
+    """Import FFCV and keep the number of torch's threads.
 
-    When it is first imported it leaves torch a single one. Raises ImportError or OSError.
+    Its import sets that number to one. Raises ImportError or OSError.
     """
     threads = torch.get_num_threads()
     try:
@@ -142,8 +142,8 @@ def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int])
 
 @contextmanager
 def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
-    """FFCV's writer without its worker processes, which wait for each other for ever when one of them raises
-    or is killed.
+    """FFCV's writer without its worker processes, which deadlock when one of them raises or is
+    killed.
     """
     from ffcv.fields import IntField, NDArrayField
     from ffcv.memory_allocator import MemoryAllocator
@@ -172,9 +172,7 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
     writer.header["num_samples"] = written
     writer.finalize([allocator.allocations])
     if writer.header["alloc_table_ptr"] != allocator.offset + (allocator.my_page + 1) * PAGE_BYTES:
-        raise OSError(
-            errno.ENOSPC, os.strerror(errno.ENOSPC)
-        )  # FFCV takes no notice of a write that was cut short
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # FFCV ignores a short write
 
 
 @contextmanager
@@ -203,16 +201,16 @@ def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not _sidecar_path(path).is_file():
-        told = f"its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen"
-        raise UserError(f"{path}: {told}; prepare it again")
+        reason = f"its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen"
+        raise UserError(f"{path}: {reason}; prepare it again")
     known = _sidecar(path)
     if (found := path.stat().st_size) != known.size:
         raise UserError(
             f"{path}: truncated or altered ({found} bytes, {known.size} were written); prepare it again"
         )
     if shape and known.shape != shape:
-        told = f"data.channels and data.resolution ask for {shape}"
-        raise UserError(f"{path}: holds images of shape {known.shape}, {told}")
+        reason = f"data.channels and data.resolution ask for {shape}"
+        raise UserError(f"{path}: holds images of shape {known.shape}, {reason}")
     return known
 
 
@@ -281,7 +279,7 @@ def _sidecar(path: Path) -> Sidecar:
 
 @lru_cache(maxsize=8)
 def _digest_of_version(path: Path, modified_ns: int, inode: int) -> str:
-    """The digest is computed once for each version of a file that this process meets."""
+    """The digest is computed once for each version of a file."""
     return _digest(path)
 
 

@@ -179,7 +179,7 @@ def _loader(path: Path, batch_size: int, workers: int):
 def _end(batches) -> None:
     """End a pass that may have been left early.
 
-    FFCV's thread would stay for ever with the batches that nobody takes.
+    Otherwise FFCV's thread would never end.
     """
     batches.iter_ixes = iter(())
     batches.close()
@@ -195,7 +195,7 @@ def _end(batches) -> None:
 def _wait(batches) -> None:
     """Wait for the next batch. Raises RuntimeError when FFCV's thread has ended early.
 
-    FFCV itself would wait for ever.
+    FFCV itself would wait forever.
     """
     while batches.output_queue.empty():
         if not batches.is_alive() and batches.output_queue.empty():

@@ -23,13 +23,13 @@ class Ranks(Protocol):
     def all_reduce_(self, tensor: Tensor) -> Tensor: ...
 
 
-def gathered(ranks: Ranks, told: bytes) -> list[bytes]:
-    """What each rank tells, all of one length, by rank.
+def gathered(ranks: Ranks, payload: bytes) -> list[bytes]:
+    """The `payload` of each rank, all of one length, in order.
 
     One all-reduce of W x n numbers, which all ranks call together.
     """
-    rows = torch.zeros(ranks.size, len(told), dtype=torch.int64, device=ranks.device)
-    rows[ranks.rank] = torch.tensor(list(told), dtype=torch.int64, device=ranks.device)
+    rows = torch.zeros(ranks.size, len(payload), dtype=torch.int64, device=ranks.device)
+    rows[ranks.rank] = torch.tensor(list(payload), dtype=torch.int64, device=ranks.device)
     return [bytes(row) for row in ranks.all_reduce_(rows).tolist()]
 
 
@@ -42,8 +42,8 @@ def require_equal(digests: list[bytes], what: str, remedy: str) -> None:
     """Raise UserError that names the ranks whose digest is not that of rank 0."""
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        told = (
+        payload = (
             f"rank{'s' if len(others) > 1 else ''} "
             f"{', '.join(others[:20])}{' ...' if len(others) > 20 else ''}"
         )
-        raise UserError(f"{what} are not the same on all ranks: {told} differ from rank 0; {remedy}")
+        raise UserError(f"{what} are not the same on all ranks: {payload} differ from rank 0; {remedy}")

@@ -25,7 +25,7 @@ class _SumOverRanks(torch.autograd.Function):
 class RanksBatchNorm2d(nn.BatchNorm2d):
     """In training, batch norm whose mean and variance are those of all ranks' images, equally many on each.
 
-    Else as ever.
+    In eval mode it is an ordinary batch norm.
     """
 
     def forward(self, images: Tensor) -> Tensor:

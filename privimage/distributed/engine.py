@@ -1,6 +1,6 @@
 """The engines of public pretraining behind one interface: torch DDP, or DeepSpeed ZeRO 0, 1 and 2.
 
-Both train with Adam (betas 0.9 and 0.999 unless told otherwise, no weight decay), keep the weights in fp32,
+Both train with Adam (betas 0.9 and 0.999 by default, no weight decay), keep the weights in fp32,
 and give the same state: full tensors by parameter name. A run may therefore go on with another number of
 ranks or with the other engine.
 """

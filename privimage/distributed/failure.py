@@ -1,9 +1,9 @@
 """How ranks end together.
 
-Whoever fails first says so in the store, and every rank ends with the same status at once.
+The first rank that fails writes so to the store; every rank then ends with the same status.
 
-Without this a rank that meets a mistake (a missing file on one node, a full disk) leaves the others in a
-collective operation until its time-out, and each of them then tells a story of its own.
+Otherwise a failing rank (a missing file on one node, a full disk) would leave the others in a collective
+operation until its time-out, and each of them would report another error.
 """
 
 import os
@@ -25,7 +25,7 @@ GONE_SECONDS = 20.0
 class Watch(threading.Thread):
     """A thread of each rank that looks for the failure of another one.
 
-    It has a connection to the store of its own.
+    It has its own connection to the store.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
@@ -56,7 +56,7 @@ class Watch(threading.Thread):
                 self._follow(int(self.store.get("failed").decode().split()[1]))
 
     def fail(self, message: str, status: int | None) -> NoReturn:
-        """End this process with `status` (see `tell`), telling `message`.
+        """Print `message` and end this process with `status` (see `tell`).
 
         With that of another rank where it was first.
         """

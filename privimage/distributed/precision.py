@@ -10,7 +10,7 @@ from privimage.distributed.world import World
 PROCESSOR = Path("/proc/cpuinfo")
 
 
-def settled(config: Config, world: World) -> Config:
+def resolved(config: Config, world: World) -> Config:
     """The settings with `auto` of `runtime.precision` and `finetune.precision` replaced by what suits the
     main rank's device.
 
@@ -26,7 +26,7 @@ def settled(config: Config, world: World) -> Config:
 
 
 def faster_in_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 by instructions of its own.
+    """Whether the device has bf16 matrix instructions.
 
     GPUs since Ampere, CPUs with AMX or AVX-512 BF16.
     """

@@ -22,21 +22,21 @@ class StopFlag:
     """Whether this rank was asked to stop. Work that takes long looks at it at each step."""
 
     def __init__(self) -> None:
-        self.requested, self.told = False, False
+        self.requested, self.announced = False, False
 
-    def install(self, told: bool = True) -> None:
-        """Let the signals set the flag, from now on in this process (main thread only); `told`.
+    def install(self, announced: bool = True) -> None:
+        """Let the signals set the flag, from now on in this process (main thread only).
 
-        Say so when one arrives.
+        `announced`: print a line when one arrives.
         """
-        self.requested, self.told = False, told
+        self.requested, self.announced = False, announced
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the user insists
-        if self.told and not self.requested:
+        if self.announced and not self.requested:
             say(f"{signal.Signals(number).name}: stopping at the end of this step; the state will be saved")
         self.requested = True
 

@@ -44,7 +44,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     @property
@@ -113,8 +113,8 @@ class World:
         """Tell the user why this rank ends early, in one line where `error` was foreseen, and end the other
         ranks too.
 
-        Returns the exit status where this rank is alone. Of several, only the first to fail tells; all end
-        here, with its status.
+        Returns the exit status where this rank is alone. With several ranks only the first to fail prints;
+        all end here, with its status.
         """
         status: int | None = status_of(error)
         message = str(error) if status != 1 else "".join(traceback.format_exception(error))
@@ -151,8 +151,8 @@ class World:
 def connect(runtime: Runtime) -> World:
     """Find this rank's place, take a device, and join the process group.
 
-    Raises UserError, in one line, for half-set variables, a device that is not there, or ranks that do not
-    meet.
+    Raises UserError, in one line, for half-set variables, a device that is not there, or ranks that cannot
+    connect.
     """
     place = find_place()
     device = _device(runtime, place)
@@ -180,7 +180,7 @@ def connect(runtime: Runtime) -> World:
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
-            f"{place.launcher}: rank {place.rank} of {place.size} did not meet the others at "
+            f"{place.launcher}: rank {place.rank} of {place.size} could not connect to the others at "
             f"{place.address}:{place.port} ({first});"
             " check that all ranks started, that the name resolves and that the port is open"
         ) from None
@@ -205,13 +205,13 @@ def _device(runtime: Runtime, place: Place) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("runtime.device: cuda was asked for, and torch sees no GPU")
     visible = torch.cuda.device_count()
-    # A launcher may show each rank a GPU of its own (visible is 1 then), or all GPUs of the node to all its
+    # A launcher may give each rank one visible GPU, or all GPUs of the node to all its
     # ranks.
     index = 0 if visible == 1 else place.local_rank
     if index >= visible:
         raise UserError(
             f"runtime.device: local rank {place.local_rank} has no GPU, {visible} are visible; start one "
-            "rank a GPU"
+            "rank per GPU"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
@@ -226,5 +226,5 @@ def _threads(place: Place) -> int:
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    # gloo raises plain RuntimeErrors; NCCL's and the store's have a class of their own.
+    # gloo raises plain RuntimeErrors; NCCL's and the store's have their own class.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

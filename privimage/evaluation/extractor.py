@@ -67,7 +67,7 @@ class StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        random = np.random.RandomState(20151205)  # its stream is frozen for ever
+        random = np.random.RandomState(20151205)  # NumPy guarantees this stream
         weights = (
             random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
             for shape in ((32, 3, 3, 3), (48, 32, 3, 3), (64, 48, 3, 3))
@@ -176,6 +176,6 @@ def weights_for(features: str, weights: Path | None) -> Weights | None:
     ]
     partial = not last or any(not value.any() for value in last)
     if features == "2048" and partial:
-        told = "partial weights, zero beyond the 768 features; FID needs 2048, use evaluate.features=768"
-        raise UserError(f"evaluate.inception_weights: {weights}: {told}")
+        reason = "partial weights, zero beyond the 768 features; FID needs 2048, use evaluate.features=768"
+        raise UserError(f"evaluate.inception_weights: {weights}: {reason}")
     return Weights(state, digest, features if features != "auto" else ("768" if partial else "2048"))

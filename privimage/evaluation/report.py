@@ -49,8 +49,7 @@ COVERED = (
 COVERED_FIGURES = ("samples", "selection", "loss", "budget")
 CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
 FIDELITY = ("distance", "fid", "kid", "precision", "recall", "kernel_distance", "kernel_deviation")
-# all that report.json tells in numbers, for tables over many runs; a run that has not measured one has null
-# or nothing there
+# All numbers of report.json, for tables over many runs; null or missing where a run has not measured one.
 NUMBERS = (
     *(f"{section}.{name}" for section in ("accuracy", "accuracy_before") for name in CLASSIFIERS),
     *(f"{section}.{name}" for section in ("fidelity", "fidelity_before") for name in FIDELITY),

@@ -1,4 +1,4 @@
-"""All runs of an experiment on this machine, one after the other, each in a process of its own."""
+"""All runs of an experiment on this machine, one after the other, each in a separate process."""
 
 import signal
 import subprocess
@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.2
 def execute(path: Path, overrides: Sequence[str] = ()) -> int:
     """Run what is not finished.
 
-    A run that fails does not end the others, its reason is kept and told at the end.
+    A run that fails does not end the others; its reason is printed at the end.
 
     Returns the exit status: 0 if all runs are finished, 1 if some failed, 75 if a stop was requested. Raises
     UserError, before the first run, for anything that is wrong with the file or with the settings of any run.
@@ -39,7 +39,7 @@ def execute(path: Path, overrides: Sequence[str] = ()) -> int:
             say(f"{head}: stopped; run again to go on")
             return Stopped.status
         if status:
-            failed.append((run.name, state_of(run).told))
+            failed.append((run.name, state_of(run).description))
     say(
         f"{path}: {len(runs) - len(failed)} of {len(runs)} runs are finished, "
         f"{(time.monotonic() - started) / 60:.1f} minutes"

@@ -17,7 +17,7 @@ COLUMNS = 3  # panels side by side
 def draw(path: Path, gathered: Gathered) -> None:
     """Means with bars of one standard deviation, in a colour for each combination of the other axes.
 
-    Published values are hollow.
+    Published values are drawn as empty circles.
     """
     experiment = gathered.file.experiment
     axis, options = next((name, list(options)) for name, options in experiment.axes.items())

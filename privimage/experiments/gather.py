@@ -22,7 +22,7 @@ class State:
     reason: str = ""
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """In one line."""
         return f"{self.kind}: {self.reason}" if self.reason else self.kind
 

@@ -58,7 +58,7 @@ def markdown(gathered: Gathered) -> str:
             "",
             "Not there:",
             "",
-            *(f"- {result.run.name}: {result.state.told}" for result in gathered.gaps),
+            *(f"- {result.run.name}: {result.state.description}" for result in gathered.gaps),
         ]
     return "\n".join(lines) + "\n"
 
@@ -140,7 +140,9 @@ def comma_separated(gathered: Gathered) -> str:
     )
     for row in gathered.rows:
         gaps = "; ".join(
-            f"seed {result.run.seed} {result.state.told}" for result in row.results if result.report is None
+            f"seed {result.run.seed} {result.state.description}"
+            for result in row.results
+            if result.report is None
         )
         for name, measure in experiment.measures.items():
             cell = row.cells[name]

@@ -81,9 +81,7 @@ class TrainedGenerator:
         return loss.detach()
 
     def settled(self, averaged: bool) -> Generator:
-        """The present or the averaged weights in a generator of their own, with statistics that fit them, in
-        eval mode.
-        """
+        """An eval-mode copy with the current or averaged weights and recomputed batch-norm statistics."""
         still = build_generator(self.config, self.n_classes).to(self.world.device)
         still.load_state_dict(self.network.state_dict())
         if averaged:

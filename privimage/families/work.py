@@ -17,7 +17,7 @@ class Work:
 
     stage: str
     steps: int
-    images: float  # a step
+    images: float  # per step
     seconds: float
     memory: float  # bytes
 
@@ -25,7 +25,7 @@ class Work:
 def seconds_of_a_pass(
     forward: Callable[[int], Tensor], device: torch.device, precision: str, at_once: int
 ) -> float:
-    """Seconds of a forward pass an image.
+    """Seconds of a forward pass per image.
 
     `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16".
     """

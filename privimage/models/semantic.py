@@ -70,7 +70,7 @@ class Task(ABC):
 
 
 class Labels(Task):
-    """To tell the labels, by cross-entropy (paper, Eq. 4)."""
+    """Classification of the labels by cross-entropy (paper, Eq. 4)."""
 
     def __init__(self, flip: bool, classes: int) -> None:
         super().__init__(flip)

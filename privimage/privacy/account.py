@@ -99,7 +99,7 @@ class Account:
 def charge_name(root: keys.RootKey, *depends_on: bytes) -> bytes:
     """The name of a charge, 16 bytes, from all that the output depends on.
 
-    Without the key it tells nothing of that.
+    Without the key it reveals nothing about them.
     """
     return root.derive("charge", digest_of(*depends_on).hex(), length=16)
 
@@ -115,7 +115,7 @@ def merged(*behind: Mapping[str, Collection[str]]) -> Behind:
 def ledger_folder(config: Config) -> Path:
     """Where the ledgers are kept.
 
-    One folder for all runs of a user, unless told otherwise (XDG base directories).
+    By default one folder for all runs of a user (XDG base directories).
     """
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return (config.privacy.ledger or state / "privimage" / "ledgers").absolute()
@@ -274,13 +274,10 @@ def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
 
 
 def _apart(run: RunDir, kept: dict, original: Path) -> dict:
-    """Make a copy a run of its own.
+    """Turn a copied run into a separate run.
 
-    With a name and a key of its own, and the charges behind what it goes on from.
+    It gets another name and key, and keeps the charges that made its present state.
     """
-    say(
-        f"{run.path}: a copy of {original}, which is a run of its own from here on; what both began with "
-        "counts for both"
-    )
+    say(f"{run.path}: a copy of {original}, now a separate run; what both began with counts for both")
     keys.replace(key_path(run))
     return kept | {"run": secrets.token_hex(8), "copy_of": kept["run"]}

@@ -104,13 +104,11 @@ def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.n
 
 
 def best_guess(mechanisms: Iterable[SampledGaussian]) -> float:
-    """How often at most an attacker is right who tells whether one image was in the set, in [0.5, 1].
+    """Upper bound on the accuracy of a membership attack on one image, in [0.5, 1]; 0.5 is guessing.
 
-    0.5 is a coin toss.
-
-    It knows all other images and every output, and both answers are equally likely beforehand: then it is
-    right with probability (1 + TV) / 2, and the total variation distance TV of the outputs is delta at
-    epsilon 0 (by PLD).
+    The attacker knows all other images and every output, and both answers are equally likely beforehand. The
+    best attack is right with probability (1 + TV) / 2, where the total variation distance TV of the outputs
+    is delta at epsilon 0 (by PLD).
     """
     return (1 + min(1.0, _composed(tuple(mechanisms), "pld", COARSE).get_delta(0.0))) / 2
 
@@ -183,10 +181,10 @@ def query_noise(
 
     `training` is the one that would meet `target` without any query.
     """
-    louder = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
+    noisier = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
 
     def compose(sigma: float) -> tuple[SampledGaussian, ...]:
-        return louder, SampledGaussian(sigma)
+        return noisier, SampledGaussian(sigma)
 
     return _smallest_noise(compose, target, delta, accountant, guess=8.0)
 

@@ -1,7 +1,7 @@
 """An audit of the private training: one run with canaries bounds its epsilon from below.
 
-Each of m canaries takes part or not by a fair coin of its own. A canary is the worst image that there could
-be: its gradient, much longer than the clipping bound, lies along a coordinate that is nobody else's.
+Each of m canaries takes part or not by an independent fair coin. A canary is the worst image that there could
+be: its gradient, much longer than the clipping bound, lies along a coordinate that no other canary uses.
 Everything else is what fine-tuning uses. The attacker sees what DP-SGD releases, the noised sums; it scores
 each canary by its coordinate and guesses "took part" for the highest scores, "did not" for the lowest, and
 nothing in between. A mechanism that is private lets few guesses be right.

@@ -20,7 +20,7 @@ GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 def cpu_batch_size(settings: Finetune) -> int:
     """`finetune.physical_batch_size`.
 
-    For `auto` what a CPU takes, and what is reckoned with before a GPU's memory is looked at.
+    For `auto`, the size used on a CPU, and assumed before the memory of a GPU is known.
     """
     return (
         min(CPU_IMAGES, settings.logical_batch_size)

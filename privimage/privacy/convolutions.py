@@ -20,10 +20,10 @@ class Folding:
 
 
 class ConvolutionBackends:
-    """Which way each convolution takes: as told.
+    """Backend of each convolution: as recorded, else timed on first use.
 
-    Else on a GPU the faster one, timed when it is first used, on a CPU the grouped one but for 1x1 kernels,
-    which were faster as matrix products in every measurement.
+    Only a GPU is timed. On a CPU it is the grouped one, but for 1x1 kernels, which were faster as matrix
+    products in every measurement.
     """
 
     def __init__(self, choices: dict[str, str]):
@@ -55,7 +55,7 @@ def _seconds(way: Callable, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Fol
 
 
 def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-    """One grouped convolution's gradients of weight and bias, a group an image."""
+    """One grouped convolution's gradients of weight and bias, one group per image."""
     images, copies, fp32 = folding.images, folding.copies, x.dtype == torch.float32
     out_channels, in_channels, height, width = layer.weight.shape
     x = x.reshape(copies, images * in_channels, *x.shape[2:])
@@ -86,7 +86,7 @@ def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[T
 
 
 def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-    """Patches times output gradients, a matrix product an image, in chunks that bound the memory of the
+    """Patches times output gradients, one matrix product per image, in chunks that bound the memory of the
     patches.
     """
     images, copies, bias_gradient = folding.images, folding.copies, sum_bias(g, folding)
@@ -99,11 +99,11 @@ def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[
         for copy in range(1, copies):  # one by one: an einsum over the copies would first lay them out anew
             total.baddbmm_(g[copy], x[copy])
         return total.view(images, *layer.weight.shape), bias_gradient
-    assert not isinstance(layer.padding, str)  # refused at the door
+    assert not isinstance(layer.padding, str)  # refused by the constructor
     (top, left), (down, right) = layer.padding, layer.stride
     padded = F.pad(x, (left, left, top, top))
-    # Windows as a view, written out by one kernel: F.unfold takes a kernel an image on a GPU, and was ten
-    # times slower.
+    # Windows as a view, written out by one kernel: F.unfold launches one kernel per image on a GPU, and was
+    # ten times slower.
     (image, channel, row, column), (taller, wider) = padded.stride(), layer.dilation
     g = g.view(copies, images, *g.shape[1:])
     windows = padded.as_strided(

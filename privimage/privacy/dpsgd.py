@@ -144,13 +144,13 @@ class PrivateSteps:
             self.randomness.root, self.randomness.computation, self.step.to_bytes(8, "big"), weights
         ).hex()
         allowed = self.charge(self.name) if self.ranks.rank == 0 else True
-        told = gathered(self.ranks, weights + bytes([allowed]))
+        answers = gathered(self.ranks, weights + bytes([allowed]))
         require_equal(
-            [one[:-1] for one in told],
+            [one[:-1] for one in answers],
             f"the weights before private step {self.step + 1}",
             "copy the run directory to them again",
         )
-        return all(one[-1] for one in told)
+        return all(one[-1] for one in answers)
 
     def _derived_seed(self) -> int:
         return int.from_bytes(self.randomness.root.derive("dp-sgd draws", self.name, length=8), "big")

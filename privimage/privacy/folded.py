@@ -1,7 +1,7 @@
 """Rules for per-image gradients of single layers, with the noise copies folded in.
 
 The batch is laid out copies first, [K B, ...], so that [K, B C, H, W] is a view: a convolution with B groups
-then has one weight gradient an image, already summed over its K copies. Each rule computes it *in place of*
+then has one weight gradient per image, already summed over its K copies. Each rule computes it *in place of*
 the ordinary weight gradient, so that the backward pass does no work twice.
 """
 

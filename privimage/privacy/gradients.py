@@ -23,7 +23,7 @@ AT_ONCE = 32  # per-image gradients whose sum is float32
 # has its norm without a square: C over a norm near 1e38 would be a denormal number, with few digits and a sum
 # beyond C.
 LONGEST = 1e18
-FEW = 4096  # numbers for which an operation of its own would be all overhead
+FEW = 4096  # numbers; smaller operations are all overhead
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

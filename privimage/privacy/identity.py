@@ -2,8 +2,8 @@
 
 Noise, Poisson sample and charge of each use of a mechanism are derived from it. So the same computation,
 started again after a crash, from a copy or from an older snapshot, repeats its output to the bit and is
-charged once: nothing new comes out. Any other computation, even one that differs in rounding only, has noise
-of its own and is charged: the difference of two outputs shows two noises.
+charged once: nothing new comes out. Any other computation, even one that differs in rounding only, has
+other noise and is charged: the difference of two outputs contains both noises.
 """
 
 import hashlib
@@ -61,11 +61,11 @@ def computation(
         each_rank: whether the output depends on which rank does what, as where each adds noise of its own;
             else it depends on the kinds of machines alone, not on their number.
 
-    On a GPU, where sums need not repeat to the bit, each start is a computation of its own. All ranks call
+    On a GPU, where sums need not repeat to the bit, each start is another computation. All ranks call
     this together.
     """
-    told = gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))
-    machines = [machine.hex() for machine in told]
+    digests = gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))
+    machines = [machine.hex() for machine in digests]
     tree = {
         "content": content.hex(),
         "settings": settings_read(config, stage),
@@ -113,7 +113,7 @@ def digest_of_tensors(tensors: Iterable[Tensor | np.ndarray]) -> bytes:
 
 
 def _machine(device: torch.device) -> dict:
-    """What may change the rounding of one rank's share.
+    """Everything that affects output bits on one rank; equal means replayable.
 
     Processor, threads, software and the switches by which libraries choose kernels.
     """

@@ -40,7 +40,7 @@ class RootKey:
 
     @property
     def name(self) -> str:
-        """A public name of the key, which tells nothing about it.
+        """A public name of the key, which reveals nothing about it.
 
         Two runs with the same name share their key.
         """

@@ -9,7 +9,7 @@ charge is named by everything its output depends on, so the same computation wit
 charge, whichever run or copy of a run does it.
 
 A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism that its run
-had announced and not yet charged in full; if it does not tell its run, of every run's.
+had announced and not yet charged in full; if its run cannot be read, of every run's.
 
 A run knows the ledger that it has written to by its `Head`. A file that is missing, or does not begin as the
 run knows it, is refused.
@@ -195,8 +195,8 @@ class Ledger:
         spent = self._reader.spent
         if budget is not None and spent.budget is not None and budget != spent.budget:
             raise UserError(
-                f"privacy.budget: {told(budget)} is not the one that the ledger of the set holds, "
-                f"{told(spent.budget)}; whoever owns the"
+                f"privacy.budget: {describe(budget)} is not the one that the ledger of the set holds, "
+                f"{describe(spent.budget)}; whoever owns the"
                 f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
             )
         if (budget := budget or spent.budget) is None:
@@ -223,8 +223,8 @@ class Ledger:
 
         False if the run may not use it any more, and nothing was written.
 
-        `name` tells everything on which the output depends: a name that is here already is the same output,
-        and costs nothing. A new one is written if the run has fewer than `limit` charges of this part,
+        `name` is derived from everything that the output depends on: a name that is here already is the same
+        output, and costs nothing. A new one is written if the run has fewer than `limit` charges of this part,
         counting those `behind` what it goes on from.
         """
         with self._locked() as handle:
@@ -258,7 +258,7 @@ class Ledger:
                 self._append(handle, {"budget": list(budget)})
 
 
-def told(budget: tuple[float, float]) -> str:
+def describe(budget: tuple[float, float]) -> str:
     """A budget in words."""
     return f"epsilon {budget[0]:g} at delta {budget[1]:g}"
 

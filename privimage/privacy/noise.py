@@ -40,10 +40,10 @@ def gaussian(source: str, key: bytes, size: int, standard_deviation: float) -> n
 
 
 class NoiseStream:
-    """The noise of one rank for the private steps, drawn in a thread of its own while the gradients are
+    """The noise of one rank for the private steps, drawn in another thread while the gradients are
     computed.
 
-    `size` numbers a step of standard deviation `standard_deviation`, from the step's key.
+    `size` numbers per step, of standard deviation `standard_deviation`, from the step's key.
     """
 
     def __init__(self, source: str, size: int, standard_deviation: float):

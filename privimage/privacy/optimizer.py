@@ -40,8 +40,8 @@ class PrivateOptimizer(DPOptimizer):
 
     Works under BatchMemoryManager.
 
-    `step` returns true when a logical batch was completed; `figures` then tells what was counted. Whoever
-    drives it has charged the step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
+    `step` returns true when a logical batch was completed; `figures` then holds what was counted. The caller
+    has charged the step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
     """
 
     FIGURES = 6

@@ -26,11 +26,11 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
     """Run `stages`, or all stages of the method, as a command does, and return the exit status.
 
     0 done, 2, 75 or 1 (see `privimage.errors`). Signals request a stop, and what ends the run early is
-    written to standard error, whichever rank it happened on. Raises UserError only where the ranks do not
-    meet.
+    written to standard error, whichever rank it happened on. Raises UserError only where the ranks cannot
+    connect.
     """
     world = connect(config.runtime)
-    stop.install(told=world.is_main)
+    stop.install(announced=world.is_main)
     status = 0
     try:
         execute(config, stages, world)
@@ -55,11 +55,11 @@ def execute(config: Config, stages: Sequence[str], world: World) -> RunDir:
     """
     owner_only.close_process()
     with _claimed(config, world) as run_dir:
-        settled = precision.settled(config, world)
+        resolved = precision.resolved(config, world)
         names = _known(stages, config)
-        preflight.check(settled, run_dir, world, names)
+        preflight.check(resolved, run_dir, world, names)
         for name in names:
-            _run_stage(name, settled, run_dir, world)
+            _run_stage(name, resolved, run_dir, world)
     return run_dir
 
 

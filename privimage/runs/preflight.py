@@ -1,4 +1,4 @@
-"""At the door: what a run needs is looked for before its first stage, and all that is wrong is told at once.
+"""Checks before the first stage of a run: everything that is wrong is reported at once.
 
 A check is a function of a `Visit` that yields one line for each mistake, or raises UserError for one. What it
 looks at is opened, not read: decoding whole sets and training stay where they are.
@@ -70,8 +70,8 @@ def _run_directory(visit: Visit) -> Iterator[str]:
     """All ranks see one directory, and may write into it."""
     path = visit.run.path
     if not (path / "config.yaml").exists():  # which the main rank has just written
-        told = "is not what the main rank sees there; it must be on a file system that all nodes share"
-        yield f"run.dir: {path} {told}"
+        reason = "is not what the main rank sees there; it must be on a file system that all nodes share"
+        yield f"run.dir: {path} {reason}"
         return
     for folder in (path, *(entry for entry in sorted(path.iterdir()) if entry.is_dir())):
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -174,8 +174,8 @@ def _votes(visit: Visit) -> Iterator[str]:
     if "query" in visit.stages and visit.public:
         images, classes = visit.public
         if method.pretraining == "selected" and not clusters and len(classes) < 2:
-            told = "the public set has one class, which tells nothing apart; use query.semantics=clusters"
-            yield f"query.semantics: {told}"
+            reason = "the public set has one class, so there is nothing to learn; use query.semantics=clusters"
+            yield f"query.semantics: {reason}"
             return
         if clusters and visit.config.query.clusters > images:
             yield f"query.clusters: {visit.config.query.clusters} are more than the {images} public images"
@@ -185,8 +185,8 @@ def _votes(visit: Visit) -> Iterator[str]:
     if method.pretraining == "selected" and settings.per_image > columns:
         yield f"select.per_image: {settings.per_image} is more than the {columns} {kind}"
     if rows is not None and rows * settings.per_class > columns:
-        told = f"{rows} sensitive classes times {settings.per_class} are more than the {columns} {kind}"
-        yield f"select.per_class: {told}"
+        reason = f"{rows} sensitive classes times {settings.per_class} are more than the {columns} {kind}"
+        yield f"select.per_class: {reason}"
 
 
 def _networks(visit: Visit) -> Iterator[str]:
@@ -216,8 +216,7 @@ def _account(visit: Visit) -> None:
 def _whole_set(visit: Visit) -> None:
     """Decode the sensitive set where public stages come before it, which take longer.
 
-    An image that is damaged, a rank with another copy and a budget that is spent are told now. All ranks call
-    it together.
+    A damaged image, a rank with another copy and a spent budget are reported now. All ranks call it together.
     """
     if not visit.opens_account or not visit.needs(PUBLIC):
         return
@@ -229,8 +228,8 @@ def _whole_set(visit: Visit) -> None:
 def _room(visit: Visit) -> Iterator[str]:
     """The disk has room for what will be written."""
     about = room.written(visit.config, visit.public, visit.sizes, visit.rows or 0)
-    if told := room.missing(visit.run, {stage: about.get(stage, 0) for stage in visit.stages}):
-        yield told
+    if reason := room.missing(visit.run, {stage: about.get(stage, 0) for stage in visit.stages}):
+        yield reason
 
 
 # On every rank: what may differ from node to node.

@@ -50,7 +50,7 @@ def written(config: Config, public: Facts | None, sizes: Mapping[str, int], rows
 
 
 def missing(run: RunDir, about: Mapping[str, int]) -> str:
-    """What to tell where the disk has no room for what stages will write; empty if it has.
+    """The message for a disk without room for what stages will write; empty if there is room.
 
     `about`: bytes by stage. What a stage has written already, before a restart, is not counted again.
     """
@@ -60,8 +60,8 @@ def missing(run: RunDir, about: Mapping[str, int]) -> str:
         return ""
     largest = sorted(parts, key=lambda stage: -parts[stage])[:3]
     shown = ", ".join(f"{stage} {size(parts[stage])}" for stage in largest if parts[stage])
-    told = f"has {size(free)} free and the run will write about {size(needed)} ({shown})"
-    return f"run.dir: {run.path} {told}; make room, or choose another run.dir"
+    reason = f"has {size(free)} free and the run will write about {size(needed)} ({shown})"
+    return f"run.dir: {run.path} {reason}; make room, or choose another run.dir"
 
 
 def held(folder: Path) -> int:

@@ -234,7 +234,7 @@ class Voters:
 def _figures(
     account: Account, population: Population, charged: SampledGaussian, world: World
 ) -> dict[str, float]:
-    """What noisy counts alone tell, and what they cost."""
+    """Numbers computed from the noisy counts alone, and the epsilon spent."""
     shown = {"images with votes": float((population.chances > 0).sum())}
     if account.private and world.is_main:
         shown["epsilon"] = epsilon((charged,), account.plan.delta, account.plan.accountant, 1e-3)

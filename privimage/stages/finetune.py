@@ -206,7 +206,7 @@ def _gradients(
 
 
 class _Curves:
-    """Public curves, of which the plan alone decides what they show and when, and the private ones."""
+    """Public curves, which show what the plan alone determines, and private ones."""
 
     def __init__(self, config: Config, run: RunDir, world: World, account: Account, first: int):
         self.account, self.plan, self.learning_rate = (
@@ -221,7 +221,7 @@ class _Curves:
     def add(self, step: int, figures: dict[str, float], sensitive: StepFigures, rate: float) -> None:
         """Points of all curves after a step.
 
-        `figures` are computed from the noised weights, `rate` is in steps a second.
+        `figures` are computed from the noised weights, `rate` is in steps per second.
         """
         shown = figures | {"learning rate": self.learning_rate}
         if (

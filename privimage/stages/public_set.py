@@ -22,7 +22,7 @@ from privimage.storage.rundir import RunDir
 
 @dataclass(frozen=True)
 class Semantics:
-    """What public images can be told apart by: names, and for each image int64 (N,) which one it is."""
+    """Categories of the public images: their names, and the category of each image, int64 (N,)."""
 
     names: tuple[str, ...]
     of_images: np.ndarray

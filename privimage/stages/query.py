@@ -1,8 +1,7 @@
 """Train the semantic query function: a ResNet on the public labels, or without labels by contrast.
 
-And cluster what its features tell apart.
-
-SGD, cosine schedule, the weights of the best validation accuracy (paper, Table 7).
+Its features are then clustered where that is asked for. SGD, cosine schedule, the weights of the best
+validation accuracy (paper, Table 7).
 """
 
 from collections.abc import Iterator

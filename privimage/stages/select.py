@@ -26,7 +26,7 @@ from privimage.telemetry.progress import say
 
 
 def run(config: Config, run: RunDir, world: World) -> dict:
-    """Query, add noise, choose; or choose by lot, for a method that is there to be compared with.
+    """Query, add noise and select classes; or select them at random, for the baseline.
 
     Writes select/selection.npz: `counts` float64 (rows, public classes), the noisy histogram, zeros without a
     query; `assignment` int64 (public classes,), the sensitive class that each public class serves, or -1;
@@ -44,15 +44,15 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         )
     if config.spec.pretraining == "random":
         counts = np.zeros((rows, columns))
-        scores, told = (
+        scores, how = (
             np.random.default_rng(public_seed(config, "random selection")).random(counts.shape),
-            "drawn by lot, without asking the sensitive images",
+            "drawn at random, without the sensitive images",
         )
         record, charges = {}, []
     else:
         counts, plan, charge = _asked(config, run, world, sensitive, rows, public)
         charges = [charge]
-        scores, told = counts, f"noise of {plan.standard_deviation:.3g} votes a bin"
+        scores, how = counts, f"noise of {plan.standard_deviation:.3g} votes per bin"
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
         assignment = exclusive_top(scores, settings.per_class)
@@ -63,7 +63,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         chosen = (assignment[public.of_images] >= 0).mean()
         say(
             f"select: {chosen * len(public.of_images):.0f} of {len(public.of_images)} public images "
-            f"({100 * chosen:.1f} %), {told}"
+            f"({100 * chosen:.1f} %), {how}"
         )
         for row in range(min(rows, 20)):
             kept = [public.names[i] for i in np.flatnonzero(assignment == row)]

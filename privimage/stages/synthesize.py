@@ -151,9 +151,9 @@ def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
         _write_images(aside / "images", images, labels)
     if family(config).releases_model:
         _write_model(aside / "model.pt", config, weights)
-    strangers = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
-    if strangers:
-        raise RuntimeError(f"{aside}: {strangers} are not on the allow-list of a release")
+    unknown = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
+    if unknown:
+        raise RuntimeError(f"{aside}: {unknown} are not on the allow-list of a release")
     owner_only.open_to_all(aside)
     shutil.rmtree(run.release, ignore_errors=True)
     aside.rename(run.release)

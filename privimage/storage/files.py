@@ -32,7 +32,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Flush the entries of a folder to the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,4 +1,4 @@
-"""The run directory: a folder a stage, `private/` that never leaves, `release/` that may."""
+"""The run directory: one folder per stage, `private/` that never leaves, `release/` that may."""
 
 import contextlib
 import fcntl
@@ -52,9 +52,9 @@ class RunDir:
         return self._folder(self.path / name)
 
     def _folder(self, path: Path) -> Path:
-        """A folder that only its owner reads.
+        """Make a folder that only its owner can read.
 
-        One below the run directory may also belong to whom that belongs, as on a mounted disk.
+        Below the run directory, the owner of the run directory is accepted too, as on a mounted disk.
         """
         return owner_only.folder(path, self._owner())
 
@@ -71,7 +71,7 @@ class RunDir:
         owner_only.restrict_all([self.path / name for name in names], self._owner())
 
     def _owner(self) -> int | None:
-        """Whose the run directory is, where this process may read everybody's files anyway."""
+        """The owner of the run directory, if this process is root; else None."""
         return self.path.stat().st_uid if os.geteuid() == 0 and self.path.exists() else None
 
     def record(self, stage: str) -> dict | None:
@@ -123,7 +123,7 @@ class RunDir:
         return False
 
     def lock(self):
-        """Hold the run directory against a second run.
+        """Lock the run directory against a second run.
 
         Raises UserError when it is held, or cannot be written.
         """
@@ -154,7 +154,7 @@ class RunDir:
             changes = "; ".join(f"{clash.key} was {clash.old!r}, now {clash.new!r}" for clash in clashes)
             begun = {stage for clash in clashes for stage in clash.stages}
             again = ""
-            if all(clash.stages for clash in clashes):  # nothing brings back the choice of the privacy plan
+            if all(clash.stages for clash in clashes):  # the privacy plan cannot be made again
                 folders = ", ".join(f"{name}/" for name in STAGES if name in begun)
                 again = f", or delete {folders} to do these stages again"
             raise UserError(

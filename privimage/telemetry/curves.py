@@ -47,12 +47,12 @@ class Curves:
         return None if self.timed else float(step)
 
     def text(self, name: str, text: str) -> None:
-        """A text, shown as it stands."""
+        """A text, shown verbatim."""
         if self.writer:
             self.writer.add_text(name, f"```\n{text}\n```")
 
     def flush(self) -> None:
-        """Bring all points to the disk, as before a checkpoint."""
+        """Write all points to the disk."""
         if self.writer:
             self.writer.flush()
 
@@ -71,7 +71,7 @@ def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
 
     if not folder.is_dir():
         return [], []
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each restart
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it logs each restart
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     found = events.Scalars(name) if name in events.Tags()["scalars"] else []

@@ -1,4 +1,4 @@
-"""The memory of this process: what the C library keeps, and how much was used at most."""
+"""The memory of this process: what the C library keeps, and the peak of its use."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,7 @@ import torch
 
 
 def keep_freed() -> None:
-    """Tell glibc to keep what a step frees for the next one.
+    """Make glibc keep freed memory for the next step instead of returning it to the kernel.
 
     Per-image gradients are large, and fresh pages cost time.
     """
@@ -19,7 +19,7 @@ def keep_freed() -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak` count from now on."""
+    """Restart the measurement of `peak`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -39,6 +39,6 @@ def peak(device: torch.device) -> int:
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Bytes in main memory as /proc tells them: `VmRSS` now, `VmHWM` at most."""
+    """Bytes in main memory from /proc/self/status: `VmRSS` current, `VmHWM` peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[key].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""What a run tells its user: a bar on a terminal, plain lines elsewhere, and points in TensorBoard."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere, and points in TensorBoard."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-LINE_SECONDS = 15.0  # the pace of plain lines where no terminal shows a bar
+LINE_SECONDS = 15.0  # between plain lines, without a terminal
 
 
 def say(message: str) -> None:
@@ -52,7 +52,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Units per second since the start."""
         return (self.done - self.start) / max(time.monotonic() - self.started, 1e-9)
 
     def advance(self, count: int = 1, **extra: str) -> None:

@@ -190,7 +190,7 @@ def test_a_failed_stage_cancels_what_waits_for_it_and_says_what_to_do(cluster: C
     assert (
         log.count("privimage: error: ") == log.count(str(missing)) - 1 == 1
     )  # the first line repeats the command
-    assert "When it is mended, submit again" in log
+    assert "When that is fixed, submit again" in log
     summary = (folder / "slurm" / f"summary-{jobs['summary']}.out").read_text()
     assert "ended before finetune was finished" in summary
     assert "submit again" in summary

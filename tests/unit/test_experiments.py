@@ -267,7 +267,7 @@ def test_results_of_other_settings_are_a_gap(path: Path) -> None:
     for run in load(path).all_runs():
         finish(run, 70.0)
     edited(path, "synthesize.samples=30", "synthesize.samples=31")
-    states = {result.state.told for result in gather(load(path)).results}
+    states = {result.state.description for result in gather(load(path)).results}
     assert len(states) == 8
     assert all("was made with other settings (synthesize.samples was 30, now 31)" in told for told in states)
 
@@ -343,7 +343,7 @@ def test_a_failed_run_does_not_end_the_others(
     assert "[1/8] privimage+d-epsilon10-seed0: done before" in said
     assert "3 of 8 runs are finished" in said
     assert "dpdm-epsilon10-seed0: failed: killed by SIGKILL; out of memory?" in said
-    assert state_of(load(path).all_runs()[2]).told == "failed: killed by SIGKILL; out of memory?"
+    assert state_of(load(path).all_runs()[2]).description == "failed: killed by SIGKILL; out of memory?"
 
 
 def test_a_request_to_stop_reaches_the_run_and_ends_the_experiment(

@@ -38,7 +38,7 @@ def _enlargement(resolution: int, columns: int, width: int = 1400) -> int:
 def sample_grid(
     path: Path, images: np.ndarray, labels: np.ndarray, n_classes: int, columns: int = 16
 ) -> list[int]:
-    """The first images of each class, one row a class; returns the classes of the rows.
+    """The first images of each class, one row per class; returns the classes of the rows.
 
     images uint8 (N, C, H, W), labels (N,). With one class, or more than twelve, eight rows of whatever comes
     first, and [].

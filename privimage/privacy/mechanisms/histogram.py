@@ -105,6 +105,6 @@ def noisy_histogram(
     before it uses what is returned.
     """
     if votes.shape[1] > mechanism.per_image:
-        raise ValueError(f"{votes.shape[1]} votes an image, planned for {mechanism.per_image}")
+        raise ValueError(f"{votes.shape[1]} votes per image, planned for {mechanism.per_image}")
     noise = gaussian(source, key, rows * columns, mechanism.standard_deviation)
     return vote_counts(votes, labels, rows, columns) + noise.reshape(rows, columns)

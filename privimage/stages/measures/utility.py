@@ -23,7 +23,7 @@ def _take(subject: Subject) -> dict:
         why = "data.sensitive.test_path names no held-out images to test on"
         return nothing | {"accuracy_note": f"Not measured: {why}."}
     if subject.n_classes < 2:
-        return nothing | {"accuracy_note": "Not measured: the sensitive set has no classes to tell apart."}
+        return nothing | {"accuracy_note": "Not measured: the sensitive set has no classes."}
 
     # A method without a generator trains them on the sensitive images: the ceiling for all others. Labels of
     # public classes teach nothing about the sensitive ones.
