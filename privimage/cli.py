@@ -1,4 +1,4 @@
-"""The command `privimage`: one sub-command a stage. It parses and hands over, nothing else."""
+"""The command `privimage`, with one sub-command per stage. It parses and calls; nothing else happens here."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ Overrides = Annotated[
 def _run(config: Path, overrides: list[str] | None, stages: tuple[str, ...]) -> NoReturn:
     from privimage.config import load
 
-    settings = load(config, overrides or ())  # a mistake is told before the long imports
+    settings = load(config, overrides or ())  # report a mistake before the slow imports
     from privimage.runs import pipeline
 
     sys.exit(pipeline.run(settings, stages))

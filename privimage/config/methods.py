@@ -1,7 +1,4 @@
-"""The methods of the paper as settings of one pipeline (METHOD table.
-
-What is pretrained on, which generator, private or not).
-"""
+"""The methods of the paper as settings of one pipeline: pretraining data, generator, private or not."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -22,7 +22,7 @@ NOT_8_BIT = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow would cut these off a
 class Source:
     """An image set on disk or in memory.
 
-    `whole(i)` is the i-th image, `names[i]` says which it is, `labels[i]` its class.
+    `whole(i)` is the i-th image, `names[i]` identifies it in messages, `labels[i]` is its class.
     """
 
     whole: Callable[[int], Image.Image]

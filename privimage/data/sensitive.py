@@ -1,6 +1,4 @@
-"""The sensitive set in device memory, for Poisson batches, and the per-image randomness of its training
-losses.
-"""
+"""The sensitive set in device memory, and the random numbers of its per-image losses."""
 
 import statistics
 
@@ -32,11 +30,9 @@ class SensitiveSet(Dataset):
 
 
 class ImageDraws:
-    """Random numbers that belong to an image.
+    """Random numbers that belong to an image, independent of the batch and the rank that process it.
 
-    The same whatever the batch or the rank in which it is processed.
-
-    One generator is set anew for each (seed, index); the seed changes with every step.
+    One generator is seeded again for each (seed, index); the seed changes with every step.
     """
 
     def __init__(self, device: torch.device):
@@ -60,7 +56,7 @@ def _mix(seed: int, index: int) -> int:
 
 
 def dropped(normal: Tensor, probability: float) -> Tensor:
-    """Which of some standard normal draws fall into the lower tail of `probability`."""
+    """Boolean mask of standard normal draws that fall into the lower tail of `probability`."""
     return (
         normal < statistics.NormalDist().inv_cdf(probability)
         if probability

@@ -29,8 +29,8 @@ from privimage.telemetry.progress import Progress
 class ImageSet:
     """A whole set in memory: images uint8 (N, C, H, W), labels int64 (N,).
 
-    `fingerprint` is that of the images before crop and resize: the same for any order, resolution, file
-    format or labels. It names the ledger of the set.
+    `fingerprint` is a digest of the images before crop and resize, independent of order, resolution, file
+    format and labels. It names the ledger of the set.
     """
 
     images: np.ndarray

@@ -1,7 +1,4 @@
-"""Bring an image to the shape of the run.
-
-Constant crops and an antialiased resize, never statistics of the set.
-"""
+"""Crop and resize images to the shape of the run, by constants, never by statistics of the set."""
 
 import numpy as np
 from PIL import Image

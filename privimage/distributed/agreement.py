@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same: digests that are compared in one all-reduce."""
+"""Checks that all ranks hold the same data, by comparing digests in one all-reduce."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ from privimage.errors import UserError
 
 
 class Ranks(Protocol):
-    """What collective work needs to know of the ranks."""
+    """The part of `World` that collective operations need."""
 
     @property
     def rank(self) -> int: ...

@@ -1,4 +1,4 @@
-"""Batch norm over the images of all ranks, on CPUs too: torch's SyncBatchNorm works on GPUs only."""
+"""Batch norm over the images of all ranks, also on CPUs (torch's SyncBatchNorm needs GPUs)."""
 
 import torch
 import torch.distributed as dist

@@ -1,5 +1,6 @@
-"""Work on many images that the ranks share, with results that depend on no other image and on no number of
-ranks.
+"""Computation on many images that the ranks share.
+
+The result for an image depends on no other image, and not on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,16 +19,15 @@ BLOCK = 128
 
 
 def without_chance() -> AbstractContextManager:
-    """On a GPU, kernels that round neither by the order in which they come to add nor in TF32."""
+    """A context in which GPU kernels are deterministic and do not use TF32."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def filled(images: Tensor, size: int) -> Tensor:
-    """`images` (n, ...), 1 <= n <= size, filled up with copies of the last one to (size, ...).
+    """Pad `images` (n, ...), 1 <= n <= size, to (size, ...) with copies of the last one.
 
-    A library chooses its kernels, and so the rounding, by the number of images: what is computed for an image
-    beside `size` - 1 others, whatever they show, is the same only if their number is. Callers drop what comes
-    out for the copies.
+    A library chooses its kernels, and so the rounding, by the number of images. With a constant number, the
+    result for an image does not depend on the others. Callers drop the results of the copies.
     """
     if not 1 <= len(images) <= size:
         raise ValueError(f"{len(images)} images do not fill a block of {size}")
@@ -37,10 +37,7 @@ def filled(images: Tensor, size: int) -> Tensor:
 def blockwise(
     compute: Callable[..., Tensor], *tensors: Tensor, size: int = BLOCK
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which images of `tensors` (n, ...) each block holds, and the results for these.
-
-    `compute` takes (size, ...) to (size, ...).
-    """
+    """Yield the slice of each block of `tensors` (n, ...) and `compute` of it, (size, ...) to (size, ...)."""
     for start in range(0, len(tensors[0]), size):
         parts = [tensor[start : start + size] for tensor in tensors]
         with without_chance():

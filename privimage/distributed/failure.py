@@ -23,10 +23,7 @@ GONE_SECONDS = 20.0
 
 
 class Watch(threading.Thread):
-    """A thread of each rank that looks for the failure of another one.
-
-    It has its own connection to the store.
-    """
+    """A thread of each rank that waits for the failure of another one, by its own connection to the store."""
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         super().__init__(name="privimage-watch", daemon=True)
@@ -56,10 +53,7 @@ class Watch(threading.Thread):
                 self._follow(int(self.store.get("failed").decode().split()[1]))
 
     def fail(self, message: str, status: int | None) -> NoReturn:
-        """Print `message` and end this process with `status` (see `tell`).
-
-        With that of another rank where it was first.
-        """
+        """Print `message` and end this process with `status`, or with that of the rank that failed first."""
         self.closing.set()
         try:
             mine = f"{self.rank} {status or 1}"

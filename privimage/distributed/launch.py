@@ -1,6 +1,6 @@
-"""Who am I: rank, size and master from the variables of whatever launcher started this process.
+"""Rank, size and master address from the environment of whatever launcher started this process.
 
-Asked in this order: torchrun (and the deepspeed launcher, which sets the same variables), SLURM's srun, Open
+Read in this order: torchrun (and the deepspeed launcher, which sets the same variables), SLURM's srun, Open
 MPI and PMI, and mpi4py where an MPI launcher is at work that sets none of those.
 """
 

@@ -1,4 +1,4 @@
-"""Which precision `auto` stands for."""
+"""The precision that `auto` stands for."""
 
 from pathlib import Path
 

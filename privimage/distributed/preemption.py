@@ -1,7 +1,4 @@
-"""A request to stop.
-
-Signals set a flag, the ranks agree on it, all save the same step and end with status 75.
-"""
+"""Requests to stop: signals set a flag, the ranks agree on it, save the same step and end with status 75."""
 
 import signal
 from types import FrameType

@@ -29,7 +29,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run as one of them sees them. `size` 1 needs no launcher and no process group."""
+    """The ranks of a run, as seen by one of them. With `size` 1 there is no process group."""
 
     rank: int
     local_rank: int
@@ -59,10 +59,7 @@ class World:
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main rank's `value` (any picklable object), on every rank.
-
-        The others wait for it as long as it takes.
-        """
+        """The main rank's picklable `value`, on every rank. Waits without a time-out."""
         if self.size == 1:
             return value
         self.barrier()
@@ -71,10 +68,7 @@ class World:
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The `value` (any picklable object) of each rank, in order, on every rank.
-
-        All wait as long as it takes.
-        """
+        """The picklable `value` of each rank, in order, on every rank. Waits without a time-out."""
         if self.size == 1:
             return [value]
         self.barrier()

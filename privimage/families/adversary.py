@@ -11,10 +11,9 @@ from privimage.models.biggan import Generator, g_loss
 
 
 class Adversary(TrainedGenerator):
-    """A generator against a discriminator that it only looks at.
+    """A generator in training against a discriminator, of which it only reads the weights.
 
-    A step depends on the discriminator's weights, the seed of the configuration and its own number, on
-    nothing else.
+    A step depends on those weights, `runtime.seed` and its own number, on nothing else.
     """
 
     def __init__(

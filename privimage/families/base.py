@@ -1,7 +1,4 @@
-"""What the stages ask of a family of generators (diffusion models, GANs).
-
-Training in public and in private, and sampling.
-"""
+"""The interface of a family of generators: training in public and in private, and sampling."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -53,10 +50,7 @@ class PublicTraining(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """What later stages start from.
-
-        The generator's state as `raw` and, averaged, as `ema`, and what else the family needs.
-        """
+        """The generator's state as `raw` and, averaged, as `ema`, and whatever else later stages need."""
 
 
 class ImageLosses(ABC):
@@ -92,20 +86,14 @@ class ImageLosses(ABC):
 
 
 class PrivateTraining(ABC):
-    """Fine-tuning of a family's networks.
-
-    The one that sees sensitive images by private steps, the others from it alone.
-    """
+    """Fine-tuning: `module` is trained by private steps, other networks from its noised weights alone."""
 
     module: nn.Module  # the only network that sees sensitive images
     losses: ImageLosses
     optimizer: torch.optim.Optimizer  # of `module`
 
     def seen(self) -> list[Tensor]:
-        """All that the gradients of sensitive images depend on.
-
-        The tensors of `module`, and those of other networks in the losses.
-        """
+        """All tensors that per-image gradients depend on: `module`, and other networks in the losses."""
         return list(self.module.state_dict().values())
 
     @abstractmethod

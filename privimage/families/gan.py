@@ -185,7 +185,7 @@ class GanPublic(PublicTraining):
         """
         raw, averaged = (
             self.generator.network.state_dict(),
-            self.generator.settled(averaged=True).state_dict(),
+            self.generator.frozen(averaged=True).state_dict(),
         )
         return {"raw": raw, "ema": averaged, "discriminator": self.discriminator.module.state_dict()}
 
@@ -220,7 +220,7 @@ class GanPrivate(PrivateTraining):
             bf16,
         )
         self.losses: AdversarialLosses = AdversarialLosses(
-            config, world, n_classes, self.generator.settled(averaged=False)
+            config, world, n_classes, self.generator.frozen(averaged=False)
         )
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -228,7 +228,7 @@ class GanPrivate(PrivateTraining):
         if step % self.ratio:
             return {}
         loss = self.world.all_reduce_(self.generator.step(self.module, step)) / self.world.size
-        self.losses.generator = self.generator.settled(averaged=False)
+        self.losses.generator = self.generator.frozen(averaged=False)
         return {"generator loss": loss.item()}
 
     def seen(self) -> list[Tensor]:
@@ -242,11 +242,11 @@ class GanPrivate(PrivateTraining):
     def load(self, state: dict[str, Any]) -> None:
         """See `PrivateTraining`."""
         self.generator.load(state)
-        self.losses.generator = self.generator.settled(averaged=False)
+        self.losses.generator = self.generator.frozen(averaged=False)
 
     def weights(self) -> dict[str, Tensor]:
         """See `PrivateTraining`."""
-        return self.generator.settled(averaged=True).state_dict()
+        return self.generator.frozen(averaged=True).state_dict()
 
 
 class AdversarialLosses(ImageLosses):

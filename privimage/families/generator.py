@@ -14,16 +14,16 @@ from privimage.distributed.world import World
 from privimage.families.base import Family
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_generator, edm, parameters
-from privimage.models.biggan import Generator, settle
+from privimage.models.biggan import Generator, recalibrate
 from privimage.models.ema import EMA
 
 BETAS = (0.5, 0.999)
-SETTLING = (8, 64)  # batches and latents in each, from which a generator's statistics are measured
+CALIBRATION = (8, 64)  # batches and latents in each, from which a generator's statistics are measured
 
 
 @torch.no_grad()
 def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tensor, labels: Tensor) -> Tensor:
-    """Images of a settled generator, uint8 (B, C, H, W).
+    """Images of an eval-mode generator, uint8 (B, C, H, W).
 
     Each from its label and from a latent that belongs to (seed, index).
 
@@ -33,7 +33,7 @@ def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tenso
 
 
 class TrainedGenerator:
-    """A generator, its optimizer, its average, and its settled form.
+    """A generator, its optimizer, and its averaged weights.
 
     Batch norm sees the latents of all ranks, so that a step is the same for any number of ranks that divides
     the batch.
@@ -80,18 +80,20 @@ class TrainedGenerator:
         self.ema.update()
         return loss.detach()
 
-    def settled(self, averaged: bool) -> Generator:
+    def frozen(self, averaged: bool) -> Generator:
         """An eval-mode copy with the current or averaged weights and recomputed batch-norm statistics."""
         still = build_generator(self.config, self.n_classes).to(self.world.device)
         still.load_state_dict(self.network.state_dict())
         if averaged:
             self.ema.copy_to(still)
-        batches, latents = SETTLING
+        batches, latents = CALIBRATION
         normal = self.draws.normal(
-            public_seed(self.config, "settling"), torch.arange(batches * latents), still.latent_size
+            public_seed(self.config, "batch-norm statistics"),
+            torch.arange(batches * latents),
+            still.latent_size,
         )
         labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
-        return settle(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
+        return recalibrate(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
 
     def samples(self) -> Tensor:
         """A few images of the averaged generator, uint8 (N, C, H, W), up to 10 classes in turn."""
@@ -99,7 +101,7 @@ class TrainedGenerator:
             5 * min(self.n_classes, 10) if self.n_classes else 25, device=self.world.device
         )
         return generated(
-            self.settled(averaged=True),
+            self.frozen(averaged=True),
             self.draws,
             public_seed(self.config, "latents"),
             indices,

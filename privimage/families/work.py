@@ -1,4 +1,4 @@
-"""How much work a stage is, from a short measurement."""
+"""Estimates of the work of a stage, from a short measurement."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ ENOUGH = 0.5  # seconds beside which the overhead of calls is small
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage takes of one rank that does all the work."""
+    """Work of one stage, done by a single rank."""
 
     stage: str
     steps: int
@@ -25,7 +25,7 @@ class Work:
 def seconds_of_a_pass(
     forward: Callable[[int], Tensor], device: torch.device, precision: str, at_once: int
 ) -> float:
-    """Seconds of a forward pass per image.
+    """Seconds per image of a forward pass.
 
     `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16".
     """
@@ -34,19 +34,14 @@ def seconds_of_a_pass(
 
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
-    """Seconds of `run(n)` divided by n, for n = `images` and then more and more, until it is long enough to
-    be measured or n = `at_once`.
-    """
+    """Seconds of `run(n)` divided by n; n grows from `images` until it can be measured, or to `at_once`."""
     while (best := min(_seconds(run, images) for _ in range(3))) < ENOUGH and images < at_once:
         images = min(2 * images, at_once)
     return best / images
 
 
 def activations(forward: Callable[[int], Tensor], device: torch.device, precision: str) -> float:
-    """Bytes that an image leaves for the backward pass.
-
-    `forward` and `precision` are those of `seconds_of_a_pass`.
-    """
+    """Bytes per image kept for the backward pass; `forward` and `precision` as for `seconds_of_a_pass`."""
     held: list[int] = []
 
     def hold(tensor: Tensor) -> Tensor:

@@ -143,22 +143,19 @@ class Generator(nn.Module):
 
 
 @torch.no_grad()
-def settle(generator: Generator, batches: Sequence[tuple[Tensor, Tensor]]) -> Generator:
-    """Fit what is no weight to the present weights, and go to eval mode, in which an image depends on its own
-    latent and label alone.
+def recalibrate(generator: Generator, batches: Sequence[tuple[Tensor, Tensor]]) -> Generator:
+    """Recompute batch-norm statistics and spectral vectors for the current weights, and switch to eval mode.
 
     Running means and variances become the averages over `batches` (latents, labels), and the vectors of the
-    spectral norm those of a power iteration with a step a batch. An averaged or freshly updated generator
+    spectral norm those of a power iteration with one step per batch. An averaged or freshly updated generator
     needs this: the statistics of one network are not those of another (Brock et al. 2019, "standing
-    statistics").
+    statistics"). In eval mode an image depends on its own latent and label alone.
     """
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     generator.train()
-    for (
-        latents,
-        labels,
-    ) in batches:  # for the spectral norm, on which the statistics depend; it sees weights only
+    # The spectral norm first, on which the statistics depend; its power iteration sees weights only.
+    for latents, labels in batches:
         generator(latents[:1], labels[:1])
     for norm in norms:
         norm.reset_running_stats()

@@ -1,9 +1,7 @@
-"""The diffusion formulation of Karras et al.
+"""The diffusion formulation of Karras et al. 2022 (EDM).
 
-2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM).
-
-Nothing here draws a random number: noise levels, noise and churn are given by the caller, who owns all
-randomness.
+"Elucidating the Design Space of Diffusion-Based Generative Models". Nothing here draws a random number:
+noise levels, noise and churn are arguments, so that the caller controls all randomness.
 """
 
 import itertools
@@ -66,13 +64,16 @@ class Denoiser(nn.Module):
 def loss(
     denoiser: Callable[..., Tensor], images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor
 ) -> Tensor:
-    """Weighted squared error of each image, averaged over its pixels and channels.
+    """Weighted squared error of each image, averaged over its pixels and channels (equation 8 and table 1).
 
-    (B,) (equation 8 and table 1).
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        labels: (B,) int64, or None.
+        sigma: (B,).
+        noise: (B, C, H, W), standard normal.
 
-    images (B, C, H, W) in [-1, 1], labels (B,) int64 or None, sigma (B,), noise (B, C, H, W) standard normal.
-    The weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes the loss of an untrained network about 1
-    at every level.
+    Returns the losses (B,). The weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes the loss of an
+    untrained network about 1 at every level.
     """
     level = sigma[:, None, None, None]
     error = denoiser(images + level * noise, sigma, labels) - images

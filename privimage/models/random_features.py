@@ -1,6 +1,4 @@
-"""Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), by which DP-MERF compares sets of
-images.
-"""
+"""Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), for DP-MERF."""
 
 import math
 
@@ -9,12 +7,11 @@ from torch import Tensor
 
 
 class RandomFeatures:
-    """phi(x) = sqrt(2 / F) [cos(Wx), sin(Wx)]: each image has a feature vector of norm 1, and phi(x) .
+    """phi(x) = sqrt(2 / F) [cos(Wx), sin(Wx)], a feature vector of norm 1 for each image.
 
-    Phi(y) is about exp(-|x - y|^2 / (2 b^2)).
-
-    `features` F is even. The bandwidth b is `bandwidth` sqrt(pixels), a constant: one that is fitted to
-    sensitive images would leak. The frequencies W are public; they come from `seed` alone, on any device.
+    The product of phi(x) and phi(y) is about exp(-|x - y|^2 / (2 b^2)). `features` F is even. The bandwidth b
+    is `bandwidth` sqrt(pixels), a constant: one that is fitted to sensitive images would leak. The
+    frequencies W are public; they come from `seed` alone, on any device.
     """
 
     def __init__(

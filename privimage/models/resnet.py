@@ -40,11 +40,10 @@ class _Residual(nn.Module):
 
 
 def classifier(name: str, channels: int, n_classes: int) -> Classifier:
-    """The query function: "resnet50" (He et al.
+    """The query function: "resnet50" with a stem for small images, or "resnet-small".
 
-    2016) with a stem for small images, or "resnet-small" (0.7 M parameters, 8x8 to 28x28).
-
-    The stem of resnet50 is a 3x3 convolution of stride 1 without max-pool, as is usual on CIFAR-10.
+    resnet50 (He et al. 2016) has a 3x3 convolution of stride 1 without max-pool as its stem, as is usual on
+    CIFAR-10. resnet-small has 0.7 M parameters and is meant for 8x8 to 28x28.
     """
     if name == "resnet50":
         torchvision_operators.declare()

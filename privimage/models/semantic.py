@@ -1,7 +1,4 @@
-"""The semantic query function: what an image shows, as a score for each public class or cluster.
-
-And the tasks that it learns by.
-"""
+"""The semantic query function, which scores public classes or clusters, and the tasks that train it."""
 
 from abc import ABC, abstractmethod
 
@@ -18,10 +15,7 @@ TEMPERATURE = 0.2
 
 
 class SemanticQuery(nn.Module):
-    """Scores of images (B, C, H, W).
-
-    A classifier's logits, or with `centroids` (K, F) how near its features are to each of them.
-    """
+    """Scores of images (B, C, H, W): logits of a classifier, or similarity to `centroids` (K, F)."""
 
     def __init__(self, network: Classifier, centroids: Tensor | None = None) -> None:
         super().__init__()

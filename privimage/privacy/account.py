@@ -1,7 +1,4 @@
-"""One run's account.
-
-Its plan, its key, and what it may still draw, as the ledger of the sensitive set has it.
-"""
+"""The account of a run: its plan, its key, and what it may still draw according to the ledger."""
 
 import os
 import secrets
@@ -30,9 +27,8 @@ Behind = dict[str, list[str]]  # the names of the charges that made something, b
 
 @dataclass
 class Account:
-    """Opened by each stage that draws outputs from sensitive data, on every rank.
-
-    Only the main rank has the ledger.
+    """The account of a run, opened by each stage that draws from sensitive data. Only the main rank has the
+    ledger.
     """
 
     run: str  # its name in the ledger
@@ -72,10 +68,10 @@ class Account:
             )
 
     def require_known(self, behind: Mapping[str, Collection[str]], made: Path, world: World) -> None:
-        """Refuse to go on from what charges have made that are not in the ledger; all ranks call it together.
+        """Refuse to continue from weights made by charges that are not in the ledger; a collective call.
 
         `behind` are the names of the charges, by stage, and `made` is the file. Raises UserError on all
-        ranks: what comes of it could never be released.
+        ranks, since nothing derived from such weights could be released.
         """
         lost = 0
         if world.is_main and self.private and self.ledger is not None:
@@ -89,7 +85,7 @@ class Account:
             )
 
     def keep_head(self) -> None:
-        """Keep what the run knows of its ledger, so that an older copy of it would be seen."""
+        """Record the state of the ledger, so that an older copy of it is recognised later."""
         assert self.ledger is not None and self.path is not None  # the main rank keeps it
         kept = read_json(self.path)
         if kept["ledger"]["digest"] != self.ledger.head.digest:
@@ -105,7 +101,7 @@ def charge_name(root: keys.RootKey, *depends_on: bytes) -> bytes:
 
 
 def merged(*behind: Mapping[str, Collection[str]]) -> Behind:
-    """All charges behind several things, by stage, each once."""
+    """The union of several sets of charges, by stage."""
     stages = dict.fromkeys(stage for one in behind for stage in one)
     return {
         stage: list(dict.fromkeys(name for one in behind for name in one.get(stage, ()))) for stage in stages
@@ -154,9 +150,9 @@ def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World)
 
 
 def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> None:
-    """Look for what `open_account` would refuse on the main rank, without beginning or writing anything.
+    """Raise UserError for what `open_account` would refuse on the main rank, without writing anything.
 
-    Of a run that has not begun nothing can be said before its set is decoded (`sensitive`). Raises UserError.
+    For a run that has not begun, this needs the decoded set (`sensitive`).
     """
     folder, path = ledger_folder(config), account_path(run)
     existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -243,7 +239,7 @@ def read_account(path: Path) -> dict:
 
 
 def known_head(kept: dict) -> Head:
-    """What the account of a run knows of its ledger."""
+    """The state of the ledger that account.json has recorded."""
     head = kept["ledger"]
     return Head(head["ledger"], head["entries"], head["size"], head["digest"])
 
@@ -260,10 +256,7 @@ def _no_older_ledger(config: Config, folder: Path, fingerprint: str) -> None:
 
 
 def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
-    """The directory that this one is a copy of.
-
-    Where the ledger knows the run, if another directory with it is there.
-    """
+    """The directory of which this one is a copy, if the ledger knows its run and it still exists."""
     known = ledger.spent.places.get(name)
     if known is None or not Path(known).is_dir() or Path(known).samefile(run.path):
         return None

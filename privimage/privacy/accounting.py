@@ -1,6 +1,4 @@
-"""What a composition of mechanisms costs, and how much noise a promise needs.
-
-All numbers come from dp-accounting.
+"""Cost of a composition of mechanisms, and the noise that a budget needs, by dp-accounting.
 
 Neighbouring data sets differ by adding or removing one image.
 """
@@ -36,16 +34,16 @@ class SampledGaussian:
 
     @property
     def single(self) -> "SampledGaussian":
-        """One use of it."""
+        """A single use."""
         return replace(self, count=1)
 
     @property
     def kind(self) -> str:
-        """What the field calls it."""
+        """Its name in the literature."""
         return "Gaussian" if self.sample_rate == 1 else "Poisson-sampled Gaussian"
 
     def to_entry(self) -> list[float]:
-        """How the ledger writes it."""
+        """Its form in the ledger."""
         return [self.noise_multiplier, self.sample_rate, self.count]
 
     @classmethod
@@ -176,10 +174,9 @@ def training_noise(
 def query_noise(
     target: float, delta: float, training: SampledGaussian, max_rise: float, accountant: str = "pld"
 ) -> float:
-    """The smallest noise multiplier of the query for which `training` needs at most `1 + max_rise` times its
-    noise alone.
+    """The smallest noise multiplier of the query that raises the noise of `training` by at most `max_rise`.
 
-    `training` is the one that would meet `target` without any query.
+    `training` is the mechanism that would use up `target` without any query.
     """
     noisier = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
 

@@ -34,7 +34,7 @@ LENGTH = 1000.0  # of a canary's gradient, in clipping bounds
 
 
 class Canaries(Dataset):
-    """Those that take part: int64 (m,); a batch is the canaries alone, and an empty one is a batch."""
+    """Indices of the canaries that take part: int64 (m,); batches may be empty."""
 
     def __init__(self, present: Tensor):
         self.present = present
@@ -47,9 +47,8 @@ class Canaries(Dataset):
 
 
 class CanaryLosses:
-    """The loss of a canary.
-
-    Its coordinate, so steep that its gradient is much longer than the clipping bound.
+    """Loss of a canary: its own coordinate, scaled so that the gradient is much longer than the clipping
+    bound.
     """
 
     def __init__(self, plan: DPSGD, device: torch.device):

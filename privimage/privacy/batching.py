@@ -1,4 +1,4 @@
-"""How many images may go through the network at once."""
+"""Physical batch sizes."""
 
 import math
 from collections.abc import Callable

@@ -1,6 +1,5 @@
-"""The private loop: T steps of DP-SGD on one module, by all ranks together.
-
-Whatever claims something about DP-SGD here runs this.
+"""The DP-SGD loop: T private steps on one module, by all ranks together; fine-tuning, audit and benchmarks
+run it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -36,13 +35,11 @@ class Losses(Protocol):
 
 @dataclass(frozen=True)
 class Randomness:
-    """Where the random numbers of the steps come from.
+    """Source of all random numbers of the steps.
 
-    A secret key, a generator, and what the computation depends on.
-
-    `computation` is the digest of all that the steps depend on beside the weights
-    (`privacy.identity.computation`). Of these, of the weights and of its number each step has a name; its
-    sample, its noise and its draws are derived from the key and that name.
+    `computation` is the digest of everything that the steps depend on beside the weights
+    (`privacy.identity.computation`). From it, the weights and its number each step has a name; sample, noise
+    and draws of the step are derived from the secret key `root` and that name.
     """
 
     root: RootKey
@@ -51,14 +48,12 @@ class Randomness:
 
 
 class PrivateSteps:
-    """Poisson sample, per-image gradients, clipping, sum, noise, update.
+    """T steps of DP-SGD: Poisson sample, per-image gradients, clipping, sum, noise, update.
 
-    Iterated over, one `StepFigures` a step.
-
-    Before a step computes anything it is charged: `charge(name)` is asked on the main rank and answers
-    whether the run may make it. Where it may not, the iteration ends on all ranks. What is done between two
-    steps (averages, a generator's own steps) is done by the caller, in public: a step sees no more of it than
-    the tensors of `state`.
+    Iterating yields one `StepFigures` per step. Before a step computes anything it is charged: `charge(name)`
+    is called on the main rank and returns whether the run may take it; if not, the iteration ends on all
+    ranks. What happens between two steps (averages, a generator's own steps) is up to the caller and public:
+    a step sees no more of it than the tensors of `state`.
     """
 
     def __init__(
@@ -78,11 +73,21 @@ class PrivateSteps:
         stop_requested: Callable[[], bool] = lambda: False,
         noise_factor: float = 1.0,
     ):
-        """`plan` says with which sample rate, bound and noise, and how many steps; `first` are made already.
+        """Prepare the steps after the first `first`.
 
-        `optimizer` updates the module behind `gradients`. `state()` gives all tensors that a step's gradients
-        depend on: the weights of the module, and of networks that `losses` use. `noise_factor` is for an
-        audit that wants the promise broken. Up to `physical` images go through the network at once, a rank.
+        Args:
+            plan: sample rate, clipping bound, noise and number of steps.
+            gradients: wraps the module that is trained.
+            losses: per-image losses of the module.
+            optimizer: updates the trained parameters of that module.
+            data: the sensitive set.
+            physical: images per rank that go through the network at once.
+            charge: see the class.
+            state: returns all tensors that the gradients of a step depend on: the weights of the module, and
+                of networks that `losses` use.
+            noise_factor: scales the noise, for an audit that breaks the guarantee on purpose.
+
+        Raises ValueError if `optimizer` updates other parameters than those that require gradients.
         """
         self.plan, self.gradients, self.losses, self.data, self.ranks = plan, gradients, losses, data, ranks
         self.randomness, self.physical, self.charge, self.state, self.step = (
@@ -138,7 +143,7 @@ class PrivateSteps:
             yield share(sample, self.ranks.rank, self.ranks.size)
 
     def _may_begin(self) -> bool:
-        """Name the next step and charge it before anything of it is computed; equal on all ranks."""
+        """Name the next step and charge it, before anything of it is computed; equal on all ranks."""
         weights = digest_of_tensors(self.state())
         self.name = charge_name(
             self.randomness.root, self.randomness.computation, self.step.to_bytes(8, "big"), weights

@@ -1,8 +1,7 @@
-"""Per-image gradients, averaged over the noise copies of each image, behind Opacus' gradient-module
-interface.
+"""Per-image gradients, averaged over the noise copies of each image, behind Opacus' interface.
 
-Two interchangeable ways fill `p.grad_sample` of shape (B, *p.shape): `FoldedGradients`, fast, one rule a
-layer type, and `VmapGradients`, torch.func's vmap(grad), the plain oracle that the rules are tested against.
+Two interchangeable implementations fill `p.grad_sample` of shape (B, *p.shape): `FoldedGradients`, fast, with
+one rule per layer type, and `VmapGradients`, torch.func's vmap(grad), the reference that it is tested with.
 """
 
 from abc import abstractmethod
@@ -35,24 +34,26 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 class PerImageGradients(AbstractGradSampleModule):
-    """A module whose parameters get `grad_sample`.
-
-    For each image the gradient of its loss averaged over its noise copies.
+    """A module whose parameters get `grad_sample`: per image, the gradient of its mean loss over noise
+    copies.
     """
 
     def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
-        """`backends` fixes the way each convolution takes (as `choices` of an earlier run gave it), so that a
-        resumed run repeats its predecessor to the bit. A batch of fewer images than `filled_to` is filled up
-        with copies of the last one, of which nothing is kept: libraries choose their kernels, and so the
-        rounding, by the number of images, and one image more must not change what all others contribute.
-        `batching.filled_size` says to how many.
+        """Wrap `module`.
+
+        Args:
+            backends: the backend of each convolution, as `choices` of an earlier run, so that a resumed run
+                repeats its predecessor to the bit.
+            filled_to: smaller batches are padded to this size with copies of the last image, whose results
+                are dropped. Libraries choose kernels, and so the rounding, by the number of images, and one
+                image more must not change the contribution of all others. See `batching.filled_size`.
         """
         super().__init__(module)
         self.convolutions, self.filled_to = ConvolutionBackends(dict(backends or {})), filled_to
 
     @property
     def choices(self) -> dict[str, str]:
-        """The way that each convolution takes, by name of the layer."""
+        """The backend of each convolution, by name of the layer."""
         return dict(self.convolutions.choices)
 
     def backward(self, losses: Losses, *tensors: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class FoldedGradients(PerImageGradients):
 
 
 class VmapGradients(PerImageGradients):
-    """vmap(grad) over single images: slow, and right by construction."""
+    """vmap(grad) over single images: slow, and correct by construction."""
 
     def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
         parameters = {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
@@ -158,11 +159,10 @@ def clip_and_sum_(
 ) -> tuple[Tensor, Tensor]:
     """Add the clipped per-image gradients of a batch to the flat float64 `gradient_sum` (P,), in place.
 
-    Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm`; an image
-    with a gradient that is not finite, or longer than `LONGEST`, contributes exactly zero. C is at least
-    1e-8, as in the configuration. Norms are summed up in float64, so are gradients but for the `AT_ONCE` of a
-    piece, which are summed in float32. Returns the norms (B,) before clipping and which images were finite
-    (B,): both private.
+    Each image's gradient over all parameters is scaled to an L2 norm of at most `max_grad_norm` (at least
+    1e-8). An image whose gradient is not finite, or longer than `LONGEST`, contributes exactly zero. Norms
+    are summed in float64, gradients in float32 within pieces of `AT_ONCE` images and in float64 across
+    pieces. Returns the norms (B,) before clipping, and a mask (B,) of the finite images; both are private.
     """
     samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
     small = [s.float() for s in samples if s.shape[1] < FEW]

@@ -1,9 +1,9 @@
-"""What a computation on sensitive data depends on, as one digest.
+"""The identity of a computation on sensitive data: a digest of everything its outputs depend on.
 
-Noise, Poisson sample and charge of each use of a mechanism are derived from it. So the same computation,
-started again after a crash, from a copy or from an older snapshot, repeats its output to the bit and is
-charged once: nothing new comes out. Any other computation, even one that differs in rounding only, has
-other noise and is charged: the difference of two outputs contains both noises.
+Noise, Poisson sample and charge of each use of a mechanism are derived from it. The same computation, started
+again after a crash, from a copy or from an older snapshot, repeats its output to the bit and is charged once.
+Any other computation, even one that differs in rounding only, has other noise and is charged: the difference
+of two outputs contains both noises.
 """
 
 import hashlib
@@ -130,7 +130,7 @@ def _machine(device: torch.device) -> dict:
 
 
 def _processor(device: torch.device) -> str:
-    """The kind of GPU, or of CPU with its instructions: libraries choose their kernels by them."""
+    """Model of the GPU, or of the CPU with its instruction sets: libraries choose kernels by them."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -144,9 +144,7 @@ def _processor(device: torch.device) -> str:
 
 @cache
 def _software() -> str:
-    """A digest of this package's own source and of the versions of those that decode, compute, draw or clip
-    for it.
-    """
+    """Digest of this package's source, and of the versions of the packages that compute for it."""
     package = Path(__file__).parents[1]
     sources = [path.read_bytes() for path in sorted(package.rglob("*.py"))]
     names = ("torch", "torchvision", "opacus", "numpy", "pillow", "randomgen")

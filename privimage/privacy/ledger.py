@@ -36,10 +36,7 @@ Plans = Mapping[str, SampledGaussian]  # what a run is going to do, by part
 
 @dataclass(frozen=True)
 class Head:
-    """What a run knows of its ledger.
-
-    Its identity, and how it began when the run last looked, as a number of bytes and their digest.
-    """
+    """The state of a ledger when a run last read it: its identity, and the size and digest of its content."""
 
     ledger: str
     entries: int
@@ -52,9 +49,7 @@ class Head:
 
 
 class Ledger:
-    """The ledger of the sensitive set with the given fingerprint, in `folder`, shared by all runs on that
-    set.
-    """
+    """The ledger of the sensitive set with the given fingerprint, in `folder`, shared by all runs on it."""
 
     def __init__(self, folder: Path, fingerprint: str, head: Head | None = None):
         """`head` is what the run knows of the ledger; None begins one where there is none.
@@ -78,10 +73,7 @@ class Ledger:
 
     @property
     def spent(self) -> Spent:
-        """All that was ever charged or announced here.
-
-        Raises UserError for a ledger that is not the known one any more.
-        """
+        """Everything charged or announced. Raises UserError if the file does not begin as it is known."""
         with self._locked():
             return self._reader.spent
 
@@ -103,7 +95,7 @@ class Ledger:
             os.close(handle)
 
     def _catch_up(self, handle: int) -> None:
-        """Read what others have written since; refuse a file that does not begin with what is known."""
+        """Read new entries of other runs. Raises UserError for a file that does not begin as it is known."""
         data = _whole(handle)
         if data and not data.endswith(b"\n"):
             self._write(handle, b"\n")  # the end of a torn line: nobody else is writing now
@@ -224,8 +216,8 @@ class Ledger:
         False if the run may not use it any more, and nothing was written.
 
         `name` is derived from everything that the output depends on: a name that is here already is the same
-        output, and costs nothing. A new one is written if the run has fewer than `limit` charges of this part,
-        counting those `behind` what it goes on from.
+        output, and costs nothing. A new one is written if the run has fewer than `limit` charges of this
+        part, counting those `behind` its present state.
         """
         with self._locked() as handle:
             charges = self._reader.spent.charges

@@ -1,4 +1,4 @@
-"""Gaussian noise from a cryptographic generator, four draws combined, prepared beside the computing."""
+"""Gaussian noise from a cryptographic generator, drawn in a thread while gradients are computed."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 

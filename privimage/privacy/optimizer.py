@@ -1,10 +1,8 @@
-"""DP-SGD's update over all ranks.
+"""The update of DP-SGD over all ranks.
 
-Each adds its part of the noise to its sum, one flat all-reduce adds up the sums.
-
-With W ranks, rank r holds the sum of its clipped per-image gradients and adds noise of standard deviation
-sigma C / sqrt(W) from its own stream; the total is the sum over the whole logical batch plus noise of
-standard deviation sigma C, for any W.
+With W ranks, rank r adds noise of standard deviation sigma C / sqrt(W) from its own stream to the sum of its
+clipped per-image gradients. One flat all-reduce adds up the sums: the sum over the whole logical batch plus
+noise of standard deviation sigma C, for any W.
 """
 
 from collections.abc import Callable
@@ -22,10 +20,7 @@ from privimage.privacy.noise import NoiseStream
 
 @dataclass
 class StepFigures:
-    """What the ranks counted during a private step. All but `stop` is computed on sensitive data.
-
-    For `private/` only.
-    """
+    """Counts of a private step over all ranks. All but `stop` are private."""
 
     stop: bool
     images: int
@@ -38,10 +33,8 @@ class StepFigures:
 class PrivateOptimizer(DPOptimizer):
     """Opacus' optimizer with the clipping, noise and synchronisation of this project.
 
-    Works under BatchMemoryManager.
-
-    `step` returns true when a logical batch was completed; `figures` then holds what was counted. The caller
-    has charged the step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
+    Works under BatchMemoryManager. `step` returns true when a logical batch was completed; `figures` then
+    holds its counts. The caller has charged the step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
     """
 
     FIGURES = 6

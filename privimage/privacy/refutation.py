@@ -16,9 +16,7 @@ EPSILONS = (
 
 
 class TradeOff:
-    """What a mechanism allows an attacker, as lines under its trade-off curve.
-
-    It is (epsilon, delta)-DP for each pair given.
+    """A lower bound on the trade-off curve of a mechanism that is (epsilon, delta)-DP for each given pair.
 
     An event of probability y under one data set has at least `least(y)` under each neighbour.
     """
@@ -61,7 +59,7 @@ def refuted(curve: TradeOff, canaries: int, guesses: int, right: int, level: flo
 
 @dataclass(frozen=True)
 class Finding:
-    """What the guesses of one run show: with the confidence of the audit, epsilon is at least this."""
+    """Lower bounds on epsilon from the guesses of one run, at the confidence of the audit."""
 
     guesses: int
     right: int

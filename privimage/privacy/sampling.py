@@ -1,6 +1,5 @@
-"""Exact Poisson sampling over all ranks.
-
-The same global sample on each, from the key of a step, of which each takes its share.
+"""Exact Poisson sampling: every rank derives the same global sample from the key of a step, and takes its
+share.
 """
 
 from fractions import Fraction

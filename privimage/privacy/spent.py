@@ -21,10 +21,7 @@ class Charge:
 
 @dataclass
 class Spent:
-    """What a ledger holds.
-
-    Before the first plan nothing can have been released, and a torn line costs nothing.
-    """
+    """The contents of a ledger. A torn line before the first plan costs nothing: nothing was released."""
 
     charges: dict[str, Charge] = field(default_factory=dict)  # by name
     plans: dict[str, dict[str, SampledGaussian]] = field(
@@ -37,9 +34,8 @@ class Spent:
     torn: int = 0
 
     def mechanisms(self, run: str | None = None, behind: Collection[str] = ()) -> tuple[SampledGaussian, ...]:
-        """What was charged, equal mechanisms added up.
-
-        By all runs, or by one run and in the charges `behind` what it made.
+        """All charges, equal mechanisms added up; with `run`, those of the run and those `behind` its
+        weights.
         """
         counts = Counter(
             c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind
@@ -58,9 +54,9 @@ class Spent:
         }
 
     def promised(self, run: str, plan: Mapping[str, SampledGaussian]) -> tuple[SampledGaussian, ...]:
-        """What all runs have charged or announced, by part whichever is more, with `plan` for `run`.
+        """For each run and part, what was charged or announced, whichever is more, with `plan` for `run`.
 
-        An unfinished run may still go on.
+        An unfinished run may still use what it has announced.
         """
         counts: Counter[tuple[str, str, SampledGaussian]] = Counter(
             (c.run, c.part, c.mechanism) for c in self.charges.values()
@@ -79,7 +75,7 @@ class Reader:
         self.spent, self.size, self.lines = Spent(), 0, 0
 
     def feed(self, data: bytes) -> None:
-        """Take in the next bytes of the file; a last line without its end is a torn one."""
+        """Read the next bytes of the file; a last line without a newline counts as torn."""
         for line in data.split(b"\n"):
             if line:
                 self.lines += 1
@@ -120,9 +116,8 @@ class Reader:
                 spent.charges[f"torn line {self.lines} {run}"] = Charge(run, part, mechanism)
 
     def _still_open(self, run: str) -> list[tuple[str, SampledGaussian]]:
-        """Single uses of those mechanisms of a run's plan that are not charged in full.
-
-        What a torn line may have been.
+        """Single uses of the planned mechanisms of a run that are not charged in full: candidates for a torn
+        line.
         """
         charged = Counter(c.part for c in self.spent.charges.values() if c.run == run)
         return [
@@ -131,9 +126,6 @@ class Reader:
 
 
 def _cost(mechanism: SampledGaussian) -> float:
-    """An order of cost for single uses.
-
-    The Gaussian-DP parameter of the sampled mechanism at its central limit.
-    """
+    """Order of single uses by cost: the Gaussian-DP parameter of the sampled mechanism in its limit."""
     exponent = min(mechanism.noise_multiplier**-2, 700.0)
     return mechanism.sample_rate * math.sqrt(math.expm1(exponent))

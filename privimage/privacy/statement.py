@@ -1,7 +1,4 @@
-"""What is said of a release.
-
-PRIVACY.json and PRIVACY.md, from the charges in the ledger that made it, never from the plan alone.
-"""
+"""PRIVACY.json and PRIVACY.md, from the charges behind a release in the ledger, never from the plan alone."""
 
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
@@ -92,9 +89,8 @@ def _require_proof(account: Account, spent: Spent, made_by: Mapping[str, Sequenc
 
 
 def rounded_up(value: float, places: int | None = None, digits: int | None = None) -> float:
-    """`value`, as it would be written in full, to so many decimal places or digits and never less.
-
-    What is printed is a bound too.
+    """`value` rounded up to so many decimal places or significant digits, so that the printed number is a
+    bound.
     """
     exact = Decimal(repr(float(value)))
     if places is not None:

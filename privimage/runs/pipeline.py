@@ -1,4 +1,4 @@
-"""The order of the stages: skips what is finished, measures the rest, and lets all ranks end together."""
+"""Runs the stages in order: skips finished ones, measures the others, and ends all ranks together."""
 
 import contextlib
 import importlib

@@ -25,7 +25,7 @@ Facts = tuple[int, tuple[str, ...]]  # of the public set: number of images, clas
 
 
 def written(config: Config, public: Facts | None, sizes: Mapping[str, int], rows: int) -> dict[str, int]:
-    """About how many bytes each stage of a run has on the disk at most; what is not known counts as nothing.
+    """Upper estimate of the bytes that each stage writes; what is not known counts as nothing.
 
     `sizes`: parameters of each network of the generator; `rows`: classes of the sensitive set.
     """

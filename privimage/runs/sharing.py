@@ -1,10 +1,8 @@
-"""Public stages that several runs have in common are done once.
+"""Public stages that several runs have in common are done once, and kept in the folder `run.shared`.
 
-`run.shared` is the folder where they are kept.
-
-Only what depends on public images alone is ever kept or taken (`Method.public_stages`); the selection and all
-that follows from it saw the sensitive set, and each run makes its own. What is kept goes by a digest of
-everything that its content depends on.
+Only what depends on public images alone is kept or taken (`Method.public_stages`); the selection and all that
+follows from it depend on the sensitive set, and each run makes its own. Entries are named by a digest of
+everything that their content depends on.
 """
 
 import hashlib
@@ -44,7 +42,7 @@ def name_of(stage: str, config: Config, **more: object) -> str:
 
 
 def adopt(stage: str, config: Config, run: RunDir, world: World) -> bool:
-    """Take a public stage that another run has finished, if there is one and this run has not begun it."""
+    """Take over a public stage that another run has finished, unless this run has begun it."""
     kept = _place(stage, config, run, world)
     folder = run.path / stage
     if kept is None or not kept.is_dir() or folder.exists():
@@ -62,7 +60,7 @@ def adopt(stage: str, config: Config, run: RunDir, world: World) -> bool:
 
 
 def keep(stage: str, config: Config, run: RunDir, world: World) -> None:
-    """Keep a public stage that this run has finished for others; whoever is first wins."""
+    """Keep a finished public stage for other runs; the first one wins."""
     kept = _place(stage, config, run, world)
     if kept is None or kept.exists():
         return
@@ -100,7 +98,7 @@ def _place(stage: str, config: Config, run: RunDir, world: World) -> Path | None
 
 
 def _stamps(path: Path | None) -> list:
-    """When the public set and its sub-folders were last changed: enough to see that images came or went."""
+    """Modification times of the public set and its sub-folders, enough to notice added or removed images."""
     if path is None:
         return []
     places = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else [path]
@@ -108,9 +106,7 @@ def _stamps(path: Path | None) -> list:
 
 
 def _link_tree(source: Path, destination: Path) -> None:
-    """A copy that shares its files' blocks where the file system can do that.
-
-    Runs replace files, they do not rewrite them.
+    """Copy a tree by hard links where the file system supports them; runs replace files, never rewrite them.
     """
 
     def link(old: str, new: str) -> None:

@@ -1,7 +1,4 @@
-"""DP-MERF (Harder et al. 2021).
-
-One noisy mean embedding of the sensitive set, and a generator that is trained to have the same.
-"""
+"""DP-MERF (Harder et al. 2021): train a generator towards one noisy mean embedding of the sensitive set."""
 
 import itertools
 import math
@@ -67,7 +64,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             "charges": {"match": [charge]},
         }
         checkpoint.save(
-            run.stage("match") / "weights.pt", {"ema": generator.settled(averaged=True).state_dict()} | known
+            run.stage("match") / "weights.pt", {"ema": generator.frozen(averaged=True).state_dict()} | known
         )
     return {
         "images": settings.steps * settings.batch_size,

@@ -1,4 +1,4 @@
-"""Bring the public set into a store of the run's shape, once."""
+"""Write the public set into a store of the run's shape, once."""
 
 from privimage.config import Config
 from privimage.data import store

@@ -1,7 +1,4 @@
-"""Pretrain the generator on public images.
-
-Those that were selected, with the sensitive class as label, or all of them.
-"""
+"""Pretrain the generator on the selected public images, labelled by sensitive class, or on all of them."""
 
 from collections.abc import Iterator
 from pathlib import Path

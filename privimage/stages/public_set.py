@@ -1,7 +1,4 @@
-"""The prepared public set as stages see it.
-
-Its labels, what each image counts as for the query, and the trained query function.
-"""
+"""The prepared public set as stages see it: labels, categories, and the trained query function."""
 
 import zipfile
 from dataclasses import dataclass
@@ -56,9 +53,8 @@ def clusters_path(run: RunDir) -> Path:
 
 
 def query_task(config: Config, public: Semantics) -> Task:
-    """What the query function learns by.
-
-    The public labels, or nothing but the images where there is one class.
+    """The training task of the query function: the public labels, or contrastive views where there is one
+    class.
     """
     return Labels(config.query.flip, len(public.names)) if len(public.names) > 1 else Views(config.query.flip)
 

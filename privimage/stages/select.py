@@ -1,6 +1,5 @@
-"""Ask the sensitive set, under differential privacy, which public classes resemble it.
-
-Keep those for pretraining.
+"""Query the sensitive set, under differential privacy, for the public classes that resemble it, and select
+these.
 """
 
 import numpy as np
@@ -127,12 +126,10 @@ def top_votes(query: SemanticQuery, images: np.ndarray, per_image: int, world: W
 
 
 def exclusive_top(counts: np.ndarray, per_class: int) -> np.ndarray:
-    """Give each row its `per_class` largest columns, each column to one row only.
+    """Assign to each row its `per_class` largest columns of counts (rows, columns), each column to one row.
 
-    Int64 (columns,), the row or -1.
-
-    counts (rows, columns). Conflicts are resolved by the counts, the largest over all pairs first, not by the
-    order of rows.
+    Returns int64 (columns,), the row or -1. Conflicts are resolved by the counts, the largest over all pairs
+    first, not by the order of rows.
     """
     assignment = np.full(counts.shape[1], -1, dtype=np.int64)
     room = np.full(counts.shape[0], per_class)

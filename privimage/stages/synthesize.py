@@ -1,6 +1,4 @@
-"""Sample the synthetic set and put the release together, from an allow-list, as the last thing that the run
-makes.
-"""
+"""Sample the synthetic set, and assemble the release from an allow-list, as the last output of a run."""
 
 import platform
 import shutil
@@ -71,7 +69,7 @@ def _generator(config: Config, world: World, weights: dict) -> nn.Module:
 
 
 def _pretrained(config: Config, run: RunDir, world: World) -> dict | None:
-    """The weights before private fine-tuning, if there are any and they are to be looked at."""
+    """The weights before private fine-tuning, if there are any and they are evaluated."""
     if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).releases_model:
         return None
     return checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
@@ -136,9 +134,8 @@ def _gathered(
 
 
 def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
-    """Put release/ together aside, the statement first, and rename it when it is whole; then destroy the key.
-
-    Nobody can subtract the noise any more.
+    """Assemble release/ aside, rename it when it is complete, and destroy the key: nobody can subtract the
+    noise.
     """
     images, labels = _gathered(config, run, config.synthesize.samples, weights["n_classes"], "after")
     aside = run.path / ".release.part"

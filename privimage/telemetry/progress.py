@@ -17,12 +17,10 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Progress of long work: ``with Progress("pretrain", total=steps, start=done) as bar.
+    """Progress of long work, a context manager.
 
-    Bar.advance(loss="0.31")``.
-
-    `shown` is true on the main rank only. Numbers given to `advance` are shown beside the bar and in the
-    lines.
+    ``with Progress("pretrain", total=steps, start=done) as bar: bar.advance(loss="0.31")``. `shown` is true
+    on the main rank only. Values given to `advance` are shown beside the bar and in the lines.
     """
 
     def __init__(self, label: str, total: int, start: int = 0, shown: bool = True):

@@ -120,7 +120,7 @@ def latents_and_labels(size: int, count: int = 6) -> list[tuple[torch.Tensor, to
     return [(torch.randn(32, size, generator=random), torch.arange(32) % 10) for _ in range(count)]
 
 
-def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_else() -> None:
+def test_a_recalibrated_generator_has_the_statistics_of_its_weights_and_of_nothing_else() -> None:
     """Whatever statistics came with the weights, as for averaged weights that never ran together."""
     generator = build_generator(settings(8, 1, 8), 10)
     batches = latents_and_labels(generator.latent_size)
@@ -131,7 +131,7 @@ def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_el
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.fill_(garbage)
                 module.running_var.fill_(garbage + 1)
-        assert biggan.settle(generator, batches) is generator and not generator.training
+        assert biggan.recalibrate(generator, batches) is generator and not generator.training
         found.append({name: value.clone() for name, value in generator.named_buffers()})
     assert all(torch.equal(value, weights[name]) for name, value in generator.named_parameters())
     assert {module.momentum for module in generator.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
@@ -146,7 +146,7 @@ def test_a_settled_generator_has_the_statistics_of_its_weights_and_of_nothing_el
     assert torch.allclose(norm.running_var, seen.var((0, 2, 3)), rtol=0.1)
 
 
-def test_settling_finds_the_spectral_norm_of_changed_weights() -> None:
+def test_recalibration_finds_the_spectral_norm_of_changed_weights() -> None:
     torch.manual_seed(0)  # the power iteration starts at random, and converges at random speed
     generator = build_generator(settings(8, 1, 8), 10)
     layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -155,14 +155,14 @@ def test_settling_finds_the_spectral_norm_of_changed_weights() -> None:
         for layer in layers:
             original = layer.parametrizations.weight.original
             original.add_(torch.randn(original.shape, generator=random))
-    biggan.settle(generator, latents_and_labels(generator.latent_size, 16))
+    biggan.recalibrate(generator, latents_and_labels(generator.latent_size, 16))
     norms = [torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() for layer in layers]
     assert norms == pytest.approx([1.0] * len(norms), abs=0.05)
 
 
-def test_an_image_of_a_settled_generator_is_its_own() -> None:
+def test_an_image_of_a_recalibrated_generator_is_its_own() -> None:
     generator = build_generator(settings(8, 1, 8), 10)
-    biggan.settle(generator, latents_and_labels(generator.latent_size))
+    biggan.recalibrate(generator, latents_and_labels(generator.latent_size))
     latents, labels = torch.randn(5, generator.latent_size), torch.arange(5)
     with torch.no_grad():
         together = generator(latents, labels)

@@ -155,7 +155,7 @@ def test_a_stage_that_the_method_does_not_have_is_refused(
     assert "dpdm has no stage query; it runs finetune, synthesize, evaluate" in capfd.readouterr().err
 
 
-def test_the_plan_is_settled_when_the_query_has_drawn_from_it(
+def test_the_plan_is_fixed_when_the_query_has_drawn_from_it(
     tiny_config: Config, stages: dict, capfd: pytest.CaptureFixture
 ):
     def select(config, run, world):

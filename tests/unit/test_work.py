@@ -8,7 +8,7 @@ from ranks import TINY
 from torch import Tensor
 
 from privimage.config import load
-from privimage.distributed.precision import settled
+from privimage.distributed.precision import resolved
 from privimage.distributed.world import World
 from privimage.families import base, family, work
 from privimage.privacy.plan import make_plan
@@ -61,7 +61,7 @@ def test_activations_are_what_the_backward_pass_keeps() -> None:
 
 @pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
 def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    config = settled(
+    config = resolved(
         load(TINY, [f"method={method}", "finetune.physical_batch_size=5"]), World(0, 0, 1, 1, CPU)
     )
     norms: list[Tensor] = []
