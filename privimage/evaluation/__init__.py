@@ -1,1 +1,1 @@
-"""How useful, how alike and how safe a synthetic set is, and the report that says so."""
+"""Measures of utility, fidelity and memorisation of a synthetic set, and the report."""

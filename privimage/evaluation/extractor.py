@@ -33,7 +33,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network, uint8 (B, 3, H, W) -> float32 (B, D), and what its distance may be called."""
+    """A feature network, uint8 (B, 3, H, W) -> float32 (B, D), and the name of its distance."""
 
     features: str
     network: nn.Module
@@ -41,17 +41,17 @@ class Extractor:
 
     @property
     def name(self) -> str:
-        """What the Fréchet distance is called: FID, FD-768 or stand-in FD."""
+        """Name of the Fréchet distance: FID, FD-768 or stand-in FD."""
         return NAMES[self.features]
 
     @property
     def identity(self) -> str:
-        """Tells features of this extractor from those of any other."""
+        """A string that differs for extractors with different features."""
         return f"{self.features}-{(self.sha256 or 'none')[:16]}"
 
     @property
     def note(self) -> str:
-        """What was compared, and with what it is comparable, for the report."""
+        """For the report: which features are compared, and with which numbers they are comparable."""
         foreign = self.features == "2048" and not (self.sha256 or "").startswith(PUBLISHED)
         return NOTES[self.features] + (
             " but from another weights file than published work uses" if foreign else ""
@@ -105,10 +105,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _inception(state: dict[str, Tensor], features: str, path: Path, scratch: Path) -> nn.Module:
-    """torch-fidelity's network with these weights.
-
-    Its constructor loads with weights_only=False, so it gets a copy written by us.
-    """
+    """torch-fidelity's network with these weights, through a copy, since it loads with weights_only=False."""
     torchvision_operators.declare()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -160,9 +157,9 @@ class Weights:
 
 
 def weights_for(features: str, weights: Path | None) -> Weights | None:
-    """What `choose` builds its extractor from; None for the stand-in.
+    """The weights for `choose`; None for the stand-in.
 
-    Raises the same UserErrors, but for weights of another network with the same names.
+    Raises the same UserErrors, except for the weights of another network with the same names.
     """
     if features == "stand-in" or (features == "auto" and weights is None):
         return None

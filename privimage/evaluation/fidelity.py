@@ -1,8 +1,8 @@
-"""How much synthetic images look like real ones: FID, KID, precision and recall, by torch-fidelity.
+"""Fidelity of synthetic images: FID, KID, precision and recall, by torch-fidelity.
 
-The name says which features were compared. Only the 2048 features of the Inception network of 2015-12-05 give
-"FID"; its 768 features give "FD-768", and without weights a fixed random network gives "stand-in FD". Numbers
-of different names are not comparable.
+The name states which features were compared. Only the 2048 features of the Inception network of 2015-12-05
+give "FID"; its 768 features give "FD-768", and without weights a fixed random network gives "stand-in FD".
+Numbers of different names are not comparable.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ def extract(
 ) -> Tensor:
     """Features float32 (N, D) of images uint8 (N, C, H, W); grey images are repeated to three channels.
 
-    The ranks share the work and all get the result. Raises TypeError for anything but uint8 N,C,H,W: floats
-    would be taken for 0 to 255 without a word. Raises Stopped when a stop was requested.
+    The ranks share the work and all get the result. Raises TypeError for anything but uint8 N,C,H,W, since
+    floats would silently be read as 0 to 255. Raises Stopped when a stop was requested.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise TypeError(
@@ -52,7 +52,7 @@ def extract(
 
 
 def cached(path: Path, compute, world: World) -> Tensor:
-    """`compute()` on all ranks, or what it gave before, kept at `path` (sensitive: below `private/`)."""
+    """The result of `compute()` on all ranks, cached at `path` (sensitive: below `private/`)."""
     known = world.broadcast_object(np.load(path) if world.is_main and path.exists() else None)
     if known is not None:
         return torch.from_numpy(known)
@@ -75,12 +75,10 @@ def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
 
 
 def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
-    """KID, the unbiased squared MMD with the cubic kernel (Bińkowski et al.
+    """KID and its deviation over 100 subsets (Bińkowski et al. 2018).
 
-    2018), and its deviation over 100 subsets.
-
-    Subsets hold 1,000 images, or half of the smaller set where that is less. Around 0 (it may be negative)
-    for equal distributions.
+    The unbiased squared MMD with the cubic kernel. Subsets hold 1,000 images, or half of the smaller set
+    where that is less. Around 0 (it may be negative) for equal distributions.
     """
     torchvision_operators.declare()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
@@ -93,10 +91,10 @@ def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
-    """Share of synthetic images inside the real manifold, and of real ones inside the synthetic manifold, in
-    [0, 1].
+    """Precision and recall in [0, 1] (Kynkäänniemi et al. 2019).
 
-    Manifolds are unions of balls that reach to the third neighbour (Kynkäänniemi et al. 2019).
+    The share of synthetic images inside the manifold of the real ones, and the reverse. Manifolds are unions
+    of balls that reach to the third neighbour.
     """
     torchvision_operators.declare()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -108,10 +106,10 @@ def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def described(extractor: Extractor, synthetic: Tensor, real: Tensor) -> dict:
-    """All measures of two feature sets (N, D) and (M, D), under names that say what they are.
+    """All measures of two feature sets (N, D) and (M, D), under names that state their features.
 
-    `distance` and `kernel_distance` are always there; `fid` and `kid` repeat them only where they may be
-    called so.
+    `distance` and `kernel_distance` are always present; `fid` and `kid` repeat them only for the 2048
+    features.
     """
     distance, (kernel, deviation), (precision, recall) = (
         frechet_distance(synthetic, real),

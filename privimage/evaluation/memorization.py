@@ -1,9 +1,7 @@
-"""Does the synthetic set repeat sensitive images? Which real image is nearest.
+"""Memorisation: are synthetic images nearer to training images than to held-out ones?
 
-One of training, or a held-out one?
-
-A generator that learnt the distribution is no closer to the images it was trained on than to those it never
-saw. The promise bounds memorisation by design: this check looks for a fault, it is not the proof.
+A generator that has learned the distribution is as close to the images that it was trained on as to those
+that it never saw. The guarantee bounds memorisation by design: this check looks for a fault, it is no proof.
 """
 
 from dataclasses import dataclass
@@ -15,10 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each image the nearest one of a reference set.
-
-    Its index (N,) and the RMS pixel distance in [0, 1] (N,).
-    """
+    """For each image, the nearest reference image: index (N,) and RMS pixel distance in [0, 1] (N,)."""
 
     index: np.ndarray
     distance: np.ndarray
@@ -32,7 +27,7 @@ def _flat(images: np.ndarray, device: torch.device | str) -> Tensor:
 def nearest(
     images: np.ndarray, reference: np.ndarray, device: torch.device | str = "cpu", chunk: int = 2000
 ) -> Nearest:
-    """For each of images uint8 (N, C, H, W) the nearest of reference uint8 (M, C, H, W) by RMS pixel
+    """The nearest of reference uint8 (M, C, H, W) to each of images uint8 (N, C, H, W), by RMS pixel
     distance.
     """
     queries = _flat(images, device)

@@ -61,12 +61,12 @@ NUMBERS = (
 
 
 def covered(key: str) -> bool:
-    """Whether a number of report.json, by its dotted key, is public or covered by the promise."""
+    """Whether a number of report.json, by its dotted key, is public or covered by the guarantee."""
     return any(key == name or key.startswith(f"{name}.") for name in COVERED)
 
 
 def uncovered(report: dict) -> list[str]:
-    """The keys of a report whose values are not covered by the promise; of a mixed section its keys."""
+    """The keys of a report whose values are not covered, down to the keys of mixed sections."""
     found = []
     for key, value in report.items():
         if covered(key):
@@ -114,8 +114,7 @@ def write(run: RunDir, config: Config, results: dict) -> None:
 
 
 def rebuild(run: RunDir) -> None:
-    """Make report.html again from report.json, the stages' records and the figures, without touching any
-    data.
+    """Rebuild report.html from report.json, the stages' records and the figures, without reading any data.
 
     Raises UserError that names a missing or damaged report.json.
     """
@@ -176,7 +175,7 @@ def _size(count: float | None) -> str:
 
 
 def _plain(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, without exponent where it is neither huge nor tiny."""
+    """A number with so many significant digits, without an exponent where possible."""
     if value is None:
         return "-"
     if value and not 1e-3 <= abs(value) < 1e6:

@@ -25,7 +25,7 @@ LABEL = "network.label.weight"
 
 
 class DiffusionPublic(PublicTraining):
-    """EDM's loss on public images through an engine, and the average of the weights."""
+    """EDM's loss on public images through an engine, with an exponential average of the weights."""
 
     def __init__(self, config: Config, n_classes: int, world: World):
         self.config, self.n_classes, self.world = config, n_classes, world
@@ -44,9 +44,8 @@ class DiffusionPublic(PublicTraining):
         self.steps += 1
 
     def _noised(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, ...]:
-        """Images in [-1, 1], labels with some dropped, noise levels and noise.
-
-        The random part of a step, repeatable.
+        """Images in [-1, 1], labels with dropout, noise levels and noise: the random part of a step,
+        repeatable.
         """
         settings, device = self.config.pretrain, self.world.device
         generator = torch.Generator(device).manual_seed(
@@ -95,7 +94,7 @@ class DiffusionPublic(PublicTraining):
 
 
 class DiffusionPrivate(PrivateTraining):
-    """DP-SGD on the denoiser itself; each private step is followed by its average."""
+    """DP-SGD on the denoiser, with an exponential average of its weights after each private step."""
 
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
         torch.manual_seed(public_seed(config, "networks"))

@@ -1,7 +1,4 @@
-"""Diffusion models: DDPM++ under EDM.
-
-The denoiser is the generator, and the network that sees sensitive images.
-"""
+"""Diffusion models: DDPM++ under EDM. The denoiser is the generator and the network trained privately."""
 
 import math
 from abc import abstractmethod
@@ -32,7 +29,7 @@ from privimage.privacy.plan import PrivacyPlan
 
 
 class DiffusionFamily(Family, Pretrained):
-    """What families share that pretrain a diffusion model."""
+    """Common part of families that pretrain a diffusion model."""
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """The denoiser alone."""
@@ -45,7 +42,7 @@ class DiffusionFamily(Family, Pretrained):
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
     ) -> Tensor:
-        """By the sampler, steps and guidance of `synthesize`."""
+        """By the sampler, steps and guidance of `synthesize`; see `Family.sample`."""
         settings, shape = config.synthesize, image_shape(config)
         pixels = math.prod(shape)
 
@@ -142,10 +139,7 @@ class Diffusion(DiffusionFamily, FineTuned):
 
 @dataclass(frozen=True)
 class Passes:
-    """What a denoiser of `size` parameters takes.
-
-    Seconds of a forward pass an image, bytes of activations an image in training.
-    """
+    """Cost of a denoiser of `size` parameters: seconds and bytes of activations per image of a pass."""
 
     forward: float
     memory: float

@@ -65,10 +65,7 @@ class Evolution(DiffusionFamily):
 
 
 def degree(config: Config, generation: int) -> float:
-    """The noise level of the variations that lead on from generation 0, 1, ..., T - 1.
-
-    A geometric series from the first to the last degree.
-    """
+    """Noise level of the variations that follow generation 0, 1, ..., T - 1: a geometric series."""
     settings = config.evolve
     return settings.first_degree * (settings.last_degree / settings.first_degree) ** (
         generation / max(settings.iterations - 1, 1)

@@ -1,7 +1,4 @@
-"""GANs: BigGAN with hinge losses.
-
-The generator never sees a sensitive image, the discriminator is the network that does.
-"""
+"""GANs: BigGAN with hinge losses. Only the discriminator is trained on sensitive images, by DP-SGD."""
 
 from typing import Any, ClassVar
 
@@ -191,9 +188,8 @@ class GanPublic(PublicTraining):
 
 
 class GanPrivate(PrivateTraining):
-    """DP-SGD on the discriminator.
-
-    After every `finetune.discriminator_steps` private steps the generator follows the noised one.
+    """DP-SGD on the discriminator; the generator is updated every `finetune.discriminator_steps` private
+    steps.
     """
 
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):

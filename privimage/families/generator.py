@@ -1,4 +1,4 @@
-"""BigGAN's generator in training, whatever it is trained against, and the images that come out of it."""
+"""BigGAN's generator in training, whatever its loss, and sampling from it."""
 
 from typing import Any
 
@@ -23,9 +23,8 @@ CALIBRATION = (8, 64)  # batches and latents in each, from which a generator's s
 
 @torch.no_grad()
 def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tensor, labels: Tensor) -> Tensor:
-    """Images of an eval-mode generator, uint8 (B, C, H, W).
-
-    Each from its label and from a latent that belongs to (seed, index).
+    """Images uint8 (B, C, H, W) of an eval-mode generator, from labels and latents that belong to (seed,
+    index).
 
     `indices` and `labels` int64 (B,), labels 0 for an unlabelled set.
     """
@@ -35,8 +34,8 @@ def generated(generator: Generator, draws: ImageDraws, seed: int, indices: Tenso
 class TrainedGenerator:
     """A generator, its optimizer, and its averaged weights.
 
-    Batch norm sees the latents of all ranks, so that a step is the same for any number of ranks that divides
-    the batch.
+    Batch norm is over the latents of all ranks, so that a step is the same for any number of ranks that
+    divides the batch.
     """
 
     def __init__(
@@ -87,11 +86,8 @@ class TrainedGenerator:
         if averaged:
             self.ema.copy_to(still)
         batches, latents = CALIBRATION
-        normal = self.draws.normal(
-            public_seed(self.config, "batch-norm statistics"),
-            torch.arange(batches * latents),
-            still.latent_size,
-        )
+        seed = public_seed(self.config, "batch-norm statistics")
+        normal = self.draws.normal(seed, torch.arange(batches * latents), still.latent_size)
         labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
         return recalibrate(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
 
@@ -119,7 +115,7 @@ class TrainedGenerator:
 
 
 class GeneratorFamily(Family):
-    """What families share whose images come from BigGAN's generator in one pass."""
+    """Common part of families whose images come from BigGAN's generator in one pass."""
 
     def generator(self, config: Config, n_classes: int) -> Generator:
         """BigGAN's generator."""
@@ -141,9 +137,8 @@ class GeneratorFamily(Family):
     def _generator_work(
         self, config: Config, n_classes: int, device: torch.device
     ) -> tuple[float, float, int]:
-        """Of the generator.
-
-        Seconds of a pass an image, bytes of activations an image in training, and parameters.
+        """Seconds of a pass and bytes of activations per image, and the number of parameters, of the
+        generator.
         """
         generator = build_generator(config, n_classes).to(device)
 
@@ -157,7 +152,7 @@ class GeneratorFamily(Family):
         return seconds, activations(forward, device, config.runtime.precision), parameters(generator)
 
     def _sampling(self, config: Config, seconds: float, memory: float, weights: float) -> Work:
-        """What synthesis takes, by the figures of the generator; `weights` are the bytes of the networks."""
+        """Work of synthesis; `weights` are the bytes of the networks."""
         settings = config.synthesize
         return Work(
             "synthesize",

@@ -1,12 +1,10 @@
-"""BigGAN (Brock et al.
-
-2019, "Large Scale GAN Training for High Fidelity Natural Image Synthesis") for the GAN methods.
+"""BigGAN (Brock et al. 2019) for the GAN methods.
 
 The discriminator has GroupNorm in place of batch norm and no spectral norm: it alone sees sensitive images,
-so its gradient is clipped image by image. Batch norm would make one image's gradient depend on the others of
-its batch, so that no clipping could bound what one image changes. Spectral norm would hide the weights behind
-a parametrization that per-layer gradient rules do not see, with a power iteration that alters the layer at
-every forward pass; what it is for, a bound on how far the discriminator can move, is given by clipping. The
+so its gradient is clipped per image. Batch norm would make one image's gradient depend on the others of its
+batch, so that no clipping could bound what one image changes. Spectral norm would hide the weights behind a
+parametrization that per-layer gradient rules do not see, with a power iteration that alters the layer at
+every forward pass; its purpose, a bound on how far the discriminator can move, is served by clipping. The
 generator sees latents and labels only and keeps both.
 """
 

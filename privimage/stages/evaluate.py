@@ -22,14 +22,14 @@ from privimage.telemetry import memory
 from privimage.telemetry.progress import say
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Take all measures, and write the report.
 
     Writes evaluate/report.json, report.html and figures/; features and partial results stay in private/.
     Raises UserError for a damaged synthetic set, or one that does not fit the sensitive set.
     """
     started = time.monotonic()
-    subject = _subject(config, run, world)
+    subject = _subject(config, run_dir, world)
     results: dict[str, Any] = {}
     for measure in MEASURES:
         results |= measure.results(subject)
@@ -42,16 +42,16 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             "peak_memory_bytes": memory.peak(world.device),
             "images_per_second": images / seconds,
         }
-        report.write(run, config, results)
-        say(f"evaluate: {run.path / 'evaluate' / 'report.html'}")
+        report.write(run_dir, config, results)
+        say(f"evaluate: {run_dir.path / 'evaluate' / 'report.html'}")
     world.barrier()
     return {"images": images}
 
 
-def _subject(config: Config, run: RunDir, world: World) -> Subject:
+def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     """Open all that is measured. A mistake in the settings is found here, before the long work."""
     settings = config.evaluate
-    network = extractor.choose(settings.features, settings.inception_weights, run.private)
+    network = extractor.choose(settings.features, settings.inception_weights, run_dir.private)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
     train = open_sensitive(config, "train", world)
     test = open_sensitive(config, "test", world) if has_test_split(config) else None
@@ -59,18 +59,18 @@ def _subject(config: Config, run: RunDir, world: World) -> Subject:
 
     after = before = None
     if config.spec.generator != "none":
-        run.require("synthesize")
-        after = _read(run.release / "synthetic.npz", train, n_classes)
-        path = run.stage("synthesize") / "before.npz"
+        run_dir.require("synthesize")
+        after = _read(run_dir.release / "synthetic.npz", train, n_classes)
+        path = run_dir.stage("synthesize") / "before.npz"
         before = _read(path, train, n_classes, lowest=-1) if settings.before and path.exists() else None
 
-    figures = run.stage("evaluate") / "figures"
-    partial = run.private / "evaluate_partial.json"
+    figures = run_dir.stage("evaluate") / "figures"
+    partial = run_dir.private / "evaluate_partial.json"
     finished = Finished(partial, figures, _key(config, train, after, before), world)
     if world.is_main:
         figures.mkdir(exist_ok=True)
     return Subject(
-        config, run, world, train, test, after, before, n_classes, network, vectors, figures, finished
+        config, run_dir, world, train, test, after, before, n_classes, network, vectors, figures, finished
     )
 
 

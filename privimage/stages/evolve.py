@@ -1,6 +1,5 @@
-"""Private Evolution (Lin et al. 2024).
-
-Sensitive images vote for synthetic ones, of which those with votes are varied; nothing is trained.
+"""Private Evolution (Lin et al. 2024): sensitive images vote for synthetic ones, which are varied; nothing is
+trained.
 """
 
 from dataclasses import replace
@@ -30,7 +29,7 @@ from privimage.telemetry.curves import Curves
 from privimage.telemetry.progress import Progress
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Private Evolution: T noisy histograms, and a new generation of synthetic images from each.
 
     Each sensitive image votes for the image of its own class that is nearest in the features of the query
@@ -40,21 +39,21 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     if the run has used up its histograms, and what they made is lost.
     """
     sensitive = open_sensitive(config, "train", world)
-    account = open_account(config, run, sensitive, world)
+    account = open_account(config, run_dir, sensitive, world)
     plan = account.plan.the(NearestHistogram)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
-    population = _population(config, run, world, max(n_classes, 1))
-    voters = Voters(config, run, world, sensitive)
+    population = _population(config, run_dir, world, max(n_classes, 1))
+    voters = Voters(config, run_dir, world, sensitive)
     digest = _digest(config, world, account, sensitive, voters)
 
     # Go on from the last generation that was voted for, with the charges that made it.
-    file, step, charges = run.stage("evolve") / "checkpoint.pt", 0, []
+    file, step, charges = run_dir.stage("evolve") / "checkpoint.pt", 0, []
     if (state := checkpoint.load(file, world.device)) is not None:
         population.load_state_dict(population.state_dict() | state["population"])
         step, charges = state["step"], state["charges"]
         account.require_known({plan.stage: charges}, file, world)
 
-    curves = _Curves(run, account, step, world)
+    curves = _Curves(run_dir, account, step, world)
     with Progress("evolve", plan.iterations, step, world.is_main) as bar:
         while step < plan.iterations:
             # A new generation, from public randomness and the last noisy histogram. Its histogram is named by
@@ -77,21 +76,21 @@ def run(config: Config, run: RunDir, world: World) -> dict:
                 checkpoint.save(file, {"population": population.state(), "step": step, "charges": charges})
     curves.close()
     known = {"n_classes": n_classes, "classes": list(sensitive.classes), "charges": {"evolve": charges}}
-    _finish(run, population, step, known, world)
+    _finish(run_dir, population, step, known, world)
     size = population.public.numel()
     return {"images": step * len(sensitive.images), "iterations": step, "population": size}
 
 
-def _finish(run: RunDir, population: Population, steps: int, known: dict, world: World) -> None:
+def _finish(run_dir: RunDir, population: Population, steps: int, known: dict, world: World) -> None:
     """Write the last generation. Raises UserError if there was not a single histogram."""
     if not steps:
         raise UserError(
-            f"{run.path}: all histograms of this run were drawn before, and what they made is lost; choose "
+            f"{run_dir.path}: all histograms of this run were drawn before, and what they made is lost; choose "
             "another run.dir"
         )
     if world.is_main:
         state = {"ema": population.state_dict(), "public_classes": population.public_classes, "steps": steps}
-        checkpoint.save(run.stage("evolve") / "weights.pt", state | known)
+        checkpoint.save(run_dir.stage("evolve") / "weights.pt", state | known)
 
 
 def _digest(config: Config, world: World, account: Account, sensitive: ImageSet, voters: "Voters") -> bytes:
@@ -126,10 +125,10 @@ def _histogram(
 class _Curves:
     """Public curves, from noisy counts alone, and private ones."""
 
-    def __init__(self, run: RunDir, account: Account, step: int, world: World):
+    def __init__(self, run_dir: RunDir, account: Account, step: int, world: World):
         self.account, self.world = account, world
-        self.public = Curves(run.tensorboard, "evolve", step, world.is_main, timed=False)
-        self.private = Curves(run.private / "tensorboard", "evolve", step, world.is_main)
+        self.public = Curves(run_dir.tensorboard, "evolve", step, world.is_main, timed=False)
+        self.private = Curves(run_dir.private / "tensorboard", "evolve", step, world.is_main)
 
     def add(self, step: int, population: Population, distance: float) -> None:
         """Points of all curves after an iteration."""
@@ -146,9 +145,9 @@ class _Curves:
         self.private.close()
 
 
-def _population(config: Config, run: RunDir, world: World, rows: int) -> Population:
-    run.require("pretrain")
-    state = checkpoint.required(run.stage("pretrain") / "weights.pt", "pretrain", world.device)
+def _population(config: Config, run_dir: RunDir, world: World, rows: int) -> Population:
+    run_dir.require("pretrain")
+    state = checkpoint.required(run_dir.stage("pretrain") / "weights.pt", "pretrain", world.device)
     population = Population(config, state["n_classes"], rows).to(world.device)
     population.denoiser.load_state_dict(state["ema"])
     return population.eval()
@@ -184,13 +183,13 @@ def _generation(population: Population, step: int, config: Config, world: World)
 
 
 class Voters:
-    """The sensitive images as features of the query network, this rank's blocks of them, and their votes."""
+    """Features of the sensitive images under the query network, for this rank's blocks, and their votes."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, sensitive: ImageSet):
+    def __init__(self, config: Config, run_dir: RunDir, world: World, sensitive: ImageSet):
         self.world, self.count = world, len(sensitive.images)
         self.rows = sensitive.labels
-        run.require("query")
-        self.network = load_query(config, run, world).network
+        run_dir.require("query")
+        self.network = load_query(config, run_dir, world).network
         self.own = [
             (block, self._embed(torch.from_numpy(sensitive.images[block])))
             for block in self._blocks(self.count)

@@ -1,4 +1,4 @@
-"""Fine-tune the generator on the sensitive set with DP-SGD."""
+"""Fine-tune the generator on the sensitive set by DP-SGD."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from privimage.telemetry.curves import Curves
 from privimage.telemetry.progress import Progress
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Fine-tune the pretrained networks on the sensitive set by DP-SGD.
 
     Writes finetune/weights.pt with the averaged generator, the number of steps and the charges that made it.
@@ -36,21 +36,21 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     and what they made is lost.
     """
     sensitive = open_sensitive(config, "train", world)
-    account = open_account(config, run, sensitive, world)
+    account = open_account(config, run_dir, sensitive, world)
     plan = account.plan.the(DPSGD)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
 
     # Go on from the last checkpoint, else from the pretrained weights. Both carry the names of the charges
     # that made them; what an unknown charge has made could never be released.
-    training, behind = _training(config, run, world, n_classes)
-    account.require_known(behind, run.path / "pretrain" / "weights.pt", world)
-    file = run.stage("finetune") / "checkpoint.pt"
+    training, behind = _training(config, run_dir, world, n_classes)
+    account.require_known(behind, run_dir.path / "pretrain" / "weights.pt", world)
+    file = run_dir.stage("finetune") / "checkpoint.pt"
     first, behind = _resumed(file, training, account, behind, world)
 
     # Each step of this loop is one use of the sensitive set, charged before anything of it is computed. What
     # follows the step (averages, a GAN's generator) depends on the noised weights alone.
-    steps = _steps(config, run, world, account, training, sensitive, behind, first)
-    curves = _Curves(config, run, world, account, first)
+    steps = _steps(config, run_dir, world, account, training, sensitive, behind, first)
+    curves = _Curves(config, run_dir, world, account, first)
     with Progress("finetune", plan.steps, first, world.is_main) as bar:
         for figures in steps:
             step = steps.step
@@ -69,24 +69,24 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     curves.close()
 
     known = {"n_classes": n_classes, "classes": list(sensitive.classes), "charges": behind}
-    _finish(run, training, steps.step, known, world)
+    _finish(run_dir, training, steps.step, known, world)
     images, size = steps.step * plan.logical_batch_size, parameters(training.module)
     return {"images": images, "steps": steps.step, "physical_batch_size": steps.physical, "parameters": size}
 
 
-def _finish(run: RunDir, training: PrivateTraining, steps: int, known: dict, world: World) -> None:
+def _finish(run_dir: RunDir, training: PrivateTraining, steps: int, known: dict, world: World) -> None:
     """Write the weights, with what later stages have to know of them.
 
     The steps end early where the account allows no more. Raises UserError if there was not a single one.
     """
     if not steps:
         raise UserError(
-            f"{run.path}: all private steps of this run were made before, and what they made is lost; "
+            f"{run_dir.path}: all private steps of this run were made before, and what they made is lost; "
             "choose another run.dir"
         )
     if world.is_main:
         state = {"ema": training.weights(), "steps": steps} | known
-        checkpoint.save(run.stage("finetune") / "weights.pt", state)
+        checkpoint.save(run_dir.stage("finetune") / "weights.pt", state)
 
 
 def _resumed(
@@ -116,7 +116,9 @@ def _save(file: Path, training: PrivateTraining, step: int, behind: Behind, worl
         checkpoint.save(file, state)
 
 
-def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tuple[PrivateTraining, Behind]:
+def _training(
+    config: Config, run_dir: RunDir, world: World, n_classes: int
+) -> tuple[PrivateTraining, Behind]:
     """The networks with the pretrained weights, and the charges behind those.
 
     Fresh ones for methods without pretraining.
@@ -124,8 +126,8 @@ def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tupl
     kind = finetuned_family(config)
     if config.spec.pretraining == "none":
         return kind.private_training(config, n_classes, world, None), {}
-    run.require("pretrain")
-    path = run.stage("pretrain") / "weights.pt"
+    run_dir.require("pretrain")
+    path = run_dir.stage("pretrain") / "weights.pt"
     pretrained = checkpoint.required(path, "pretrain", world.device)
     try:
         return kind.private_training(config, n_classes, world, pretrained), dict(pretrained["charges"])
@@ -135,7 +137,7 @@ def _training(config: Config, run: RunDir, world: World, n_classes: int) -> tupl
 
 def _steps(
     config: Config,
-    run: RunDir,
+    run_dir: RunDir,
     world: World,
     account: Account,
     training: PrivateTraining,
@@ -148,7 +150,7 @@ def _steps(
     physical = world.broadcast_object(
         physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size)
     )
-    gradients, digest = _gradients(config, run, world, account, training, sensitive, physical)
+    gradients, digest = _gradients(config, run_dir, world, account, training, sensitive, physical)
 
     def charge(name: str) -> bool:
         return account.charge(plan, name, behind.get(plan.stage, ()))
@@ -171,16 +173,16 @@ def _steps(
 
 def _gradients(
     config: Config,
-    run: RunDir,
+    run_dir: RunDir,
     world: World,
     account: Account,
     training: PrivateTraining,
     sensitive: ImageSet,
     physical: int,
 ) -> tuple[PerImageGradients, bytes]:
-    """Per-image gradients, and the digest of all that a step depends on beside its weights.
+    """Per-image gradients, and the digest of everything that a step depends on beside its weights.
 
-    The way through each convolution is the fastest one; what was found is kept, so that a restart repeats its
+    Each convolution uses its fastest backend; the choice is recorded, so that a restart repeats its
     predecessor to the bit.
     """
 
@@ -191,7 +193,7 @@ def _gradients(
         } | more
         return computation(world, account.root, sensitive.content, config, "finetune", own, each_rank=True)
 
-    path, without = run.stage("finetune") / "kernels.json", digest().hex()
+    path, without = run_dir.stage("finetune") / "kernels.json", digest().hex()
     kept = read_json(path) if world.is_main and path.exists() else {}
     found = world.broadcast_object(kept["backends"] if kept.get("computation") == without else {})
     gradients = GRADIENTS[config.finetune.gradients](training.module, found, filled_to=physical)
@@ -208,15 +210,15 @@ def _gradients(
 class _Curves:
     """Public curves, which show what the plan alone determines, and private ones."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, account: Account, first: int):
+    def __init__(self, config: Config, run_dir: RunDir, world: World, account: Account, first: int):
         self.account, self.plan, self.learning_rate = (
             account,
             account.plan.the(DPSGD),
             config.finetune.learning_rate,
         )
         self.shown = world.is_main
-        self.public = Curves(run.tensorboard, "finetune", first, world.is_main, timed=False)
-        self.private = Curves(run.private / "tensorboard", "finetune", first, world.is_main)
+        self.public = Curves(run_dir.tensorboard, "finetune", first, world.is_main, timed=False)
+        self.private = Curves(run_dir.private / "tensorboard", "finetune", first, world.is_main)
 
     def add(self, step: int, figures: dict[str, float], sensitive: StepFigures, rate: float) -> None:
         """Points of all curves after a step.

@@ -29,7 +29,7 @@ from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """The noisy embedding, drawn once; then training that sees nothing else of the sensitive set.
 
     Writes match/embedding.npz, `embedding` float64 (rows, F) and the `charge` that it cost, and
@@ -42,8 +42,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     size = family(config).sizes(config, n_classes)[
         "generator"
     ]  # refuses what the generator cannot make, before anything is charged
-    account = open_account(config, run, sensitive, world)
-    embedding, charge = _embedding(config, run, world, account, sensitive, max(n_classes, 1))
+    account = open_account(config, run_dir, sensitive, world)
+    embedding, charge = _embedding(config, run_dir, world, account, sensitive, max(n_classes, 1))
     target = torch.from_numpy(embedding)
     generator = MatchedGenerator(
         config, n_classes, world, _features(config, world, torch.float32), target.float().to(world.device)
@@ -55,7 +55,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             yield
 
     schedule = Schedule(settings.steps, settings.batch_size, settings.log_every, settings.checkpoint_every)
-    train("match", schedule, generator, steps, run, world)
+    train("match", schedule, generator, steps, run_dir, world)
     if world.is_main:
         known = {
             "n_classes": n_classes,
@@ -64,7 +64,8 @@ def run(config: Config, run: RunDir, world: World) -> dict:
             "charges": {"match": [charge]},
         }
         checkpoint.save(
-            run.stage("match") / "weights.pt", {"ema": generator.frozen(averaged=True).state_dict()} | known
+            run_dir.stage("match") / "weights.pt",
+            {"ema": generator.frozen(averaged=True).state_dict()} | known,
         )
     return {
         "images": settings.steps * settings.batch_size,
@@ -75,19 +76,19 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def _embedding(
-    config: Config, run: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int
+    config: Config, run_dir: RunDir, world: World, account: Account, sensitive: ImageSet, rows: int
 ) -> tuple[np.ndarray, str]:
     """The noisy mean embedding (rows, F), the one that is there or the only one that is ever drawn, and the
     name of its charge.
     """
-    path, plan = run.stage("match") / "embedding.npz", account.plan.the(MeanEmbedding)
+    path, plan = run_dir.stage("match") / "embedding.npz", account.plan.the(MeanEmbedding)
     if not world.broadcast_object(path.exists()):
         own = {"plan": account.plan.to_dict(), "rows": rows}
         name = charge_name(
             account.root, computation(world, account.root, sensitive.content, config, "match", own)
         ).hex()
         total = _sum_over_ranks(config, world, sensitive, rows)
-        account.charge_once(plan, name, world, run.path)
+        account.charge_once(plan, name, world, run_dir.path)
         if world.is_main:
             key = account.root.derive("match noise", name, digest_of_tensors([total]).hex())
             embedding = noisy_mean_embedding(total, plan, config.privacy.noise_source, key)

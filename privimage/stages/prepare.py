@@ -9,7 +9,7 @@ from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Write prepare/public.beton (or .npy), or check the .beton that the configuration names.
 
     Returns where it is (seen from prepare/), its count and its classes, one if it is unlabelled. Raises
@@ -21,7 +21,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         sidecar = store.verify(path)
     else:
         place = f"public.{_format(config, world)}"
-        path = run.stage("prepare") / place
+        path = run_dir.stage("prepare") / place
         if world.is_main:
             store.write(public_source(config), path, data.resolution, data.channels, data.workers)
         world.barrier()

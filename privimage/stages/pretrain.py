@@ -19,15 +19,15 @@ from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Train the method's family on the stream of public images.
 
     Writes pretrain/weights.pt with `raw` and `ema` weights, the number of classes they know, and the charges
     behind the selection.
     """
     settings, seed = config.pretrain, public_seed(config, "pretraining stream")
-    path, indices, labels, n_classes = pretraining_set(config, run)
-    behind = _charges(config, run, world)
+    path, indices, labels, n_classes = pretraining_set(config, run_dir)
+    behind = _charges(config, run_dir, world)
     batch_size = -(-settings.batch_size // world.size)
     training = pretrained_family(config).public_training(config, n_classes, world)
     stream = PublicStream(
@@ -42,13 +42,13 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     schedule = Schedule(
         settings.steps, batch_size * world.size, settings.log_every, settings.checkpoint_every
     )
-    train("pretrain", schedule, training, steps, run, world, text=config.to_yaml())
+    train("pretrain", schedule, training, steps, run_dir, world, text=config.to_yaml())
     if world.is_main:
         checkpoint.save(
-            run.stage("pretrain") / "weights.pt",
+            run_dir.stage("pretrain") / "weights.pt",
             training.weights() | {"n_classes": n_classes, "charges": behind},
         )
-        (run.stage("pretrain") / "checkpoint.pt").unlink(missing_ok=True)
+        (run_dir.stage("pretrain") / "checkpoint.pt").unlink(missing_ok=True)
     return {
         "images": settings.steps * batch_size * world.size,
         "selected": len(indices),
@@ -56,46 +56,48 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     }
 
 
-def _charges(config: Config, run: RunDir, world: World) -> Behind:
+def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:
     """The charges behind every selection that this stage has ever trained on, by stage.
 
     None for a method without a query.
     """
     if config.spec.pretraining != "selected":
         return {}
-    path = run.stage("pretrain") / "charges.json"
+    path = run_dir.stage("pretrain") / "charges.json"
     if world.is_main:
         before = read_json(path) if path.exists() else {}
         write_json(
             path,
-            merged(before, {"select": np.load(run.stage("select") / "selection.npz")["charges"].tolist()}),
+            merged(
+                before, {"select": np.load(run_dir.stage("select") / "selection.npz")["charges"].tolist()}
+            ),
         )
     world.barrier()
     return read_json(path)
 
 
-def pretraining_set(config: Config, run: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:
+def pretraining_set(config: Config, run_dir: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:
     """The store, the indices of its images to train on, their labels, and the number of classes of those
     labels (0 without labels).
 
     Raises UserError if the selection kept no image.
     """
-    path = run.public_store
+    path = run_dir.public_store
     if config.spec.pretraining == "all":
-        public = public_labels(run)
+        public = public_labels(run_dir)
         return (
             path,
             np.arange(len(public.of_images)),
             public.of_images,
             len(public.names) if len(public.names) > 1 else 0,
         )
-    run.require("select")
-    selection = np.load(run.stage("select") / "selection.npz")
-    labels = selection["assignment"][public_semantics(config, run).of_images]
+    run_dir.require("select")
+    selection = np.load(run_dir.stage("select") / "selection.npz")
+    labels = selection["assignment"][public_semantics(config, run_dir).of_images]
     indices = np.flatnonzero(labels >= 0)
     if not len(indices):
         raise UserError(
-            f"{run.stage('select') / 'selection.npz'}: the selection kept no public image; raise "
+            f"{run_dir.stage('select') / 'selection.npz'}: the selection kept no public image; raise "
             "select.per_class"
         )
     return path, indices, labels[indices], len(selection["counts"]) if config.data.sensitive.labelled else 0

@@ -34,30 +34,30 @@ from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Train on the public set, keep the weights with the best accuracy on its held-out part, and make
     clusters if they are wanted.
 
     Writes query/network.pt, and query/clusters.npz (see `clusters_path`). Returns the best validation
     accuracy in percent and the names of the clusters.
     """
-    settings, public = config.query, public_labels(run)
-    record = _trained(config, run, world, public)
+    settings, public = config.query, public_labels(run_dir)
+    record = _trained(config, run_dir, world, public)
     if settings.semantics == "clusters":
-        record["clusters"] = _clustered(config, run, world, public)
+        record["clusters"] = _clustered(config, run_dir, world, public)
     return record
 
 
-def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> dict:
+def _trained(config: Config, run_dir: RunDir, world: World, public: Semantics) -> dict:
     """Train the network by the task that the public set allows; returns the best validation accuracy."""
     settings, labels = config.query, public.of_images
     train_indices, held_out = split(
         len(labels), settings.validation_fraction, public_seed(config, "query held-out images")
     )
-    training = QueryTraining(config, run, world, public, held_out)
+    training = QueryTraining(config, run_dir, world, public, held_out)
     batch_size = -(-min(settings.batch_size, len(train_indices)) // world.size)
     stream = PublicStream(
-        run.public_store,
+        run_dir.public_store,
         train_indices,
         labels[train_indices],
         batch_size,
@@ -74,14 +74,16 @@ def _trained(config: Config, run: RunDir, world: World, public: Semantics) -> di
             yield
 
     every, images = settings.checkpoint_every, batch_size * world.size
-    train("query", Schedule(settings.steps, images, every, every), training, steps, run, world)
+    train("query", Schedule(settings.steps, images, every, every), training, steps, run_dir, world)
     return {"images": settings.steps * images, "validation_accuracy": training.best}
 
 
 class QueryTraining:
     """SGD with a cosine schedule, and the network of the best validation so far in query/network.pt."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, public: Semantics, held_out: np.ndarray):
+    def __init__(
+        self, config: Config, run_dir: RunDir, world: World, public: Semantics, held_out: np.ndarray
+    ):
         """`held_out` are the indices of the public images to validate on."""
         self.config, self.world, self.task = config, world, query_task(config, public)
         torch.manual_seed(public_seed(config, "query network"))
@@ -95,8 +97,8 @@ class QueryTraining:
             DistributedDataParallel(self.network, device_ids=devices) if world.size > 1 else self.network
         )
         own = held_out[world.rank :: world.size]
-        self.validation, self.labels = store.read(run.public_store, own), public.of_images[own]
-        self.best_file, self.best = run.stage("query") / "network.pt", -1.0
+        self.validation, self.labels = store.read(run_dir.public_store, own), public.of_images[own]
+        self.best_file, self.best = run_dir.stage("query") / "network.pt", -1.0
         self.loss = torch.zeros((), device=world.device)
 
     def step(self, images: Tensor, targets: Tensor, step: int) -> None:
@@ -166,11 +168,11 @@ def _accuracy(task: Task, network: nn.Module, images: np.ndarray, labels: np.nda
 
 
 @torch.no_grad()
-def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> list[str]:
+def _clustered(config: Config, run_dir: RunDir, world: World, public: Semantics) -> list[str]:
     """Cluster the public set by k-means on the trained network's features; returns the clusters' names."""
-    path, count = run.public_store, len(public.of_images)
+    path, count = run_dir.public_store, len(public.of_images)
     seed = public_seed(config, "clusters") % 2**32  # scikit-learn takes 32 bits
-    query = load_query(config, run, world)
+    query = load_query(config, run_dir, world)
     seen = np.sort(np.random.default_rng(seed).permutation(count)[:FITTED])
     stopped = "query: the network is kept, clusters are made again"
 
@@ -196,7 +198,7 @@ def _clustered(config: Config, run: RunDir, world: World, public: Semantics) -> 
     )
     clusters = nearest.flatten().cpu().numpy()
     if world.is_main:
-        write_arrays(clusters_path(run), {"centroids": centroids, "clusters": clusters})
+        write_arrays(clusters_path(run_dir), {"centroids": centroids, "clusters": clusters})
     return _names(clusters, config.query.clusters, public)
 
 

@@ -24,7 +24,7 @@ from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Query, add noise and select classes; or select them at random, for the baseline.
 
     Writes select/selection.npz: `counts` float64 (rows, public classes), the noisy histogram, zeros without a
@@ -32,7 +32,7 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     `charges`, the names of those in the ledger that the histogram has cost. Raises UserError if k1 or k2
     exceed the public classes, or if the run has asked before and the answer is lost.
     """
-    settings, public = config.select, public_semantics(config, run)
+    settings, public = config.select, public_semantics(config, run_dir)
     sensitive = open_sensitive(config, "train", world)
     rows = len(sensitive.classes) if config.data.sensitive.labelled else 1
     columns = len(public.names)
@@ -49,14 +49,14 @@ def run(config: Config, run: RunDir, world: World) -> dict:
         )
         record, charges = {}, []
     else:
-        counts, plan, charge = _asked(config, run, world, sensitive, rows, public)
+        counts, plan, charge = _asked(config, run_dir, world, sensitive, rows, public)
         charges = [charge]
         scores, how = counts, f"noise of {plan.standard_deviation:.3g} votes per bin"
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
         assignment = exclusive_top(scores, settings.per_class)
         write_arrays(
-            run.stage("select") / "selection.npz",
+            run_dir.stage("select") / "selection.npz",
             {"counts": counts, "assignment": assignment, "charges": np.array(charges, np.str_)},
         )
         chosen = (assignment[public.of_images] >= 0).mean()
@@ -74,20 +74,20 @@ def run(config: Config, run: RunDir, world: World) -> dict:
 
 
 def _asked(
-    config: Config, run: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics
+    config: Config, run_dir: RunDir, world: World, sensitive: ImageSet, rows: int, public: Semantics
 ) -> tuple[np.ndarray, SemanticHistogram, str]:
     """The noisy histogram (rows, columns), on the main rank, zeros elsewhere; and the name of its charge.
 
     What is charged depends on nothing that the images vote; the noise does, so that two histograms with one
     noise cannot be.
     """
-    run.require("query")
+    run_dir.require("query")
     columns, per_image = len(public.names), config.select.per_image
     if per_image > columns:
         raise UserError(f"select.per_image: {per_image} is more than the {columns} {public.kind}")
-    account = open_account(config, run, sensitive, world)
+    account = open_account(config, run_dir, sensitive, world)
     plan = account.plan.the(SemanticHistogram)
-    query = load_scores(config, run, world)
+    query = load_scores(config, run_dir, world)
     own = {"plan": account.plan.to_dict(), "rows": rows, "columns": columns}
     network = digest_of_tensors(
         [*query.state_dict().values(), *([] if query.centroids is None else [query.centroids])]
@@ -96,7 +96,7 @@ def _asked(
         account.root, computation(world, account.root, sensitive.content, config, "select", own, [network])
     ).hex()
     votes = top_votes(query, sensitive.images, per_image, world)
-    account.charge_once(plan, name, world, run.path)
+    account.charge_once(plan, name, world, run_dir.path)
     if not world.is_main:
         return np.zeros((rows, columns)), plan, name
     key = account.root.derive("query noise", name, digest_of_tensors([votes, sensitive.labels]).hex())

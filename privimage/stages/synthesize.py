@@ -29,7 +29,7 @@ from privimage.telemetry.progress import Progress
 RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
 
 
-def run(config: Config, run: RunDir, world: World) -> dict:
+def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Draw `synthesize.samples` images from what the method made of the sensitive set and write release/.
 
     The images are the same whatever the number of ranks: each has its own random numbers, and goes through
@@ -37,27 +37,27 @@ def run(config: Config, run: RunDir, world: World) -> dict:
     sensitive labels are private.
     """
     settings = config.synthesize
-    run.require(config.spec.training)
-    weights = checkpoint.load(run.stage(config.spec.training) / "weights.pt", world.device)
+    run_dir.require(config.spec.training)
+    weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world.device)
     assert weights is not None  # the stage is finished
-    said = _statement(config, run, world, weights)  # what cannot be released is not sampled
+    said = _statement(config, run_dir, world, weights)  # what cannot be released is not sampled
     generator = _generator(config, world, weights)
     count = settings.samples
-    _sample_blocks(config, run, world, generator, weights["n_classes"], count, "after")
-    if (pretrained := _pretrained(config, run, world)) is not None:
-        _sample_before(config, run, world, pretrained)
+    _sample_blocks(config, run_dir, world, generator, weights["n_classes"], count, "after")
+    if (pretrained := _pretrained(config, run_dir, world)) is not None:
+        _sample_before(config, run_dir, world, pretrained)
     world.barrier()
     if said is not None:
-        _release(config, run, weights, said)
+        _release(config, run_dir, weights, said)
     return {"images": count}
 
 
-def _statement(config: Config, run: RunDir, world: World, weights: dict) -> dict | None:
+def _statement(config: Config, run_dir: RunDir, world: World, weights: dict) -> dict | None:
     """What PRIVACY.json will say, on the main rank.
 
     Raises UserError if the ledger does not hold what made the weights.
     """
-    account = open_account(config, run, open_sensitive(config, "train", world), world)
+    account = open_account(config, run_dir, open_sensitive(config, "train", world), world)
     if not world.is_main:
         return None
     versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -68,14 +68,14 @@ def _generator(config: Config, world: World, weights: dict) -> nn.Module:
     return family(config).restored(config, weights).to(world.device).eval()
 
 
-def _pretrained(config: Config, run: RunDir, world: World) -> dict | None:
+def _pretrained(config: Config, run_dir: RunDir, world: World) -> dict | None:
     """The weights before private fine-tuning, if there are any and they are evaluated."""
     if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).releases_model:
         return None
-    return checkpoint.load(run.stage("pretrain") / "weights.pt", world.device)
+    return checkpoint.load(run_dir.stage("pretrain") / "weights.pt", world.device)
 
 
-def _sample_before(config: Config, run: RunDir, world: World, pretrained: dict) -> None:
+def _sample_before(config: Config, run_dir: RunDir, world: World, pretrained: dict) -> None:
     """Write synthesize/before.npz, images from the pretrained generator.
 
     Their labels are -1 where it knows public classes only.
@@ -84,23 +84,23 @@ def _sample_before(config: Config, run: RunDir, world: World, pretrained: dict) 
         min(config.synthesize.samples, config.evaluate.fidelity_samples),
         pretrained["n_classes"],
     )
-    _sample_blocks(config, run, world, _generator(config, world, pretrained), n_classes, count, "before")
+    _sample_blocks(config, run_dir, world, _generator(config, world, pretrained), n_classes, count, "before")
     world.barrier()
     if world.is_main:
-        images, labels = _gathered(config, run, count, n_classes, "before")
+        images, labels = _gathered(config, run_dir, count, n_classes, "before")
         labels = np.full(count, -1) if config.spec.pretraining == "all" else labels
-        write_arrays(run.stage("synthesize") / "before.npz", {"images": images, "labels": labels})
+        write_arrays(run_dir.stage("synthesize") / "before.npz", {"images": images, "labels": labels})
 
 
 def _sample_blocks(
-    config: Config, run: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str
+    config: Config, run_dir: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str
 ) -> None:
     """Sample this rank's blocks of images; blocks that are there already are kept."""
     settings = config.synthesize
-    folder = run.stage("synthesize") / f"blocks-{name}"
+    folder = run_dir.stage("synthesize") / f"blocks-{name}"
     folder.mkdir(exist_ok=True)
     draws, blocks = ImageDraws(world.device), range(0, count, settings.batch_size)
-    curves = Curves(run.tensorboard, f"synthesize-{name}", 0, world.is_main)
+    curves = Curves(run_dir.tensorboard, f"synthesize-{name}", 0, world.is_main)
     with Progress(f"synthesize ({name})", len(blocks), shown=world.is_main) as bar:
         for number, start in enumerate(blocks):
             bar.advance()
@@ -124,21 +124,21 @@ def _sample_blocks(
 
 
 def _gathered(
-    config: Config, run: RunDir, count: int, n_classes: int, name: str
+    config: Config, run_dir: RunDir, count: int, n_classes: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    folder = run.stage("synthesize") / f"blocks-{name}"
+    folder = run_dir.stage("synthesize") / f"blocks-{name}"
     images = np.concatenate(
         [np.load(folder / f"{start:09d}.npy") for start in range(0, count, config.synthesize.batch_size)]
     )
     return images, np.arange(count, dtype=np.int64) % max(n_classes, 1)
 
 
-def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
+def _release(config: Config, run_dir: RunDir, weights: dict, said: dict) -> None:
     """Assemble release/ aside, rename it when it is complete, and destroy the key: nobody can subtract the
     noise.
     """
-    images, labels = _gathered(config, run, config.synthesize.samples, weights["n_classes"], "after")
-    aside = run.path / ".release.part"
+    images, labels = _gathered(config, run_dir, config.synthesize.samples, weights["n_classes"], "after")
+    aside = run_dir.path / ".release.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     write_json(aside / "PRIVACY.json", said)
@@ -152,11 +152,11 @@ def _release(config: Config, run: RunDir, weights: dict, said: dict) -> None:
     if unknown:
         raise RuntimeError(f"{aside}: {unknown} are not on the allow-list of a release")
     owner_only.open_to_all(aside)
-    shutil.rmtree(run.release, ignore_errors=True)
-    aside.rename(run.release)
-    keys.destroy(key_path(run))
+    shutil.rmtree(run_dir.release, ignore_errors=True)
+    aside.rename(run_dir.release)
+    keys.destroy(key_path(run_dir))
     for name in ("after", "before"):
-        shutil.rmtree(run.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
+        shutil.rmtree(run_dir.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
 
 
 def _write_model(path: Path, config: Config, weights: dict) -> None:

@@ -10,9 +10,8 @@ from privimage.evaluation.figures.theme import ANNOTATED
 
 
 def _tiled(rows: Sequence[np.ndarray], scale: int, gap: int = 4) -> Image.Image:
-    """Rows of images uint8 (n, C, H, W) as one picture with transparent gaps.
-
-    Pixels are enlarged `scale` times, not smoothed.
+    """Rows of images uint8 (n, C, H, W) as one picture with transparent gaps, enlarged `scale` times without
+    smoothing.
     """
     side, columns = rows[0].shape[-1] * scale, max(len(row) for row in rows)
     height = rows[0].shape[-2] * scale
@@ -38,10 +37,10 @@ def _enlargement(resolution: int, columns: int, width: int = 1400) -> int:
 def sample_grid(
     path: Path, images: np.ndarray, labels: np.ndarray, n_classes: int, columns: int = 16
 ) -> list[int]:
-    """The first images of each class, one row per class; returns the classes of the rows.
+    """Draw the first images of each class, one row per class, and return the classes of the rows.
 
-    images uint8 (N, C, H, W), labels (N,). With one class, or more than twelve, eight rows of whatever comes
-    first, and [].
+    images uint8 (N, C, H, W), labels (N,). With one class, or more than twelve, eight rows of the first
+    images, and [].
     """
     if 1 < n_classes <= ANNOTATED:
         shown = [c for c in range(n_classes) if np.any(labels == c)]

@@ -60,9 +60,7 @@ def selection(
     kind: str,
     shown: int = 40,
 ) -> None:
-    """The noisy votes (rows, columns) for public classes or clusters, as `kind` says.
-
-    A ring marks those that were kept for a row.
+    """The noisy votes (rows, columns) for public classes or clusters; a ring marks those selected for a row.
 
     At most `shown` columns are drawn: those with the most votes.
     """

@@ -81,9 +81,7 @@ def embedding(
     classes: Sequence[str],
     seed: int,
 ) -> None:
-    """t-SNE (van der Maaten and Hinton 2008) of penultimate features (N, F) and (M, F), in one plane, side by
-    side.
-    """
+    """t-SNE (van der Maaten and Hinton 2008) of penultimate features (N, F) and (M, F) in one plane."""
     from sklearn.manifold import TSNE
 
     everything = np.concatenate([synthetic, real])
