@@ -82,11 +82,11 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
 
 
 def _finish(run_dir: RunDir, population: Population, steps: int, known: dict, world: World) -> None:
-    """Write the last generation. Raises UserError if there was not a single histogram."""
+    """Write the last generation. Raises UserError if there was no histogram."""
     if not steps:
         raise UserError(
-            f"{run_dir.path}: all histograms of this run were drawn before, and what they made is lost; choose "
-            "another run.dir"
+            f"{run_dir.path}: all histograms of this run were drawn before, and what they made is lost; "
+            "choose another run.dir"
         )
     if world.is_main:
         state = {"ema": population.state_dict(), "public_classes": population.public_classes, "steps": steps}
