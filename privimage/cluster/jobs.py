@@ -44,6 +44,7 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
     config = load(path, tuple(overrides))
     run = RunDir(config.run.dir)
     logs, jobs = _logs(run), list[str]()
+    # Each job waits for the one before it, and is cancelled if that fails.
     for stage in config.spec.stages:
         if run.record(stage) is not None:
             print(f"{stage:12} done before")
@@ -76,6 +77,7 @@ def sweep(words: Sequence[str]) -> None:
         )
     logs = _logs(RunDir(runs[0].path.parent))
     jobs: list[str] = []
+    # The first wave makes the public stages that the second one shares.
     for part in waves(configs):
         tasks = logs / f"sweep-{os.getpid()}-{len(jobs)}.tasks"
         tasks.write_text("".join(shlex.join([str(variants[at][0]), *variants[at][1]]) + "\n" for at in part))

@@ -108,6 +108,7 @@ def write(
                 bar.advance(skipped=str(len(bad)))
         _require_all_classes(source, kept, bad, path)
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
+        # The sidecar goes first and comes last, so that it never describes another file.
         _sidecar_path(path).unlink(missing_ok=True)  # never a new file beside an old sidecar
         temporary.replace(path)
         write_json(_sidecar_path(path), asdict(sidecar))
@@ -150,6 +151,7 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
     from ffcv.writer import DatasetWriter, handle_sample
 
     fields = {"image": NDArrayField(np.dtype("uint8"), shape), "label": IntField()}
+    # What FFCV's writer does in worker processes is done here, in this one.
     writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES, num_workers=1)
     writer.num_samples = capacity
     writer.prepare()

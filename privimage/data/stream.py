@@ -75,6 +75,7 @@ class PublicStream:
 
     def positions(self, step: int) -> np.ndarray:
         """Which of the indices this rank takes at a step: int64 (B,)."""
+        # Places in the endless sequence of permutations: epoch and position within it.
         start = (step * self.size + self.rank) * self.batch_size
         place = np.arange(start, start + self.batch_size)
         epochs, within = np.divmod(place, len(self.indices))
@@ -96,6 +97,7 @@ class PublicStream:
         with _threads_of_torch_kept():
             loader = _loader(self.path, self.batch_size, self.workers)
             while True:
+                # FFCV iterates over an order that is fixed per pass: a span of steps at a time.
                 loader.traversal_order.order = np.concatenate(
                     [self.indices[self.positions(at)] for at in range(step, step + SPAN)]
                 )

@@ -90,6 +90,7 @@ class DDPEngine(Engine):
 
     def state(self) -> dict:
         """See `Engine.state`."""
+        # Only names and full tensors: the state does not depend on engine or number of ranks.
         slots = {
             name: self.optimizer.state[parameter]
             for name, parameter in self._named()
@@ -226,6 +227,7 @@ def deepspeed_settings(path: Path | None, images: int, bf16: bool) -> dict:
                     else "the section `pretrain` of the configuration"
                 )
                 raise UserError(f"{path}: {key}: leave it out; it is set by {instead}")
+    # What this package decides: batch size and clipping must not come from two places.
     ours = {
         "train_micro_batch_size_per_gpu": images,
         "zero_allow_untested_optimizer": True,

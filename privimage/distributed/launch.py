@@ -43,6 +43,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
 
     Raises UserError, in one line, for a half-set or malformed set of variables.
     """
+    # torchrun first: inside a SLURM job it starts ranks of its own, whose variables win.
     for launcher in (_torchrun, _slurm, _open_mpi, _pmi, _mpi4py):
         place = launcher(environ)
         if place is not None:
@@ -199,6 +200,7 @@ def _mpi4py(environ: Mapping[str, str]) -> Place | None:
             f"an MPI launcher is at work and mpi4py does not load ({error}); pip install "
             "'privimage[cluster]', or use torchrun"
         ) from None
+    # An MPI without variables that we know: ask MPI itself, and agree on the main rank's address and port.
     everyone = MPI.COMM_WORLD
     if everyone.size == 1:
         return None

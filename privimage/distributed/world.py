@@ -84,6 +84,8 @@ class World:
         """
         if self.store is None:
             return
+        # A counter in the store instead of a collective, which would time out while the main rank works for
+        # hours.
         key = f"barrier/{next(self._turns)}"
         arrived = self.store.add(key, 1)
         while arrived < self.size:
@@ -155,6 +157,7 @@ def connect(runtime: Runtime) -> World:
         memory.keep_freed()
     if place.size == 1:
         return World(0, 0, 1, 1, device)
+    # torch's rendezvous reads the address from the environment, whatever launcher has set it.
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     timeout = timedelta(minutes=runtime.timeout_minutes)
     try:

@@ -51,6 +51,7 @@ class DiffusionPublic(PublicTraining):
         generator = torch.Generator(device).manual_seed(
             public_seed(self.config, "pretraining step", step, self.world.rank)
         )
+        # The order of these draws is part of a repeatable step.
         x = edm.to_unit(images)
         count = len(x)
         if settings.flip:
@@ -100,6 +101,8 @@ class DiffusionPrivate(PrivateTraining):
         torch.manual_seed(public_seed(config, "networks"))
         self.module = build_diffusion(config, n_classes).to(world.device)
         if pretrained is not None:
+            # Embeddings of public labels mean nothing for the sensitive ones, unless the selection gave them
+            # the sensitive classes.
             weights = pretrained[config.finetune.start_from]
             load_pretrained(self.module, weights, LABEL if config.spec.pretraining == "all" else None)
         self.losses = DenoisingLosses(config, world, n_classes)
@@ -136,6 +139,7 @@ class DenoisingLosses(ImageLosses):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) -> images, labels, sigma and noise with K copies each: (B, K, ...)."""
         count, copies, pixels = len(images), self.copies, images[0].numel()
+        # One draw per image for everything that is random in its loss: label dropout, noise levels, noise.
         normal = self.draws.normal(seed, indices, 1 + copies * (1 + pixels))
         hidden = dropped(normal[:, 0], self.label_dropout)
         sigma = edm.draw_sigma(normal[:, 1 : 1 + copies])

@@ -115,6 +115,7 @@ class Population(nn.Module):
         """
         settings, rows = self.config.evolve, indices % len(self.images)
         uniform, noise = self._draw(indices, draws, generation + 1)
+        # Inverse transform sampling of a parent from the chances of the image's class.
         parents = (self.chances.cumsum(1)[rows] < uniform[:, None]).sum(1).clamp(max=self.images.shape[1] - 1)
         images, public = edm.to_unit(self.images[rows, parents]), self.public[rows, parents]
         sigma = degree(self.config, generation)

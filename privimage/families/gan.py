@@ -135,6 +135,7 @@ class GanPublic(PublicTraining):
         normal = self.draws.normal(
             public_seed(self.config, "discriminator step", step), place, network.latent_size + 1
         )
+        # Real and generated images of the same labels, in one pass of the discriminator.
         real = edm.to_unit(images)
         if self.config.pretrain.flip:
             real = torch.where((normal[:, -1] < 0)[:, None, None, None], real.flip(3), real)
@@ -144,6 +145,7 @@ class GanPublic(PublicTraining):
         loss = (d_loss_real(scores[:count]) + d_loss_fake(scores[count:])).mean()
         self.discriminator.backward_and_step(loss)
         self._count(0, loss.detach())
+        # The generator follows, against the updated discriminator.
         if (step + 1) % self.config.pretrain.discriminator_steps == 0:
             self._count(1, self.generator.step(self.discriminator.module, step))
 
@@ -198,6 +200,7 @@ class GanPrivate(PrivateTraining):
         self.module: Discriminator = build_discriminator(config, n_classes).to(world.device)
         network = build_generator(config, n_classes).to(world.device)
         if pretrained is not None:
+            # Embeddings of public labels mean nothing for the sensitive ones.
             fresh = LABEL if config.spec.pretraining == "all" else None
             load_pretrained(self.module, pretrained["discriminator"], fresh)
             load_pretrained(network, pretrained[settings.start_from], fresh)
@@ -223,6 +226,8 @@ class GanPrivate(PrivateTraining):
         """The generator's step, if it is its turn."""
         if step % self.ratio:
             return {}
+        # Post-processing of the noised discriminator. Fakes of the next private steps come from the updated
+        # generator.
         loss = self.world.all_reduce_(self.generator.step(self.module, step)) / self.world.size
         self.losses.generator = self.generator.frozen(averaged=False)
         return {"generator loss": loss.item()}

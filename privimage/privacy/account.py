@@ -134,6 +134,7 @@ def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World)
     ranks if the set is another one than before, if the budget would be exceeded, or if the ledger is not the
     one that the run knows.
     """
+    # The main rank opens the account, and tells the others the outcome: either all go on or all refuse.
     own: Account | None = None
     result: Account | UserError | None = None
     if world.is_main:
@@ -173,6 +174,7 @@ def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> Non
 
 
 def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
+    # A run that has begun must find the ledger that it knows; a new run begins one where there is none.
     path, kept, folder = run.private / account_path(run).name, None, ledger_folder(config)
     if path.exists():
         kept = read_account(path)
@@ -181,6 +183,8 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
     else:
         _no_older_ledger(config, folder, fingerprint)
         ledger = Ledger(folder, fingerprint)
+    # A copied directory must not go on under the name and the key of its original: both would draw the same
+    # noise for different computations.
     if kept is not None and (original := _original(run, kept["run"], ledger)) is not None:
         kept = _apart(run, kept, original)
     if kept is None:
@@ -192,14 +196,19 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
             "plan": plan.to_dict(),
         }
     plan = plan_from_dict(kept["plan"])
+    # The plan is announced before it is kept: a crash in between leaves an announcement without a run, which
+    # costs nothing and only reserves budget.
     with ledger.announced(kept["run"], _announced(config, plan), _budget(config), plan.accountant):
         write_json(path, kept | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
     ledger.place(kept["run"], run.path.resolve())
+    # Runs without noise or with a known key are marked in the ledger for good: nothing that follows from them
+    # is ever stated to be private.
     fixed = config.privacy.insecure_fixed_key
     if not config.spec.private or fixed is not None:
         ledger.not_private(kept["run"])
     root = keys.open_root(key_path(run)) if fixed is None else keys.insecure_fixed(fixed)
     account = Account(kept["run"], plan, root, config.spec.private and fixed is None, ledger, path)
+    # The head of the ledger is kept with the account, so that an older copy of it is noticed.
     account.keep_head()
     return account
 

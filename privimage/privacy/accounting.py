@@ -120,6 +120,7 @@ def _search(
     def excess(log_noise: float) -> float:
         return epsilon(compose(math.exp(log_noise)), delta, accountant, interval) - target
 
+    # Bracket the noise from above and from below, then bisect on its logarithm.
     low = high = math.log(guess)
     while excess(high) > 0:
         low, high = high, high + 0.2
@@ -136,6 +137,8 @@ def _smallest_noise(compose: Compose, target: float, delta: float, accountant: s
 
     Raises ValueError if no amount of noise is enough.
     """
+    # The search uses a coarse discretisation; the result is verified with the fine one that is stated, and
+    # raised until it holds.
     found = _search(compose, target, delta, accountant, COARSE, guess)
     noise_multiplier = _round_up(found * (1 - 2e-5))
     while epsilon(compose(noise_multiplier), delta, accountant) > target:

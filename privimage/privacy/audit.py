@@ -127,6 +127,7 @@ def audit(
 
     All that is found holds together with probability `confidence`.
     """
+    # One game, judged twice; the error is shared between the two shares.
     coins, scores = play(config, plan.the(DPSGD), canaries, root, world, noise_factor)
     level = (1 - confidence) / len(SHARES)
     return [

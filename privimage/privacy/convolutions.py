@@ -58,6 +58,7 @@ def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[T
     """One grouped convolution's gradients of weight and bias, one group per image."""
     images, copies, fp32 = folding.images, folding.copies, x.dtype == torch.float32
     out_channels, in_channels, height, width = layer.weight.shape
+    # Copies are the batch and images are groups: each group's weight gradient is summed over the copies.
     x = x.reshape(copies, images * in_channels, *x.shape[2:])
     g = g.reshape(copies, images * out_channels, *g.shape[2:])
     shape_only = x.new_empty(
@@ -110,6 +111,7 @@ def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[
         (images, x.shape[1], *layer.kernel_size, copies, *g.shape[3:]),
         (image, channel, taller * row, wider * column, images * image, down * row, right * column),
     )
+    # Patches are many times larger than the image: so many images at once as fit the limit.
     chunk, parts = max(1, PATCHES // windows[0].numel()), []
     for start in range(0, images, chunk):
         part, outputs = (

@@ -97,6 +97,7 @@ class PrivateSteps:
             state,
             first,
         )
+        # Sum, noise and update must be of the same parameters, in the same order.
         trained = trained_parameters(gradients._module)
         updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if [id(parameter) for parameter in updated] != [id(parameter) for parameter in trained]:
@@ -108,6 +109,8 @@ class PrivateSteps:
 
     def __iter__(self) -> Iterator[StepFigures]:
         """The remaining steps; `step` is the number of those made when one is yielded."""
+        # Opacus' manager cuts each logical batch into physical ones and tells the optimizer when it is
+        # complete.
         loader = DataLoader(
             self.data, batch_sampler=cast(Sampler, _Batches(self)), collate_fn=lambda batch: batch
         )
@@ -115,10 +118,13 @@ class PrivateSteps:
             with BatchMemoryManager(
                 data_loader=loader, max_physical_batch_size=self.physical, optimizer=self.optimizer
             ) as batches:
+                # An empty physical batch still ends a logical one: a rank without images takes part in the
+                # sum.
                 for *batch, indices in batches:
                     if len(indices):
                         tensors = self.losses.draw(*batch, indices, seed=self._derived_seed())
                         self.optimizer.count_losses(self.gradients.backward(self.losses, *tensors))
+                    # True when the logical batch is complete on this rank, and so on all of them.
                     if self.optimizer.step():
                         self.step += 1
                         assert self.optimizer.figures is not None  # a logical batch was completed
@@ -133,21 +139,26 @@ class PrivateSteps:
         A share may be empty.
         """
         randomness = self.randomness
+        # Noise is drawn by a thread while gradients are computed; it is ready when the sum is.
         while self.step < self.plan.steps and self._may_begin():
             if self.optimizer.noise is not None:
                 self.optimizer.noise.prepare(
                     randomness.root.derive("dp-sgd noise", self.name, self.ranks.rank)
                 )
+            # All ranks derive the same global sample, and take disjoint shares of it.
             key = randomness.root.derive("poisson sampling", self.name)
             sample = poisson_sample(randomness.source, key, len(self.data), self.plan.sample_rate)  # type: ignore[arg-type]
             yield share(sample, self.ranks.rank, self.ranks.size)
 
     def _may_begin(self) -> bool:
         """Name the next step and charge it, before anything of it is computed; equal on all ranks."""
+        # A step is named by its weights too, so that repeating it from the same weights is the same step, and
+        # from any others a new one.
         weights = digest_of_tensors(self.state())
         self.name = charge_name(
             self.randomness.root, self.randomness.computation, self.step.to_bytes(8, "big"), weights
         ).hex()
+        # One all-reduce carries the digests, to find ranks that disagree, and the main rank's answer.
         allowed = self.charge(self.name) if self.ranks.rank == 0 else True
         answers = gathered(self.ranks, weights + bytes([allowed]))
         require_equal(

@@ -164,9 +164,11 @@ def clip_and_sum_(
     are summed in float64, gradients in float32 within pieces of `AT_ONCE` images and in float64 across
     pieces. Returns the norms (B,) before clipping, and a mask (B,) of the finite images; both are private.
     """
+    # Small parameters are concatenated: a kernel for each would be all overhead.
     samples = [p.grad_sample.flatten(1) for p in parameters]  # type: ignore[attr-defined]
     small = [s.float() for s in samples if s.shape[1] < FEW]
     merged = [s for s in samples if s.shape[1] >= FEW] + ([torch.cat(small, dim=1)] if small else [])
+    # Norms over all parameters together, added up in float64.
     norms = (
         torch.cat([piece for s in merged for piece in _norms_of_pieces(s)], dim=1)
         .double()
@@ -175,9 +177,11 @@ def clip_and_sum_(
     )
     finite = norms <= LONGEST  # false for NaN
     # The rounding of these norms and of the sums must not carry an image past the bound.
+    # Slightly less than C, by more than norms and sums can be wrong.
     factors = torch.where(finite, (max_grad_norm * (1 - 1e-5) / norms).clamp(max=1.0), 0.0)
     if not bool(finite.all()):
         merged = [torch.where(finite[:, None], s, 0.0) for s in merged]
+    # Scaling and summing is one product per piece; it never materialises the clipped gradients.
     sums = [_sums_of_pieces(factors, s.float()) for s in merged]
     few = iter(sums[-1].split([s.shape[1] for s in small], dim=1) if small else ())
     many = iter(sums)

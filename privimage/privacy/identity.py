@@ -66,6 +66,7 @@ def computation(
     """
     digests = gathered(ranks, digest_of(json.dumps(_machine(ranks.device), sort_keys=True).encode()))
     machines = [machine.hex() for machine in digests]
+    # Everything in here changes the noise. What is left out must not change any output bit.
     tree = {
         "content": content.hex(),
         "settings": settings_read(config, stage),
@@ -102,6 +103,7 @@ def digest_of_tensors(tensors: Iterable[Tensor | np.ndarray]) -> bytes:
     """SHA-256 of the values, shapes and types of some arrays, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
+        # On the CPU, whatever the device: digests are compared between machines.
         array = (
             tensor.detach().cpu().contiguous()
             if isinstance(tensor, Tensor)

@@ -97,9 +97,12 @@ class Ledger:
     def _catch_up(self, handle: int) -> None:
         """Read new entries of other runs. Raises UserError for a file that does not begin as it is known."""
         data = _whole(handle)
+        # A crash may have left half a line. It is ended here, and counted as a use by the reader.
         if data and not data.endswith(b"\n"):
             self._write(handle, b"\n")  # the end of a torn line: nobody else is writing now
             data += b"\n"
+        # The beginning that this run knows must still be there, byte for byte; anything may have been
+        # appended.
         if self._head is not None:
             begun = data[: self._head.size]
             if len(begun) < self._head.size:
@@ -191,6 +194,8 @@ class Ledger:
                 f"{describe(spent.budget)}; whoever owns the"
                 f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
             )
+        # Announced and unfinished plans count in full, so that several runs cannot exceed the budget
+        # together.
         if (budget := budget or spent.budget) is None:
             return
         limit, delta = budget
@@ -223,6 +228,8 @@ class Ledger:
             charges = self._reader.spent.charges
             if name in charges:
                 return True
+            # A run that was restored from an older state may have charges that its weights do not know, and a
+            # copy has weights from charges of another run: both count towards the limit.
             own = {known for known, charge in charges.items() if charge.run == run and charge.part == part}
             if len(own | set(behind)) >= limit:
                 return False

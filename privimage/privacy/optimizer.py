@@ -72,6 +72,7 @@ class PrivateOptimizer(DPOptimizer):
         """
         if self.params[0].grad_sample is None:
             return
+        # Everything below is counted without noise, and stays in private/.
         norms, finite = clip_and_sum_(self.gradient_sum, self.params, self.max_grad_norm)
         figures = self.flat[self.size :]
         figures[1] += len(norms)
@@ -85,12 +86,15 @@ class PrivateOptimizer(DPOptimizer):
         """Add this rank's noise to its sum, and all ranks' noised sums together."""
         if self.noise is not None:
             self.gradient_sum += self.noise.take().to(self.gradient_sum.device)
+        # Noise was added in float64, before the sum is rounded to float32: rounding first would reveal low
+        # bits.
         self.flat[: self.size] = self.gradient_sum
         self.flat[self.size] = float(self.stop_requested())
         self.world.all_reduce_(self.flat)
 
     def scale_grad(self) -> None:
         """Divide by the expected batch size q N, never by the realised one."""
+        # The expected batch size is public; the realised one is not.
         start = 0
         for p in self.params:
             p.grad = (self.flat[start : start + p.numel()] / self.expected_batch_size).view_as(p)
@@ -103,6 +107,7 @@ class PrivateOptimizer(DPOptimizer):
     def pre_step(self, closure=None) -> bool:
         """Everything before the update; false while the logical batch goes on."""
         self.clip_and_accumulate()
+        # More physical batches of this logical batch follow.
         if self._check_skip_next_step():
             return False
         self.add_noise()

@@ -75,6 +75,7 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
         return accounting.training_noise(privacy.epsilon, delta, draft.composition, others, accountant)
 
     try:
+        # Noise of the training alone, then of the query beside it, then of the training beside the query.
         alone = noise()
         if config.spec.pretraining != "selected":
             return PrivacyPlan(privacy.epsilon, delta, accountant, (draft.with_noise(alone),))

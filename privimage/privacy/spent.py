@@ -61,6 +61,7 @@ class Spent:
         counts: Counter[tuple[str, str, SampledGaussian]] = Counter(
             (c.run, c.part, c.mechanism) for c in self.charges.values()
         )
+        # Charged or announced, whichever is more, for each run and part.
         for other, announced in {**self.plans, run: plan}.items():
             for part, planned in announced.items():
                 key = (other, part, planned.single)
@@ -76,6 +77,7 @@ class Reader:
 
     def feed(self, data: bytes) -> None:
         """Read the next bytes of the file; a last line without a newline counts as torn."""
+        # A line that cannot be parsed was torn by a crash. It counts as spent.
         for line in data.split(b"\n"):
             if line:
                 self.lines += 1
@@ -110,6 +112,7 @@ class Reader:
         spent = self.spent
         spent.torn += 1
         writer = re.match(rb'{"run": "([^"]*)"', line)
+        # What was torn is unknown: assume the most expensive use that was still open.
         for run in [writer[1].decode(errors="replace")] if writer else list(spent.plans):
             if still_open := self._still_open(run):
                 part, mechanism = max(still_open, key=lambda item: _cost(item[1]))

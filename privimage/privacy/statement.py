@@ -27,6 +27,7 @@ def statement(
     are rounded up.
     """
     assert account.ledger is not None  # the main rank's
+    # The charges behind the weights may belong to other runs as well, where this one is a copy.
     plan, settings, spent = account.plan, config.privacy, account.ledger.spent
     names = {name for stage in made_by.values() for name in stage}
     head = {
@@ -70,6 +71,7 @@ def _not_private(config: Config, account: Account, spent: Spent, names: set[str]
 
 def _require_proof(account: Account, spent: Spent, made_by: Mapping[str, Sequence[str]], steps: int) -> None:
     assert account.ledger is not None  # the main rank's
+    # Each mechanism must have left as many charges as it was used, and each of them must be found.
     for part in account.plan.mechanisms:
         names = made_by.get(part.stage, ())
         needed = steps if part is account.plan.training else 1

@@ -54,9 +54,11 @@ def execute(config: Config, stages: Sequence[str], world: World) -> RunDir:
     Raises UserError for a mistake in the settings or the data, and Stopped.
     """
     owner_only.close_process()
+    # One run at a time in a directory, whose settings must agree with what was made there before.
     with _claimed(config, world) as run_dir:
         resolved = precision.resolved(config, world)
         names = _known(stages, config)
+        # Everything that later stages need is checked now, before hours are spent.
         preflight.check(resolved, run_dir, world, names)
         for name in names:
             _run_stage(name, resolved, run_dir, world)
@@ -109,10 +111,12 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
         return
     if stop.agreed(world):
         raise Stopped(f"before {name}; run again to go on")
+    # A public stage that another run has finished is taken over instead of being repeated.
     if world.broadcast_object(world.is_main and sharing.adopt(name, config, run_dir, world)):
         return
     if world.is_main:
         say(f"{name}: {world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}")
+    # Time and memory are those of the stage; the record is what marks it as finished.
     memory.reset_peak(world.device)
     with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
         record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)

@@ -57,10 +57,12 @@ def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> N
     Makes no folder and spends nothing. Raises UserError, the same on all ranks, with one line for each
     mistake that names the key or the file, and the ranks where the main one has not met it.
     """
+    # The main rank decides what is unfinished: on a slow file system others may not see its records yet.
     unfinished = frozenset(stage for stage in stages if run.record(stage) is None)
     visit = Visit(config, run, world, world.broadcast_object(unfinished))
     for each in (*EVERYWHERE, *(ONCE if world.is_main else ())):
         visit.attempt(each)
+    # All mistakes of all ranks at once, so that a user does not find them one by one.
     if mistakes := together(world.gather_objects(visit.mistakes)):
         raise Mistakes(mistakes)
     _whole_set(visit)
@@ -81,6 +83,7 @@ def _run_directory(visit: Visit) -> Iterator[str]:
 def _packages(visit: Visit) -> Iterator[str]:
     """What is imported later is installed; it is not imported here, since that takes seconds."""
     config, stages = visit.config, visit.stages
+    # Which stages need which package.
     wanted = {"tensorboard": stages & {"query", "evaluate", *NETWORKS}, "opacus": stages & {"finetune"}}
     wanted["randomgen"] = stages & {"select", *TRAINING}
     wanted |= dict.fromkeys(("torch_fidelity", "matplotlib", "jinja2"), stages & {"evaluate"})

@@ -47,6 +47,7 @@ def adopt(stage: str, config: Config, run: RunDir, world: World) -> bool:
     folder = run.path / stage
     if kept is None or not kept.is_dir() or folder.exists():
         return False
+    # Linked aside, then renamed: a killed run leaves no half stage behind.
     part = run.path / f".{stage}.part"
     shutil.rmtree(part, ignore_errors=True)
     _link_tree(kept / "stage", part)
@@ -64,6 +65,7 @@ def keep(stage: str, config: Config, run: RunDir, world: World) -> None:
     kept = _place(stage, config, run, world)
     if kept is None or kept.exists():
         return
+    # A private name per process; the rename fails for all but the first.
     part = kept.with_name(f".{kept.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)

@@ -29,6 +29,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     Raises UserError for a damaged synthetic set, or one that does not fit the sensitive set.
     """
     started = time.monotonic()
+    # Every measure sees the same sets; finished ones are read back after a restart.
     subject = _subject(config, run_dir, world)
     results: dict[str, Any] = {}
     for measure in MEASURES:

@@ -164,6 +164,7 @@ def _generation(population: Population, step: int, config: Config, world: World)
     images = torch.zeros_like(population.images.transpose(0, 1).flatten(0, 1))
     public = torch.zeros(len(images), dtype=torch.int64, device=world.device)
     blocks = torch.arange(len(images), device=world.device).split(size)
+    # The ranks sample a block each in turn, so that all of them notice a stop between two blocks.
     for turn in range(0, len(blocks), world.size):
         if stop.agreed(world):
             raise Stopped(f"evolve: saved at iteration {step}")
@@ -175,6 +176,7 @@ def _generation(population: Population, step: int, config: Config, world: World)
                 images[own], public[own] = (
                     population.offspring(own, draws, step - 1) if step else population.first(own, draws)
                 )
+    # Each block was made by one rank and is zero on all others: sums put them together.
     world.all_reduce_(images)
     world.all_reduce_(public)
     return images.unflatten(0, (members, rows)).transpose(0, 1).contiguous(), public.view(
@@ -213,11 +215,14 @@ class Voters:
 
         And the mean distance, for `private/` only.
         """
+        # Features of the candidates, a share on each rank.
         images = population.images.flatten(0, 1)
         candidates = torch.zeros(len(images), self.network.head.in_features, device=self.world.device)
         for block in self._blocks(len(images)):
             candidates[block] = self._embed(images[block])
         candidates = self.world.all_reduce_(candidates).unflatten(0, population.public.shape)
+        # Each rank finds the votes of the sensitive images that it holds; they leave it only as a sum over
+        # ranks.
         votes = torch.zeros(self.count, dtype=torch.int64, device=self.world.device)
         total = torch.zeros((), device=self.world.device)
         for block, features in self.own:
@@ -250,6 +255,7 @@ def nearest(features: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tenso
     """
     votes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
     distances = torch.zeros(len(features), device=features.device)
+    # Images vote within their own class, so that one image changes one bin of one row.
     for label in labels.unique().tolist():
         own = labels == label
         distances[own], votes[own] = torch.cdist(

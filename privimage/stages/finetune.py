@@ -147,6 +147,8 @@ def _steps(
 ) -> PrivateSteps:
     """The private steps from number `first` on."""
     settings, plan, losses = config.finetune, account.plan.the(DPSGD), training.losses
+    # The main rank's choice counts: devices may differ in free memory, and a batch of another size would
+    # round otherwise.
     physical = world.broadcast_object(
         physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size)
     )
@@ -193,10 +195,13 @@ def _gradients(
         } | more
         return computation(world, account.root, sensitive.content, config, "finetune", own, each_rank=True)
 
+    # Backends are part of the identity of a step. They are looked up under the digest of everything else, so
+    # that a run on another machine times them again.
     path, without = run_dir.stage("finetune") / "kernels.json", digest().hex()
     kept = read_json(path) if world.is_main and path.exists() else {}
     found = world.broadcast_object(kept["backends"] if kept.get("computation") == without else {})
     gradients = GRADIENTS[config.finetune.gradients](training.module, found, filled_to=physical)
+    # A backward pass on grey images lets each convolution that has no backend yet time its own.
     gradients.backward(
         training.losses, *training.losses.probe(physical)
     )  # finds the fastest way for each layer that has none yet
@@ -225,6 +230,8 @@ class _Curves:
 
         `figures` are computed from the noised weights, `rate` is in steps per second.
         """
+        # Epsilon is public at any step: it follows from the plan and the step alone. It is computed coarsely,
+        # and only at a twentieth of the steps, since the accountant takes seconds.
         shown = figures | {"learning rate": self.learning_rate}
         if (
             self.shown
@@ -237,6 +244,7 @@ class _Curves:
             ]
             shown["epsilon"] = epsilon(parts, self.account.plan.delta, self.account.plan.accountant, 1e-3)
         self.public.scalars(step, shown)
+        # What follows was computed on sensitive images without noise, and goes to private/ only.
         images = max(sensitive.images, 1)
         private = {
             "loss": sensitive.loss_sum / images,

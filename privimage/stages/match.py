@@ -39,9 +39,11 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     settings = config.match
     sensitive = open_sensitive(config, "train", world)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
+    # A generator that cannot make the resolution is refused before anything is charged.
     size = family(config).sizes(config, n_classes)[
         "generator"
     ]  # refuses what the generator cannot make, before anything is charged
+    # From here on the run sees the sensitive set through one noisy embedding only, kept in a file.
     account = open_account(config, run_dir, sensitive, world)
     embedding, charge = _embedding(config, run_dir, world, account, sensitive, max(n_classes, 1))
     target = torch.from_numpy(embedding)
@@ -54,6 +56,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
             generator.step(step)
             yield
 
+    # Training is post-processing: its steps may be repeated, changed or stopped without any cost.
     schedule = Schedule(settings.steps, settings.batch_size, settings.log_every, settings.checkpoint_every)
     train("match", schedule, generator, steps, run_dir, world)
     if world.is_main:
@@ -83,10 +86,13 @@ def _embedding(
     """
     path, plan = run_dir.stage("match") / "embedding.npz", account.plan.the(MeanEmbedding)
     if not world.broadcast_object(path.exists()):
+        # The charge is named by public inputs and the set as a whole, the noise also by the sum that it
+        # hides: two different sums can never have the same noise.
         own = {"plan": account.plan.to_dict(), "rows": rows}
         name = charge_name(
             account.root, computation(world, account.root, sensitive.content, config, "match", own)
         ).hex()
+        # Summed before it is charged: what fails until then has cost nothing.
         total = _sum_over_ranks(config, world, sensitive, rows)
         account.charge_once(plan, name, world, run_dir.path)
         if world.is_main:
@@ -104,6 +110,7 @@ def _embedding(
 def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int) -> np.ndarray:
     features = _features(config, world, torch.float64)
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
+    # Blocks of one size, and sums of integers: the total is the same to the bit for any number of ranks.
     for start in range(world.rank * BLOCK, len(sensitive.images), world.size * BLOCK):
         images, own = (
             torch.from_numpy(array[start : start + BLOCK]).to(world.device)

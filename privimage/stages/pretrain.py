@@ -63,6 +63,8 @@ def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:
     """
     if config.spec.pretraining != "selected":
         return {}
+    # A selection may be replaced while this stage is unfinished. The weights then depend on both, and so on
+    # both charges.
     path = run_dir.stage("pretrain") / "charges.json"
     if world.is_main:
         before = read_json(path) if path.exists() else {}

@@ -73,6 +73,7 @@ def _trained(config: Config, run_dir: RunDir, world: World, public: Semantics) -
             training.step(images, targets, step)
             yield
 
+    # Validation and checkpoints coincide, so that the best network and its accuracy are never out of step.
     every, images = settings.checkpoint_every, batch_size * world.size
     train("query", Schedule(settings.steps, images, every, every), training, steps, run_dir, world)
     return {"images": settings.steps * images, "validation_accuracy": training.best}
@@ -92,10 +93,12 @@ class QueryTraining:
             self.network.parameters(), lr=config.query.learning_rate, momentum=0.9, weight_decay=5e-4
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.query.steps)
+        # Gradients are averaged over the ranks by DDP; a single rank needs no wrapper.
         devices = [world.device.index] if world.device.type == "cuda" else None
         self.wrapped = (
             DistributedDataParallel(self.network, device_ids=devices) if world.size > 1 else self.network
         )
+        # Each rank validates on its share of the held-out images, which stay in memory.
         own = held_out[world.rank :: world.size]
         self.validation, self.labels = store.read(run_dir.public_store, own), public.of_images[own]
         self.best_file, self.best = run_dir.stage("query") / "network.pt", -1.0
@@ -186,6 +189,7 @@ def _clustered(config: Config, run_dir: RunDir, world: World, public: Semantics)
         return query(to_unit(block)).argmax(1, keepdim=True)
 
     width = query.network.head.in_features
+    # K-means sees a sample of the set; every image is then assigned to its nearest centroid.
     features = in_blocks(
         len(seen), width, torch.float32, lambda start, end: pixels(seen[start:end]), embed, world, stopped
     )

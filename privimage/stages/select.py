@@ -41,6 +41,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
             f"select.per_class: {rows} sensitive classes times {settings.per_class} are more than the "
             f"{columns} {public.kind}"
         )
+    # The baseline selects as many classes at random, and spends no privacy.
     if config.spec.pretraining == "random":
         counts = np.zeros((rows, columns))
         scores, how = (
@@ -54,6 +55,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         scores, how = counts, f"noise of {plan.standard_deviation:.3g} votes per bin"
         record = {"noise_multiplier": plan.noise_multiplier}
     if world.is_main:
+        # From here on all is post-processing of the noisy counts.
         assignment = exclusive_top(scores, settings.per_class)
         write_arrays(
             run_dir.stage("select") / "selection.npz",
@@ -87,6 +89,7 @@ def _asked(
         raise UserError(f"select.per_image: {per_image} is more than the {columns} {public.kind}")
     account = open_account(config, run_dir, sensitive, world)
     plan = account.plan.the(SemanticHistogram)
+    # The identity of the query: all that a histogram depends on but the votes themselves.
     query = load_scores(config, run_dir, world)
     own = {"plan": account.plan.to_dict(), "rows": rows, "columns": columns}
     network = digest_of_tensors(
@@ -95,10 +98,12 @@ def _asked(
     name = charge_name(
         account.root, computation(world, account.root, sensitive.content, config, "select", own, [network])
     ).hex()
+    # Votes come before the charge, so that a failure until then costs nothing; they stay in memory.
     votes = top_votes(query, sensitive.images, per_image, world)
     account.charge_once(plan, name, world, run_dir.path)
     if not world.is_main:
         return np.zeros((rows, columns)), plan, name
+    # The key of the noise depends on the votes as well: other votes never get the same noise.
     key = account.root.derive("query noise", name, digest_of_tensors([votes, sensitive.labels]).hex())
     return (
         noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key),

@@ -40,6 +40,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     run_dir.require(config.spec.training)
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world.device)
     assert weights is not None  # the stage is finished
+    # The statement comes first: what cannot be released is not sampled.
     said = _statement(config, run_dir, world, weights)  # what cannot be released is not sampled
     generator = _generator(config, world, weights)
     count = settings.samples
@@ -137,7 +138,9 @@ def _release(config: Config, run_dir: RunDir, weights: dict, said: dict) -> None
     """Assemble release/ aside, rename it when it is complete, and destroy the key: nobody can subtract the
     noise.
     """
+    # Blocks of all ranks, from the disk that they share.
     images, labels = _gathered(config, run_dir, config.synthesize.samples, weights["n_classes"], "after")
+    # Assembled aside and renamed at the end: release/ is there whole, or not at all.
     aside = run_dir.path / ".release.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -151,9 +154,11 @@ def _release(config: Config, run_dir: RunDir, weights: dict, said: dict) -> None
     unknown = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
     if unknown:
         raise RuntimeError(f"{aside}: {unknown} are not on the allow-list of a release")
+    # The only files of a run that others may read.
     owner_only.open_to_all(aside)
     shutil.rmtree(run_dir.release, ignore_errors=True)
     aside.rename(run_dir.release)
+    # The release is written; nothing has to be repeated any more.
     keys.destroy(key_path(run_dir))
     for name in ("after", "before"):
         shutil.rmtree(run_dir.stage("synthesize") / f"blocks-{name}", ignore_errors=True)

@@ -57,6 +57,7 @@ def train(
     `first`. `text` is shown beside the curves. Raises Stopped when a stop was requested, with the state
     saved.
     """
+    # Go on from the last checkpoint; curves drop points that a killed run has written beyond it.
     file, first = run.stage(stage) / "checkpoint.pt", 0
     if (state := checkpoint.load(file, world.device)) is not None:
         trained.load(state)
@@ -72,6 +73,7 @@ def train(
             if step % schedule.log_every == 0 or last:
                 shown = {"images per second": bar.rate * schedule.images, "memory": memory.peak(world.device)}
                 curves.scalars(step, shown | trained.figures())
+            # All ranks take part in collecting the state; the main rank writes it.
             if step % schedule.checkpoint_every == 0 or wanted or last:
                 state = trained.state() | {"step": step}
                 curves.flush()
@@ -79,6 +81,7 @@ def train(
                     checkpoint.save(file, state)
                     if (samples := trained.samples()) is not None:
                         curves.images(step, "samples", samples)
+            # All ranks have agreed to stop, and the state is saved: end here, to be started again.
             if wanted and not last:
                 curves.close()
                 raise Stopped(f"{stage}: saved at step {step} of {schedule.steps}")

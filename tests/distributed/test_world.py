@@ -119,13 +119,13 @@ def test_ranks_that_do_not_meet_say_where_in_one_line():
     ranks[0].process.kill()
     ended = wait_ranks(ranks, seconds=60)[1]
     assert ended.status == 0
-    assert "rank 1 of 2 did not meet the others at 127.0.0.1" in ended.out
+    assert "rank 1 of 2 could not connect to the others at 127.0.0.1" in ended.out
     assert ended.out.count("\n") == 1
 
 
 STOPPING = """
 from privimage.distributed.preemption import stop
-stop.install(told=world.is_main)
+stop.install(announced=world.is_main)
 print("ready", flush=True)
 step = 0
 while not stop.agreed(world):

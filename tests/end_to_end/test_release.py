@@ -60,9 +60,11 @@ def test_the_model_holds_weights_and_public_facts_only(finished: Config) -> None
         "channels",
         "classes",
         "generator",
+        "method",
         "model",
         "n_classes",
         "resolution",
+        "synthesize",
         "weights",
     ]
 

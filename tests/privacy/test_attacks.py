@@ -269,10 +269,7 @@ def test_two_copies_that_go_on_have_noise_and_charges_of_their_own(
     middle = len(draws)
     capfd.readouterr()
     assert go(settings(tmp_path / "b", images)) == 0
-    assert (
-        f"{tmp_path / 'b'}: a copy of {tmp_path / 'a'}, which is a run of its own from here on"
-        in capfd.readouterr().err
-    )
+    assert f"{tmp_path / 'b'}: a copy of {tmp_path / 'a'}, now a separate run" in capfd.readouterr().err
     assert not {draw.key for draw in draws[before:middle]} & {draw.key for draw in draws[middle:]}
     for folder in ("a", "b"):
         assert stated(tmp_path / folder)["mechanisms"][0]["count"] == STEPS

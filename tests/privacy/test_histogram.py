@@ -49,7 +49,7 @@ def test_the_noise_is_gaussian_of_sigma_sqrt_k1_on_every_bin() -> None:
 
 
 def test_more_votes_than_planned_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 votes an image, planned for 2"):
+    with pytest.raises(ValueError, match="3 votes per image, planned for 2"):
         noisy_histogram(
             np.zeros((5, 3), np.int64),
             np.zeros(5, np.int64),
