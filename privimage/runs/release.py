@@ -1,0 +1,106 @@
+"""A release as it lies on disk: the synthetic images, their promise, and more images from its model."""
+
+import pickle
+import zipfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from privimage.config import Config, parse
+from privimage.data.sensitive import ImageDraws
+from privimage.errors import UserError
+from privimage.families import family
+from privimage.storage.files import read_json
+
+
+class Release:
+    """The folder `release/` of a run."""
+
+    def __init__(self, path: Path):
+        """`path` is the folder itself, or the directory of its run. Raises UserError if it is no release."""
+        self.path = path / "release" if (path / "release").is_dir() else path
+        if not (self.path / "PRIVACY.json").is_file():
+            raise UserError(f"{path}: no release (PRIVACY.json is missing); `privimage run` makes one")
+        self.promise: dict[str, Any] = read_json(self.path / "PRIVACY.json")
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        file = self.path / "synthetic.npz"
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                return data["images"], data["labels"]
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            raise UserError(f"{file}: missing or damaged") from None
+
+    @property
+    def images(self) -> np.ndarray:
+        """The synthetic images, uint8 (N, H, W, C)."""
+        return self._arrays[0]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Their labels, int64 (N,); all 0 for an unlabelled set."""
+        return self._arrays[1]
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        file = self.path / "model.pt"
+        if not file.exists():
+            raise UserError(f"{file}: this release has no model to sample from")
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"{file}: damaged, or not the model of a release") from None
+        if "synthesize" not in state:
+            raise UserError(f"{file}: made by another version of privimage, which kept no sampler with it")
+        return state
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label. Raises UserError for a release without a model."""
+        return tuple(self._model["classes"])
+
+    @torch.no_grad()
+    def sample(self, n: int, seed: int = 0, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+        """`n` more images uint8 (n, H, W, C) from the released model, and their labels int64 (n,) in turn.
+
+        It is post-processing of the release: the promise stays as it is. The images are other ones than those
+        of the release for any seed. Raises UserError for a release without a model.
+        """
+        model, config = self._model, self._settings(seed)
+        kind, place = family(config), torch.device(device)
+        generator = kind.restored(config, {"ema": model["weights"], "n_classes": model["n_classes"]})
+        generator, draws = generator.to(place).eval(), ImageDraws(place)
+        first, batch = len(self.labels), config.synthesize.batch_size
+        labels = torch.arange(n, device=place) % max(model["n_classes"], 1)
+        found = [
+            kind.sample(
+                config,
+                generator,
+                labels[start : start + batch] if model["n_classes"] else None,
+                first + torch.arange(start, min(start + batch, n), device=place),
+                draws,
+            )
+            for start in range(0, n, batch)
+        ]
+        images = torch.cat(found).permute(0, 2, 3, 1).cpu().numpy()
+        return np.ascontiguousarray(images), labels.cpu().numpy()
+
+    def _settings(self, seed: int) -> Config:
+        """Settings under which the families sample; those of the data are not looked at."""
+        model = self._model
+        anything = {"kind": "npz", "path": "unused"}
+        data = {name: model[name] for name in ("resolution", "channels")}
+        tree = {name: model[name] for name in ("method", "model", "synthesize")}
+        return parse(
+            tree
+            | {
+                "run": {"dir": "unused"},
+                "data": data | {"public": anything, "sensitive": anything},
+                "runtime": {"seed": seed},
+            },
+            str(self.path / "model.pt"),
+        )
