@@ -30,6 +30,7 @@ def run(config: Config, count: int, canaries: int, confidence: float) -> int:
         raise UserError(f"method: {config.method} adds no noise; there is no promise to audit")
     plan = make_plan(config, count)
     claim = epsilon((plan.the(DPSGD).composition,), plan.delta, plan.accountant)
+    # Even right guesses throughout must be able to refute the claim, or the audit can only pass.
     most = guesses_of(canaries)[-1]
     if (
         find(plan.the(DPSGD), plan.delta, canaries, most, most, (1 - confidence) / len(SHARES)).epsilon
@@ -42,6 +43,8 @@ def run(config: Config, count: int, canaries: int, confidence: float) -> int:
     world = connect(config.runtime)
     torch.set_num_threads(1)  # a step on canaries is too small to be shared by several
     try:
+        # Twice: as planned, where the claim must stand, and with a tenth of the noise, where it must fall. An
+        # audit that cannot see the second says nothing.
         runs = {}
         for name, factor in (("as planned", 1.0), ("a tenth", 0.1)):
             root = world.broadcast_object(RootKey(os.urandom(32)))

@@ -91,6 +91,7 @@ class RunPlan:
 def plan_run(config: Config) -> RunPlan:
     """The plan of a run, without touching data. Raises UserError if the promise cannot be kept."""
     count, classes = public_size(config)
+    # Time is measured where this runs, which should be the kind of machine that will train.
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
     other = None
     if config.spec.private:

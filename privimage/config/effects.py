@@ -32,6 +32,8 @@ def effect(key: str) -> Effect:
     """The effect of a setting, written ``section.key``."""
     table = effects()
     parts = key.split(".")
+    # A key below a setting that is a mapping, such as a stage of slurm.stages, has the effect of that
+    # setting.
     while parts:
         if (found := table.get(".".join(parts))) is not None:
             return found

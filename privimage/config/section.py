@@ -70,11 +70,13 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` with the known word that is most like this one; empty if none is."""
+    # A hint only where the words are rather alike; a wrong one would mislead.
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _one_line(model: type[Section], error: ValidationError) -> str:
+    # One mistake at a time: pydantic's own list names its classes, which mean nothing to a user.
     first = error.errors()[0]
     location, key = first["loc"], ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

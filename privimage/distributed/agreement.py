@@ -28,6 +28,7 @@ def gathered(ranks: Ranks, payload: bytes) -> list[bytes]:
 
     One all-reduce of W x n numbers, which all ranks call together.
     """
+    # Each rank writes its own row; the sum over ranks is the table of all.
     rows = torch.zeros(ranks.size, len(payload), dtype=torch.int64, device=ranks.device)
     rows[ranks.rank] = torch.tensor(list(payload), dtype=torch.int64, device=ranks.device)
     return [bytes(row) for row in ranks.all_reduce_(rows).tolist()]

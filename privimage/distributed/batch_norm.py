@@ -38,9 +38,11 @@ class RanksBatchNorm2d(nn.BatchNorm2d):
             and self.num_batches_tracked is not None
             and self.momentum is not None
         )
+        # Statistics in float32, also where the network runs in bf16.
         images = images.float()
         mean = self._mean(images)
         centred = images - mean[:, None, None]
+        # Two passes, so that the variance does not cancel.
         variance = self._mean(centred.square())
         with torch.no_grad():
             count = images[:, 0].numel() * dist.get_world_size()

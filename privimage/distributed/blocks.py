@@ -60,6 +60,7 @@ def in_blocks(
     images, always as many, to (BLOCK, width). Rank r takes every W-th block. Raises Stopped with the message
     `stopped` when a stop was requested.
     """
+    # Every rank fills its own blocks; the others are zero, so that a sum puts them together.
     found = torch.zeros(count, width, dtype=dtype, device=world.device)
     for first in range(0, count, BLOCK * world.size):
         start = first + BLOCK * world.rank
@@ -67,6 +68,7 @@ def in_blocks(
             images = read(start, min(start + BLOCK, count)).to(world.device)
             for own, results in blockwise(compute, images):
                 found[start + own.start : start + own.stop] = results
+        # All ranks make the same number of turns, so that they can agree here.
         if stop.agreed(world):
             raise Stopped(stopped)
     return world.all_reduce_(found)

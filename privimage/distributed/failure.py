@@ -35,6 +35,7 @@ class Watch(threading.Thread):
         last_answer = time.monotonic()
         while not self.closing.wait(LOOK_SECONDS):
             try:
+                # A non-blocking look: the main thread may be inside a collective at the same time.
                 failed = self.store.check(["failed"])
                 last_answer = time.monotonic()
             except RuntimeError:
@@ -56,6 +57,7 @@ class Watch(threading.Thread):
         """Print `message` and end this process with `status`, or with that of the rank that failed first."""
         self.closing.set()
         try:
+            # Only one rank wins this compare-and-set: it prints, and all take its status.
             mine = f"{self.rank} {status or 1}"
             first = self.store.compare_set("failed", "", mine).decode()
             if first == mine:

@@ -211,6 +211,7 @@ def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | 
 
     Raises ValueError for another network's.
     """
+    # Names and shapes must agree but for the embedding that is to be fresh.
     own = module.state_dict()
     taken = {name: value for name, value in weights.items() if name != fresh}
     if taken.keys() != own.keys() - {fresh} or any(

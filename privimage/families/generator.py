@@ -56,6 +56,7 @@ class TrainedGenerator:
             network,
             bf16,
         )
+        # Rounded up, so that all ranks have as many latents.
         self.own = -(-batch_size // world.size)
         over_ranks(network, world)
         self.engine = DDPEngine(network, learning_rate, world, bf16, BETAS)
@@ -66,6 +67,7 @@ class TrainedGenerator:
         """This rank's images (B, C, H, W) in [-1, 1] of step `number`, to be trained on, and their labels
         (B,), drawn in turn.
         """
+        # Latents belong to places in the whole batch: the step is the same however ranks share it.
         place = self.world.rank * self.own + torch.arange(self.own, device=self.world.device)
         labels = (place + number * self.own * self.world.size) % max(self.n_classes, 1)
         latents = self.draws.normal(
@@ -81,6 +83,7 @@ class TrainedGenerator:
 
     def frozen(self, averaged: bool) -> Generator:
         """An eval-mode copy with the current or averaged weights and recomputed batch-norm statistics."""
+        # A copy: training goes on with the original, whose statistics stay those of its batches.
         still = build_generator(self.config, self.n_classes).to(self.world.device)
         still.load_state_dict(self.network.state_dict())
         if averaged:

@@ -69,6 +69,7 @@ class MatchedGenerator(TrainedGenerator):
 
     def step(self, number: int) -> None:
         """One update; all ranks call it together."""
+        # Mean features of this rank's images, by class; the sum over ranks is that of the batch.
         images, labels = self.batch(number)
         own = (
             F.one_hot(labels, len(self.target)).float().T

@@ -35,6 +35,7 @@ def seconds_of_a_pass(
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
     """Seconds of `run(n)` divided by n; n grows from `images` until it can be measured, or to `at_once`."""
+    # The best of three: other work on the machine only ever adds time.
     while (best := min(_seconds(run, images) for _ in range(3))) < ENOUGH and images < at_once:
         images = min(2 * images, at_once)
     return best / images

@@ -129,6 +129,7 @@ def contrastive_loss(projections: Tensor) -> Tensor:
 
     Rows i and i + B are two views of one image, all others views of others (Chen et al. 2020, Eq. 1).
     """
+    # Cosine similarities of all pairs; an image is no pair with itself.
     directions = F.normalize(projections)
     similar = directions @ directions.T / TEMPERATURE
     similar.fill_diagonal_(-torch.inf)

@@ -56,6 +56,7 @@ class Ledger:
 
         Raises UserError for a folder that cannot be made.
         """
+        # The folder may be reached through a link; what counts is the place itself.
         owner_only.folder(folder.resolve())
         self.path = folder / f"{fingerprint[:32]}.jsonl"
         self._head, self._reader = head, Reader()
@@ -88,6 +89,7 @@ class Ledger:
                 )
             ) from None
         try:
+            # Runs on several nodes may share the file: every reading and writing is under this lock.
             fcntl.flock(handle, fcntl.LOCK_EX)
             self._catch_up(handle)
             yield handle
@@ -163,6 +165,7 @@ class Ledger:
         with self._locked() as handle:
             spent = self._reader.spent
             self._require_room(run, plan, budget, accountant)
+            # The caller keeps its plan here: if that fails, nothing is announced.
             yield
             if budget is not None and spent.budget is None:
                 self._append(handle, {"budget": list(budget)})

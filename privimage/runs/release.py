@@ -72,8 +72,10 @@ class Release:
         """
         model, config = self._model, self._settings(seed)
         kind, place = family(config), torch.device(device)
+        # The same restoration as in the stage that made the release.
         generator = kind.restored(config, {"ema": model["weights"], "n_classes": model["n_classes"]})
         generator, draws = generator.to(place).eval(), ImageDraws(place)
+        # Indices beyond those of the release: with its own seed these would be the same images again.
         first, batch = len(self.labels), config.synthesize.batch_size
         labels = torch.arange(n, device=place) % max(model["n_classes"], 1)
         found = [

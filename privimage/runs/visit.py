@@ -57,6 +57,7 @@ class Visit:
                 self.mistakes.append(line)
         except UserError as error:
             self.mistakes.append(str(error))
+        # A check that needs a missing package cannot run; the package itself is reported by another one.
         except ModuleNotFoundError:
             if not self.mistakes:  # a missing package has been reported already
                 raise

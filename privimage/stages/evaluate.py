@@ -54,6 +54,7 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     settings = config.evaluate
     network = extractor.choose(settings.features, settings.inception_weights, run_dir.private)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
+    # Read on all ranks, which compare their copies.
     train = open_sensitive(config, "train", world)
     test = open_sensitive(config, "test", world) if has_test_split(config) else None
     n_classes = len(train.classes) if config.data.sensitive.labelled else 1
@@ -99,6 +100,7 @@ def _read(path: Path, train: ImageSet, n_classes: int, lowest: int = 0) -> Label
 
 
 def _key(config: Config, train: ImageSet, *sets: Labelled | None) -> str:
+    # Cached measures hold for these images and settings only.
     digest = hashlib.sha256(train.fingerprint.encode())
     for images in sets:
         digest.update(images.images.tobytes() + images.labels.tobytes() if images else b"none")

@@ -151,9 +151,7 @@ def _release(config: Config, run_dir: RunDir, weights: dict, said: dict) -> None
         _write_images(aside / "images", images, labels)
     if family(config).releases_model:
         _write_model(aside / "model.pt", config, weights)
-    unknown = sorted(entry.name for entry in aside.iterdir() if entry.name not in RELEASED)
-    if unknown:
-        raise RuntimeError(f"{aside}: {unknown} are not on the allow-list of a release")
+    require_allowed(aside)
     # The only files of a run that others may read.
     owner_only.open_to_all(aside)
     shutil.rmtree(run_dir.release, ignore_errors=True)
@@ -162,6 +160,13 @@ def _release(config: Config, run_dir: RunDir, weights: dict, said: dict) -> None
     keys.destroy(key_path(run_dir))
     for name in ("after", "before"):
         shutil.rmtree(run_dir.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
+
+
+def require_allowed(folder: Path) -> None:
+    """Raise RuntimeError for anything in `folder` that is not on the allow-list of a release."""
+    unknown = sorted(entry.name for entry in folder.iterdir() if entry.name not in RELEASED)
+    if unknown:
+        raise RuntimeError(f"{folder}: {unknown} are not on the allow-list of a release")
 
 
 def _write_model(path: Path, config: Config, weights: dict) -> None:

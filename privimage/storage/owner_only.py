@@ -24,6 +24,7 @@ def close_process() -> None:
     A limit of 1 byte keeps the kernel from writing a core file and, other than 0, from piping one to a crash
     handler (core(5)). Where the limit may not be raised to it, the process is made not dumpable.
     """
+    # Inherited by all children, such as workers that decode images.
     os.umask(OTHERS)
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
@@ -53,6 +54,7 @@ def restrict(path: Path, owner: int | None = None) -> None:
 
     See `folder`.
     """
+    # lstat, not stat: a link would let its target be read under another name.
     found = path.lstat()
     if found.st_uid not in (os.geteuid(), owner):
         raise UserError(
@@ -61,6 +63,7 @@ def restrict(path: Path, owner: int | None = None) -> None:
     if not found.st_mode & OTHERS:
         return
     try:
+        # Only rights of others are taken; the owner's own stay as they are.
         path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
     except OSError as error:
         raise UserError(
@@ -78,6 +81,7 @@ def restrict_all(places: Iterable[Path], owner: int | None = None) -> None:
     Raises UserError for a symbolic link there too.
     """
     for place in places:
+        # Links are not followed: what they lead to is reported, not changed.
         below = [place, *place.rglob("*")] if place.is_dir() and not place.is_symlink() else [place]
         for path in below:
             if path.is_symlink():

@@ -166,3 +166,18 @@ def test_a_fixed_key_is_called_not_private(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "run" / "release" / "PRIVACY.json").read_text())
     assert said["private"] is False and said["epsilon"] is None
     assert (tmp_path / "run" / "release" / "PRIVACY.md").read_text().startswith("# Not private")
+
+
+def test_a_release_holds_nothing_beyond_the_allow_list_also_under_python_o(tmp_path: Path) -> None:
+    """`python -O` drops assertions: the check is none."""
+    check = (
+        "import sys, pathlib; from privimage.stages.synthesize import require_allowed as f;"
+        "f(pathlib.Path(sys.argv[1]))"
+    )
+    for name, status in (("PRIVACY.json", 0), ("root.key", 1)):
+        (tmp_path / name).touch()
+        ended = subprocess.run(
+            [sys.executable, "-O", "-c", check, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == status, ended.stderr
+    assert "['root.key'] are not on the allow-list" in ended.stderr

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.evaluation import figures, report
 from privimage.privacy.accounting import SampledGaussian, best_guess
+from privimage.stages.measures import MEASURES, Measure
 from privimage.storage.rundir import RunDir
 
 PROMISE = {
@@ -317,3 +319,45 @@ def test_each_figure_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
         assert light.shape == dark.shape
         assert light[0, 0] > 200 > 60 > dark[0, 0]
         assert light.std() > 5  # something is drawn
+
+
+def test_what_nobody_has_declared_covered_is_marked(run: RunDir, tiny_config: Config) -> None:
+    """A new measure or figure counts as computed on sensitive images until someone declares otherwise."""
+    report.write(run, tiny_config, results(another={"value": 1.0}))
+    told = json.loads((run.path / "evaluate" / "report.json").read_text())
+    assert {"another", "resources.finetune"} <= set(told["not_covered_by_the_promise"])
+    assert not {"privacy", "selection", "resources.prepare"} & set(told["not_covered_by_the_promise"])
+    assert not report.covered("another.value") and not report.covered("privacyless")
+    assert report.covered("privacy.epsilon") and report.covered("resources.pretrain.seconds")
+
+
+@pytest.mark.parametrize(("name", "marked"), [("sensitive-accuracy", True), ("budget", False)])
+def test_a_figure_is_marked_unless_it_is_declared_covered(
+    run: RunDir, tiny_config: Config, monkeypatch: pytest.MonkeyPatch, name: str, marked: bool
+) -> None:
+    folder = run.path / "evaluate" / "figures"
+    figures.budget(folder / "budget.png", [1, 2], [0.5, 1.0], 1.0)
+    report.write(run, tiny_config, results())
+    pictures = {
+        alt: "not covered by the promise" in picture
+        for picture in re.findall(r"<figure>.*?</figure>", page(run), re.DOTALL)
+        for alt in re.findall(r'alt="([^"]*)"', picture)
+    }
+    alt = {"sensitive-accuracy": "Accuracy of each classifier", "budget": "Epsilon spent"}[name]
+    assert [value for key, value in pictures.items() if key.startswith(alt)] == [marked]
+    monkeypatch.setattr(report, "COVERED_FIGURES", ())  # a figure that nobody has declared
+    report.rebuild(run)
+    found = next(p for p in re.findall(r"<figure>.*?</figure>", page(run), re.DOTALL) if alt in p)
+    assert "not covered by the promise" in found
+
+
+def test_every_measure_declares_what_it_fills() -> None:
+    """And what it does not declare is refused; figures of sensitive data carry it in their names."""
+    keys = [key for measure in MEASURES for key in measure.keys]
+    assert len(set(keys)) == len(keys)
+    for measure in MEASURES:
+        for name in measure.figures:
+            assert (name in report.COVERED_FIGURES) != name.startswith("sensitive-"), name
+    subject = SimpleNamespace(world=SimpleNamespace(is_main=True))
+    with pytest.raises(RuntimeError, match="has filled"):
+        Measure(("one",), lambda subject: {"other": 1}).results(subject)

@@ -39,6 +39,7 @@ def _described(subject: Subject, images: Labelled | None, name: str) -> dict:
 def _real_features(subject: Subject) -> Tensor:
     """Features of a random part of the sensitive training images, kept in private/ for the next time."""
     settings, train = subject.config.evaluate, subject.train
+    # As many real as synthetic images: distances depend on the numbers compared.
     count = settings.reference_samples or settings.fidelity_samples
     seed = public_seed(subject.config, "reference images")
     reference = np.random.default_rng(seed).permutation(len(train.images))[:count]

@@ -89,6 +89,7 @@ def _cnn(subject: Subject, training: Labelled, name: str) -> float:
         counts = utility.confusion(predictions.labels, held_out.labels, subject.n_classes)
         classes = subject.train.classes
         draw.confusion_matrix(subject.figures / "sensitive-confusion.png", counts, classes)
+        # Features of both sets in one plane show whether the classifier transfers.
         own = utility.predict(network, training.images[:EMBEDDED], subject.world.device)
         draw.embedding(
             subject.figures / "sensitive-tsne.png",
