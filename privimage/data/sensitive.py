@@ -56,7 +56,7 @@ def _mix(seed: int, index: int) -> int:
 
 
 def dropped(normal: Tensor, probability: float) -> Tensor:
-    """Boolean mask of standard normal draws that fall into the lower tail of `probability`."""
+    """Mask (B,) of standard normal draws (B,) that fall into the lower tail of `probability`."""
     return (
         normal < statistics.NormalDist().inv_cdf(probability)
         if probability

@@ -53,7 +53,7 @@ class World:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place."""
+        """Sum a tensor of any shape, the same on all ranks, over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -52,7 +52,7 @@ def extract(
 
 
 def cached(path: Path, compute, world: World) -> Tensor:
-    """The result of `compute()` on all ranks, cached at `path` (sensitive: below `private/`)."""
+    """Features (N, D) from `compute()` on all ranks, cached at `path` (sensitive: below `private/`)."""
     known = world.broadcast_object(np.load(path) if world.is_main and path.exists() else None)
     if known is not None:
         return torch.from_numpy(known)

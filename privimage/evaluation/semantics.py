@@ -50,7 +50,7 @@ def load_vectors(path: Path) -> dict[str, np.ndarray]:
 
 
 def embed(name: str, vectors: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Unit-length word vector of a class name: the mean over its known words; None if none is known."""
+    """Unit-length word vector (D,) of a class name: the mean over its known words; None if none is known."""
     known = [vectors[word] for word in re.findall(r"[^\W_]+", name.lower()) if word in vectors]
     if not known:
         return None

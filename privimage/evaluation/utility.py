@@ -45,7 +45,7 @@ class Predictions:
 
 
 def percent(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of correct labels, in percent."""
+    """Share of correct labels (N,), in percent."""
     return float(100 * np.mean(predicted == labels))
 
 
@@ -55,7 +55,8 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.n
 
 
 def pixels(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat float32 pixels for LR and MLP: in [0, 1], minus the mean training image, divided by one number.
+    """Flat float32 pixels (N, C H W) for LR and MLP: in [0, 1], minus the mean training image, over one
+    number.
 
     Dividing each pixel by its own deviation would blow up those that hardly ever change, such as the border
     of a digit.

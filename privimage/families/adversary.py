@@ -31,7 +31,7 @@ class Adversary(TrainedGenerator):
         self.critic = build_discriminator(config, n_classes).to(world.device).requires_grad_(False)
 
     def step(self, discriminator: nn.Module, number: int) -> Tensor:
-        """One update; returns this rank's loss. All ranks call it together."""
+        """One update; returns this rank's loss, a scalar. All ranks call it together."""
         # A copy: per-image gradients have taken the place of the original's ordinary ones.
         self.critic.load_state_dict(discriminator.state_dict())
         images, labels = self.batch(number)

@@ -72,7 +72,9 @@ class ImageLosses(ABC):
         """
 
     def probe(self, count: int) -> tuple[Tensor, ...]:
-        """What `draw` gives for `count` grey images that are not sensitive, to time and measure with."""
+        """The tensors (B, K, ...) of `draw` for `count` grey images that are not sensitive, to time and
+        measure with.
+        """
         images = torch.full((count, *self.shape), 127, dtype=torch.uint8, device=self.device)
         indices = torch.arange(count, device=self.device)
         return self.draw(images, indices % max(self.n_classes, 1), indices, seed=0)
@@ -117,7 +119,7 @@ class PrivateTraining(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The state of the averaged generator, which is released."""
+        """The state dict of the averaged generator, which is released."""
 
 
 class Family(ABC):
@@ -207,9 +209,9 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | None) -> None:
-    """Give `module` its pretrained state; the parameter named `fresh` keeps its own value.
+    """Load a pretrained state dict into `module`; the parameter named `fresh` keeps its own value.
 
-    Raises ValueError for another network's.
+    Raises ValueError for names or shapes of another network.
     """
     # Names and shapes must agree but for the embedding that is to be fresh.
     own = module.state_dict()

@@ -76,7 +76,7 @@ class TrainedGenerator:
         return self.engine.forward(latents, labels), labels
 
     def update(self, loss: Tensor) -> Tensor:
-        """One update by the mean of all ranks' losses, of which this rank's is returned."""
+        """One update by the mean of all ranks' scalar losses; returns this rank's, detached."""
         self.engine.backward_and_step(loss)
         self.ema.update()
         return loss.detach()

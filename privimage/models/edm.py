@@ -20,12 +20,14 @@ S_CHURN, S_MIN, S_MAX, S_NOISE = 40.0, 0.05, 50.0, 1.003
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [-1, 1], by constants: statistics of a sensitive set would leak."""
+    """uint8 (B, C, H, W) in [0, 255] -> float32 in [-1, 1], by constants: statistics of a sensitive set would
+    leak.
+    """
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float in [-1, 1], clipped to it, -> the nearest uint8."""
+    """float (B, C, H, W) in [-1, 1], clipped to it, -> the nearest uint8."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

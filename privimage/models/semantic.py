@@ -56,11 +56,11 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """The mean loss of a batch; `generator` draws how images are varied."""
+        """The mean loss of a batch (B, C, H, W); `generator` draws the augmentation."""
 
     @abstractmethod
     def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
-        """How many held-out images the network gets right."""
+        """The number of held-out images (B, C, H, W) that the network gets right."""
 
 
 class Labels(Task):

@@ -93,7 +93,7 @@ def epsilon(
 
 
 def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.ndarray:
-    """Delta of the composition at each of `epsilons` >= 0, in either direction of the neighbouring relation.
+    """Delta (E,) of the composition at each of `epsilons` (E,) >= 0, in either direction of the relation.
 
     Upper bounds, by PLD.
     """

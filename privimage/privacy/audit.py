@@ -59,7 +59,7 @@ class CanaryLosses:
         return (canaries.to(self.device)[:, None].expand(-1, self.plan.noise_copies),)
 
     def probe(self, count: int) -> tuple[Tensor]:
-        """What `draw` gives for the first `count` canaries."""
+        """The tensors (B, K) of `draw` for the first `count` canaries."""
         return self.draw(torch.arange(count), seed=0)
 
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def play(
 
 
 def guess(coins: np.ndarray, scores: np.ndarray, guesses: int) -> int:
-    """How many guesses are right.
+    """How many of `guesses` guesses are right, for coins bool (m,) and scores float64 (m,).
 
     "took part" for the `guesses` / 2 highest scores, "did not" for as many lowest.
     """

@@ -55,7 +55,7 @@ def _seconds(way: Callable, layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Fol
 
 
 def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-    """One grouped convolution's gradients of weight and bias, one group per image."""
+    """Gradients of weight (B, O, C, kh, kw) and bias (B, O): a grouped convolution, a group per image."""
     images, copies, fp32 = folding.images, folding.copies, x.dtype == torch.float32
     out_channels, in_channels, height, width = layer.weight.shape
     # Copies are the batch and images are groups: each group's weight gradient is summed over the copies.
@@ -87,9 +87,7 @@ def grouped(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[T
 
 
 def unfolded(layer: nn.Conv2d, x: Tensor, g: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
-    """Patches times output gradients, one matrix product per image, in chunks that bound the memory of the
-    patches.
-    """
+    """The same as `grouped`, by products of patches and output gradients, in chunks that bound the memory."""
     images, copies, bias_gradient = folding.images, folding.copies, sum_bias(g, folding)
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1):
         x, g = (

@@ -100,7 +100,7 @@ def digest_of(*parts: bytes) -> bytes:
 
 
 def digest_of_tensors(tensors: Iterable[Tensor | np.ndarray]) -> bytes:
-    """SHA-256 of the values, shapes and types of some arrays, in order."""
+    """SHA-256 of the values, shapes and types of arrays of any shape, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         # On the CPU, whatever the device: digests are compared between machines.

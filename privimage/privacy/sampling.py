@@ -24,5 +24,7 @@ def poisson_sample(source: str, key: bytes, count: int, sample_rate: Fraction) -
 
 
 def share(sample: np.ndarray, rank: int, size: int) -> list[int]:
-    """What rank r of W takes of a global sample: every W-th index from the r-th on; may be empty."""
+    """The share of rank r of W in a global sample int64 (n,): every W-th index from the r-th on; may be
+    empty.
+    """
     return sample[rank::size].tolist()

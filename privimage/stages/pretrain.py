@@ -79,8 +79,8 @@ def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:
 
 
 def pretraining_set(config: Config, run_dir: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:
-    """The store, the indices of its images to train on, their labels, and the number of classes of those
-    labels (0 without labels).
+    """The store, indices int64 (n,) to train on, their labels int64 (n,), and the number of classes (0: no
+    labels).
 
     Raises UserError if the selection kept no image.
     """

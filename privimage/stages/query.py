@@ -152,7 +152,9 @@ class QueryTraining:
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed random division of the public set into indices to train on and indices to validate on."""
+    """A fixed random division of `count` public images into sorted indices (n,) to train on and to validate
+    on.
+    """
     order = np.random.default_rng(seed).permutation(count)
     held_out = max(1, int(count * fraction))
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -46,13 +46,13 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy whole or not at all."""
+    """Write an array of any shape as .npy, whole or not at all."""
     np.save(buffer := io.BytesIO(), array)
     write_whole(path, buffer.getvalue())
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays by name as an .npz, compressed, whole or not at all."""
+    """Write arrays of any shape by name as a compressed .npz, whole or not at all."""
     np.savez_compressed(buffer := io.BytesIO(), allow_pickle=False, **arrays)
     write_whole(path, buffer.getvalue())
 
