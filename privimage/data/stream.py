@@ -145,7 +145,8 @@ def _loader(path: Path, batch_size: int, workers: int):
     """FFCV's loader of the images alone, in the order that its `traversal_order.order` says."""
     import numba
 
-    numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]  # the work queue aborts when two loaders run
+    # The default, a work queue, aborts when two loaders run.
+    numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]
     from ffcv.fields.decoders import NDArrayDecoder
     from ffcv.loader import Loader
     from ffcv.transforms import ToTensor

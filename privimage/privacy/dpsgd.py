@@ -147,7 +147,8 @@ class PrivateSteps:
                 )
             # All ranks derive the same global sample, and take disjoint shares of it.
             key = randomness.root.derive("poisson sampling", self.name)
-            sample = poisson_sample(randomness.source, key, len(self.data), self.plan.sample_rate)  # type: ignore[arg-type]
+            count = len(self.data)  # type: ignore[arg-type]
+            sample = poisson_sample(randomness.source, key, count, self.plan.sample_rate)
             yield share(sample, self.ranks.rank, self.ranks.size)
 
     def _may_begin(self) -> bool:

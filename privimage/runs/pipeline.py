@@ -8,18 +8,17 @@ from pathlib import Path
 
 import torch
 
-from privimage.telemetry import memory
-from privimage.storage import owner_only
-from privimage.runs import preflight
-from privimage.runs import sharing
 from privimage.config import Config
 from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
 from privimage.errors import Mistakes, Stopped, UserError, leave_status, tell
-from privimage.telemetry.progress import say
+from privimage.runs import preflight, sharing
+from privimage.storage import owner_only
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
+from privimage.telemetry import memory
+from privimage.telemetry.progress import say
 
 
 def run(config: Config, stages: Sequence[str] = ()) -> int:

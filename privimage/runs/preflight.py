@@ -6,18 +6,15 @@ looks at is opened, not read: decoding whole sets and training stay where they a
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from privimage.runs import room
-from privimage.runs.visit import CHARGED, Check, Visit, together
 from privimage.config import Config
 from privimage.config.stages import SENSITIVE, STAGES, TRAINING
 from privimage.data import store
-from privimage.data.decode import Source
 from privimage.data.arrays import ONE_CLASS
+from privimage.data.decode import Source
 from privimage.data.sources import (
     has_test_split,
     held_out_source,
@@ -32,8 +29,10 @@ from privimage.evaluation import extractor, semantics
 from privimage.families import family, pretrained_family
 from privimage.privacy import account
 from privimage.privacy.plan import make_plan
-from privimage.telemetry.progress import say
+from privimage.runs import room
+from privimage.runs.visit import CHARGED, Check, Visit, together
 from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 SAMPLED = 32  # images of each set that are decoded, the first of as many classes
 PUBLIC = set(STAGES) - set(SENSITIVE)  # stages that may take hours and see no sensitive image
@@ -177,8 +176,8 @@ def _votes(visit: Visit) -> Iterator[str]:
     if "query" in visit.stages and visit.public:
         images, classes = visit.public
         if method.pretraining == "selected" and not clusters and len(classes) < 2:
-            reason = "the public set has one class, so there is nothing to learn; use query.semantics=clusters"
-            yield f"query.semantics: {reason}"
+            reason = "the public set has one class, so there is nothing to learn"
+            yield f"query.semantics: {reason}; use query.semantics=clusters"
             return
         if clusters and visit.config.query.clusters > images:
             yield f"query.clusters: {visit.config.query.clusters} are more than the {images} public images"

@@ -20,9 +20,9 @@ from privimage.config.effects import settings_of
 from privimage.config.stages import upstream
 from privimage.data import store
 from privimage.distributed.world import World
-from privimage.telemetry.progress import say
 from privimage.storage.files import write_json
 from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 
 def settings_of_stage(stage: str, config: Config) -> dict:
@@ -108,8 +108,7 @@ def _stamps(path: Path | None) -> list:
 
 
 def _link_tree(source: Path, destination: Path) -> None:
-    """Copy a tree by hard links where the file system supports them; runs replace files, never rewrite them.
-    """
+    """Copy a tree, by hard links where the file system has them; runs replace files, never rewrite them."""
 
     def link(old: str, new: str) -> None:
         try:

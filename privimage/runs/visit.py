@@ -1,33 +1,13 @@
 """What the checks before a run look at on one rank, and how findings of all ranks are combined."""
 
-import importlib.util
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from privimage.runs import room
 from privimage.config import Config
-from privimage.config.stages import SENSITIVE, STAGES, TRAINING
-from privimage.data import store
+from privimage.config.stages import TRAINING
 from privimage.data.decode import Source
-from privimage.data.arrays import ONE_CLASS
-from privimage.data.sources import (
-    has_test_split,
-    held_out_source,
-    open_sensitive,
-    public_source,
-    sensitive_source,
-)
-from privimage.distributed.engine import deepspeed_settings
 from privimage.distributed.world import World
-from privimage.errors import Mistakes, UserError
-from privimage.evaluation import fidelity, semantics
-from privimage.families import family, pretrained_family
-from privimage.privacy import account
-from privimage.privacy.plan import make_plan
-from privimage.telemetry.progress import say
+from privimage.errors import UserError
 from privimage.storage.rundir import RunDir
 
 CHARGED = {*TRAINING, "synthesize"}  # stages that open the account, as a query does
