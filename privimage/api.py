@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from privimage.config import Config, load
+from privimage.errors import Stopped
 
 if TYPE_CHECKING:
     from privimage.commands.plan import RunPlan
@@ -49,7 +50,8 @@ def run(config: Config, stages: Sequence[str] = ()) -> Path:
     """Run `stages`, or all stages of the method; returns the run directory. Finished stages are skipped.
 
     From then on this process writes files that only its user can read (its umask is 077), and no core dumps.
-    Under a launcher all ranks call it together. Raises UserError and Stopped.
+    Under a launcher all ranks call it together. Handlers of signals stay as they are: a stop is requested by
+    setting `privimage.distributed.preemption.stop.requested`. Raises UserError and Stopped.
     """
     from privimage.distributed.world import connect
     from privimage.runs import pipeline
@@ -57,6 +59,8 @@ def run(config: Config, stages: Sequence[str] = ()) -> Path:
     world = connect(config.runtime)
     try:
         return pipeline.execute(config, stages, world).path
+    except Stopped:
+        raise  # on all ranks, with the state saved
     except BaseException as error:
         if world.size > 1:
             world.fail(error)  # ends all ranks, which would wait for this one

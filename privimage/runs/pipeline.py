@@ -37,7 +37,6 @@ def run(config: Config, stages: Sequence[str] = ()) -> int:
             leave_status(status)
     except Stopped as error:
         status = Stopped.status
-        world.barrier()  # nobody ends while another rank is saving
         if world.is_main:
             tell(str(error), status)
     except (Exception, KeyboardInterrupt) as error:
@@ -79,6 +78,7 @@ def _claimed(config: Config, world: World) -> Iterator[RunDir]:
             world.barrier()
             yield run_dir
         except Stopped:
+            world.barrier()  # nobody ends while another rank is saving
             raise
         except (Exception, KeyboardInterrupt) as error:
             run_dir.note_failure(_in_short(error))

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks, start_ranks, wait_ranks
+from ranks import TINY, run_ranks, start_ranks, wait_ranks
 
 HEAD = """
 import sys, time, torch
@@ -121,6 +121,18 @@ def test_ranks_that_do_not_meet_say_where_in_one_line():
     assert ended.status == 0
     assert "rank 1 of 2 could not connect to the others at 127.0.0.1" in ended.out
     assert ended.out.count("\n") == 1
+
+
+def test_a_stop_is_an_exception_on_all_ranks_that_call_the_python_interface(tmp_path: Path):
+    """None of them ends the others, which may still be saving."""
+    script = (
+        "import sys, privimage\nfrom privimage.distributed.preemption import stop\n"
+        f"config = privimage.load_config({str(TINY)!r}, ['run.dir={tmp_path}/run', 'runtime.threads=1'])\n"
+        "stop.requested = True\n"
+        "try:\n    privimage.run(config)\nexcept privimage.Stopped as error:\n    print(error)"
+    )
+    for ended in run_ranks(script, 2):
+        assert (ended.status, ended.out) == (0, "before prepare; run again to go on\n"), ended.err
 
 
 STOPPING = """
