@@ -4,7 +4,12 @@ A new family is one file with a subclass of `Family`, one line in `FAMILIES`, an
 `privimage.config.methods.GENERATORS`.
 """
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from privimage.config import Config
+from privimage.data.sensitive import ImageDraws
 from privimage.families.base import Family, FineTuned, Pretrained
 from privimage.families.diffusion import Diffusion
 from privimage.families.evolution import Evolution
@@ -38,3 +43,12 @@ def finetuned_family(config: Config) -> FineTuned:
     if not isinstance(found, FineTuned):
         raise TypeError(f"{config.method}: {type(found).__name__} has no DP-SGD")
     return found
+
+
+def sampled(
+    config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
+) -> np.ndarray:
+    """`Family.sample` in `runtime.precision`, as a release has its images: uint8 (B, H, W, C)."""
+    with torch.autocast(indices.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+        images = family(config).sample(config, generator, labels, indices, draws)
+    return images.permute(0, 2, 3, 1).cpu().numpy()

@@ -12,7 +12,7 @@ import torch
 from privimage.config import Config, parse
 from privimage.data.sensitive import ImageDraws
 from privimage.errors import UserError
-from privimage.families import family
+from privimage.families import family, sampled
 from privimage.storage.files import read_json
 
 
@@ -70,26 +70,19 @@ class Release:
         It is post-processing of the release: the promise stays as it is. The images are other ones than those
         of the release for any seed. Raises UserError for a release without a model.
         """
-        model, config = self._model, self._settings(seed)
-        kind, place = family(config), torch.device(device)
+        model, config, place = self._model, self._settings(seed), torch.device(device)
+        n_classes = model["n_classes"]
         # The same restoration as in the stage that made the release.
-        generator = kind.restored(config, {"ema": model["weights"], "n_classes": model["n_classes"]})
-        generator, draws = generator.to(place).eval(), ImageDraws(place)
+        state = {"ema": model["weights"], "n_classes": n_classes}
+        generator, draws = family(config).restored(config, state).to(place).eval(), ImageDraws(place)
         # Indices beyond those of the release: with its own seed these would be the same images again.
-        first, batch = len(self.labels), config.synthesize.batch_size
-        labels = torch.arange(n, device=place) % max(model["n_classes"], 1)
-        found = [
-            kind.sample(
-                config,
-                generator,
-                labels[start : start + batch] if model["n_classes"] else None,
-                first + torch.arange(start, min(start + batch, n), device=place),
-                draws,
-            )
-            for start in range(0, n, batch)
+        first = len(self.labels)
+        labels = torch.arange(n, device=place) % max(n_classes, 1)
+        images = [
+            sampled(config, generator, labels[block] if n_classes else None, first + block, draws)
+            for block in torch.arange(n, device=place).split(config.synthesize.batch_size)
         ]
-        images = torch.cat(found).permute(0, 2, 3, 1).cpu().numpy()
-        return np.ascontiguousarray(images), labels.cpu().numpy()
+        return np.concatenate(images), labels.cpu().numpy()
 
     def _settings(self, seed: int) -> Config:
         """Settings under which the families sample; those of the data are not looked at."""

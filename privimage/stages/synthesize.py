@@ -16,7 +16,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
-from privimage.families import family
+from privimage.families import family, sampled
 from privimage.privacy import keys
 from privimage.privacy.account import key_path, open_account
 from privimage.privacy.statement import statement, statement_for_people
@@ -110,13 +110,10 @@ def _sample_blocks(
                 continue
             indices = torch.arange(start, min(start + settings.batch_size, count), device=world.device)
             labels = indices % n_classes if n_classes else None
-            with torch.autocast(
-                world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"
-            ):
-                images = family(config).sample(config, generator, labels, indices, draws)
-            write_array(path, images.permute(0, 2, 3, 1).cpu().numpy())
+            images = sampled(config, generator, labels, indices, draws)
+            write_array(path, images)
             if start == 0:
-                curves.images(0, "samples", images[:100])
+                curves.images(0, "samples", torch.from_numpy(images[:100]).permute(0, 3, 1, 2))
             if stop.requested:
                 break
     curves.close()
