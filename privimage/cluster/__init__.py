@@ -1,6 +1,6 @@
-"""Submission of runs to a cluster. A new scheduler is one file with a `Scheduler`, and one line here."""
+"""Submission of runs to a cluster. Another scheduler is one file with a `Scheduler`, named here."""
 
 from privimage.cluster.scheduler import Scheduler
 from privimage.cluster.slurm import SlurmScheduler
 
-SCHEDULERS: dict[str, Scheduler] = {"slurm": SlurmScheduler()}
+SCHEDULER: Scheduler = SlurmScheduler()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from privimage.cluster import SCHEDULERS
+from privimage.cluster import SCHEDULER
 from privimage.cluster.scheduler import Submission, job_request
 from privimage.config import Config, load
 from privimage.errors import UserError
@@ -16,11 +16,6 @@ from privimage.experiments.settings import is_experiment
 from privimage.experiments.settings import load as load_experiment
 from privimage.runs import sharing
 from privimage.storage.rundir import RunDir
-
-SCHEDULER = SCHEDULERS["slurm"]
-USAGE = """usage: privimage submit CONFIG [section.key=value ...]
-       privimage submit --sweep CONFIG [CONFIG ...] [section.key=value,value,... ...]
-       privimage submit EXPERIMENT [section.key=value ...]"""
 
 
 def submit(words: Sequence[str], sweeps: bool = False) -> None:
@@ -30,7 +25,7 @@ def submit(words: Sequence[str], sweeps: bool = False) -> None:
     """
     paths = [Path(word) for word in words if "=" not in word]
     if not paths:
-        raise UserError(USAGE.splitlines()[0])
+        raise UserError("usage: privimage submit CONFIG [section.key=value ...]")
     if sweeps or len(paths) > 1 or is_experiment(paths[0]):
         sweep(words)
     else:
@@ -114,11 +109,9 @@ def expand(words: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
     """Configurations and their overrides from the words of a sweep, or of the runs of an experiment.
 
     ``a.yaml privacy.epsilon=1,5`` gives a.yaml twice, with a run.dir of its own for each: ``runs/a-epsilon1``
-    and so on. Commas inside brackets separate nothing. Raises UserError where there is no configuration.
+    and so on. Commas inside brackets separate nothing. Raises UserError for an experiment beside others.
     """
     paths = [Path(word) for word in words if "=" not in word]
-    if not paths:
-        raise UserError(USAGE.splitlines()[1].strip())
     if is_experiment(paths[0]):
         if len(paths) > 1:
             raise UserError(f"{paths[1]}: an experiment is submitted alone")

@@ -43,8 +43,8 @@ def job_request(config: Config, stage: str, environ: Mapping[str, str]) -> Job:
     Raises UserError that names a variable whose value cannot be.
     """
     fields: dict[str, object] = {}
+    single = config.slurm.stages.get(stage)
     for name in Job.model_fields:
-        single = config.slurm.stages.get(stage)  # type: ignore[call-overload]
         wanted = [
             environ.get(f"{stage}_{name}".upper()),
             environ.get(name.upper()),

@@ -14,10 +14,9 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
 from privimage.families.work import Work
-from privimage.privacy.account import plan_without_noise
 from privimage.privacy.accounting import SampledGaussian, training_noise
 from privimage.privacy.mechanisms import SemanticHistogram
-from privimage.privacy.plan import PrivacyPlan, make_plan
+from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
 
 # (images, classes) of the training splits that are read by kind: public facts.
 KNOWN = {

@@ -37,7 +37,7 @@ def effect(key: str) -> Effect:
     while parts:
         if (found := table.get(".".join(parts))) is not None:
             return found
-        parts.pop()  # a key inside a setting that is a mapping
+        parts.pop()
     return EVERYTHING
 
 

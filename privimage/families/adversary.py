@@ -1,13 +1,13 @@
 """The generator of a GAN in training against a discriminator."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
-from privimage.config import Config
-from privimage.distributed.world import World
 from privimage.families.generator import TrainedGenerator
 from privimage.models import build_discriminator
-from privimage.models.biggan import Generator, g_loss
+from privimage.models.biggan import g_loss
 
 
 class Adversary(TrainedGenerator):
@@ -16,19 +16,10 @@ class Adversary(TrainedGenerator):
     A step depends on those weights, `runtime.seed` and its own number, on nothing else.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        n_classes: int,
-        world: World,
-        network: Generator,
-        batch_size: int,
-        learning_rate: float,
-        decay: float,
-        bf16: bool,
-    ):
-        super().__init__(config, n_classes, world, network, batch_size, learning_rate, decay, bf16)
-        self.critic = build_discriminator(config, n_classes).to(world.device).requires_grad_(False)
+    @cached_property
+    def critic(self) -> nn.Module:
+        """A discriminator with ordinary gradients, which gets the weights of the one that is trained."""
+        return build_discriminator(self.config, self.n_classes).to(self.world.device).requires_grad_(False)
 
     def step(self, discriminator: nn.Module, number: int) -> Tensor:
         """One update; returns this rank's loss, a scalar. All ranks call it together."""

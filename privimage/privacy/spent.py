@@ -61,7 +61,6 @@ class Spent:
         counts: Counter[tuple[str, str, SampledGaussian]] = Counter(
             (c.run, c.part, c.mechanism) for c in self.charges.values()
         )
-        # Charged or announced, whichever is more, for each run and part.
         for other, announced in {**self.plans, run: plan}.items():
             for part, planned in announced.items():
                 key = (other, part, planned.single)
@@ -94,10 +93,9 @@ class Reader:
         elif "budget" in entry:
             spent.budget = (float(entry["budget"][0]), float(entry["budget"][1]))
         elif "plan" in entry:
+            # Ledgers before version 2 did not name parts; nothing is released from their runs any more.
             plan = entry["plan"]
-            by_part = (
-                plan.items() if isinstance(plan, dict) else enumerate(plan)
-            )  # ledgers before version 2 did not name parts
+            by_part = plan.items() if isinstance(plan, dict) else enumerate(plan)
             spent.plans[entry["run"]] = {str(part): SampledGaussian.from_entry(m) for part, m in by_part}
         elif "not_private" in entry:
             spent.not_private.add(entry["run"])
@@ -105,7 +103,6 @@ class Reader:
             spent.places[entry["run"]] = entry["place"]
         else:
             run, mechanism = entry["run"], SampledGaussian.from_entry(entry["mechanism"])
-            # Ledgers before version 2 did not name parts; nothing is released from their runs any more.
             spent.charges[entry["charge"]] = Charge(run, entry.get("part", ""), mechanism)
 
     def _torn(self, line: bytes) -> None:

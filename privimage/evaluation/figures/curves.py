@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from privimage.evaluation.figures.theme import save
+from privimage.evaluation.figures.theme import beside, save
 
 
 def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
@@ -14,14 +14,7 @@ def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> Non
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
         axes.plot(steps, losses, color=theme["accent"], linewidth=1.6)
-        axes.annotate(
-            f"{losses[-1]:.3f}",
-            (steps[-1], losses[-1]),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
-        )
+        beside(axes, steps[-1], losses[-1], f"{losses[-1]:.3f}", gap=6, fontweight="bold")
         axes.set(xlabel="pretraining step", ylabel="loss", xlim=(0, steps[-1]))
         if max(losses) > 5 * min(losses) > 0:
             axes.set_yscale("log")
@@ -42,14 +35,7 @@ def budget(path: Path, steps: Sequence[int], spent: Sequence[float], promised: f
         axes.plot(steps, spent, color=theme["accent"])
         axes.fill_between(steps, spent, color=theme["accent"], alpha=0.12, linewidth=0)
         axes.scatter(steps[-1], spent[-1], s=40, color=theme["accent"], clip_on=False, zorder=3)
-        axes.annotate(
-            f"{spent[-1]:.3g}",
-            (steps[-1], spent[-1]),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
-        )
+        beside(axes, steps[-1], spent[-1], f"{spent[-1]:.3g}", fontweight="bold")
         axes.set(xlabel="private step", ylabel="ε spent", xlim=(0, steps[-1]), ylim=(0, promised * 1.15))
         axes.tick_params(length=0)
 

@@ -8,19 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from privimage.evaluation.figures.theme import ANNOTATED, OKABE_ITO, save
-
-
-def _beside(axes: Axes, x: float, y: float, text: str, right: bool, **style: Any) -> None:
-    axes.annotate(
-        text,
-        (x, y),
-        (8 if right else -8, 0),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        va="center",
-        **style,
-    )
+from privimage.evaluation.figures.theme import ANNOTATED, OKABE_ITO, beside, save
 
 
 def accuracies(path: Path, after: dict[str, float], before: dict[str, float], chance: float) -> None:
@@ -57,9 +45,9 @@ def _score(axes: Axes, y: int, after: float, before: float | None, theme: dict[s
         style: dict[str, Any] = {"linewidth": 5, "solid_capstyle": "round", "zorder": 1}
         axes.plot([before, after], [y, y], color=theme["grid"], **style)
         axes.scatter(before, y, s=55, color=theme["second"], zorder=2)
-        _beside(axes, before, y, f"{before:.1f}", right=not rises, color=theme["muted"])
+        beside(axes, before, y, f"{before:.1f}", right=not rises, color=theme["muted"])
     axes.scatter(after, y, s=75, color=theme["accent"], zorder=3)
-    _beside(axes, after, y, f"{after:.1f}", right=rises, color=theme["ink"], fontweight="bold")
+    beside(axes, after, y, f"{after:.1f}", right=rises, color=theme["ink"], fontweight="bold")
 
 
 def _legend(figure: Figure, axes: Axes, theme: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -71,3 +72,16 @@ def save(path: Path, size: tuple[float, float], draw: Draw) -> None:
             FigureCanvasAgg(figure)
             draw(figure, theme)
             figure.savefig(path.with_name(f"{path.stem}{suffix}.png"))
+
+
+def beside(axes: Axes, x: float, y: float, text: str, right: bool = True, gap: int = 8, **style: Any) -> None:
+    """Write `text` to the right or left of a point, `gap` points away."""
+    axes.annotate(
+        text,
+        (x, y),
+        (gap if right else -gap, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="center",
+        **style,
+    )

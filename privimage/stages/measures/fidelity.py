@@ -1,5 +1,7 @@
 """Fidelity: distances of the synthetic set to the sensitive training images in the features of a network."""
 
+from functools import partial
+
 import numpy as np
 from torch import Tensor
 
@@ -15,19 +17,17 @@ def _take(subject: Subject) -> dict:
     if subject.after is None:
         empty = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
         return {"fidelity": empty, "fidelity_before": None}
-    after = subject.finished.get("fidelity", lambda: _described(subject, subject.after, "after"))
+    after = subject.finished.get("fidelity", partial(_described, subject, subject.after, "after"))
     before = None
     if subject.before is not None:
-        before = subject.finished.get(
-            "fidelity (before)", lambda: _described(subject, subject.before, "before")
-        )
+        described = partial(_described, subject, subject.before, "before")
+        before = subject.finished.get("fidelity (before)", described)
     if subject.world.is_main:
         say(f"evaluate: {after['name']} {after['distance']:.4g} of {after['samples']} images")
     return {"fidelity": after, "fidelity_before": before}
 
 
-def _described(subject: Subject, images: Labelled | None, name: str) -> dict:
-    assert images is not None  # `_take` has looked
+def _described(subject: Subject, images: Labelled, name: str) -> dict:
     synthetic = images.images[: subject.config.evaluate.fidelity_samples]
     real = _real_features(subject)
     features = fidelity.extract(
