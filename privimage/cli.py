@@ -182,8 +182,10 @@ def main() -> None:
     The exit status is 0 done, 2 a mistake, reported in one line, 75 stopped with the state saved, 1 anything
     else.
     """
+    # Under torchrun a rank may be started again after one has failed for good.
     if (status := earlier_status()) is not None:
         sys.exit(status)
+    # Before any file is written: a run's files are for their owner alone.
     close_process()
     try:
         app()

@@ -7,6 +7,7 @@ time. Commands (launchers, `privimage` itself) are started as they are, by `subp
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -158,6 +159,8 @@ def wait_ranks(ranks: list[Rank], seconds: float = 120) -> list[Ended]:
         )
         for rank in ranks
     ]
+    for rank in ranks:
+        shutil.rmtree(rank.folder)
     assert not late, f"ranks {late} did not end within {seconds} s: {ended}"
     return ended
 

@@ -95,6 +95,7 @@ def waves(configs: Sequence[Config]) -> list[list[int]]:
     """Indices of the runs that can start at once, and of those that then find all their public stages done by
     others.
     """
+    # A run waits if all its public stages are made by runs before it.
     known: set[str] = set()
     first: list[int] = []
     second: list[int] = []

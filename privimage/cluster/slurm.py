@@ -66,6 +66,7 @@ def sbatch_options(config: Config, job: Submission) -> list[str]:
             "--open-mode=append",
             f"--signal=USR2@{WARNING_SECONDS}",
         ]
+        # Only what is asked for: a site's defaults fill in the rest.
         for option, value in (
             ("gpus-per-node", request.gpus),
             ("cpus-per-task", request.cpus),
@@ -73,6 +74,7 @@ def sbatch_options(config: Config, job: Submission) -> list[str]:
             ("time", request.time),
         ):
             options += [f"--{option}={value}"] if value else []
+    # The owner's own options come last, so that they win.
     options += config.slurm.options
     if job.after:
         options.append(

@@ -89,10 +89,12 @@ class RunPlan:
 
 def plan_run(config: Config) -> RunPlan:
     """The plan of a run, without touching data. Raises UserError if the promise cannot be kept."""
+    # N and classes come from the configuration or from what is known of a public set.
     count, classes = public_size(config)
     # Time is measured where this runs, which should be the kind of machine that will train.
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
     other = None
+    # The other accountant is shown beside the one that is used: a check, and the price of the choice.
     if config.spec.private:
         privacy = make_plan(config, count)
         other = make_plan(config, count, "rdp" if privacy.accountant == "pld" else "pld")
@@ -102,6 +104,7 @@ def plan_run(config: Config) -> RunPlan:
         return RunPlan(config, count, classes, privacy, other, {}, [], device.type)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
+    # `auto` settings are resolved for the machine at hand, as a run would.
     kind, measured = family(config), resolved(config, World(0, 0, 1, 1, device))
     work = kind.work(measured, privacy, classes, device)
     return RunPlan(config, count, classes, privacy, other, kind.sizes(config, classes), work, device.type)
@@ -135,6 +138,7 @@ def _large_delta(plan: RunPlan) -> Iterator[str]:
 
 
 def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: PrivacyPlan) -> None:
+    # One row per mechanism, then the training's noise if the query were free.
     pld, rdp = (plan, other) if plan.accountant == "pld" else (other, plan)
     promise = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {count:,} images"
     table = Table(title=f"{promise}; used: {plan.accountant.upper()}", title_justify="left")

@@ -55,6 +55,7 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     table = Table(title=title, title_justify="left")
     for column in ("mechanism", "noise multiplier", "sample rate", "uses"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
+    # One line per kind of use, then the composition by both accountants.
     for m in mechanisms:
         table.add_row(m.kind, f"{m.noise_multiplier:.5g}", f"{m.sample_rate:.6g}", str(m.count))
     console.print(table)

@@ -45,6 +45,7 @@ class Method:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that this method runs, in order."""
+        # The order of the pipeline; a method leaves out what it does not need.
         names = []
         if self.pretraining != "none":
             names.append("prepare")

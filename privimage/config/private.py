@@ -180,6 +180,7 @@ class Evolve(Section):
 
     @model_validator(mode="after")
     def _degrees_fall(self) -> "Evolve":
+        # Coarse variations first, fine ones last (Lin et al. 2024).
         if self.last_degree > self.first_degree:
             raise ValueError(
                 f"last_degree {self.last_degree:g} is more than first_degree {self.first_degree:g}; "

@@ -29,6 +29,7 @@ def on(*stages: str, planned: bool = False, place: bool = False) -> dict[str, An
         planned: whether it is part of the privacy plan, which is fixed when the account is opened.
         place: whether it only says where images are; the identity of a computation has their content instead.
     """
+    # A misspelt stage in a declaration would make a setting look harmless.
     if unknown := set(stages) - set(STAGES):
         raise ValueError(f"no such stage: {', '.join(sorted(unknown))}")
     return {"stages": list(stages), "planned": planned, "place": place}
@@ -52,6 +53,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
+    # Overrides are looked at first: a typing mistake there is more likely than a broken file.
     for item in overrides:
         if "=" not in item:
             raise UserError(f"{item}: overrides are written section.key=value")

@@ -79,6 +79,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _semantics_are_known(self) -> "Config":
+        # Combinations that no later code has to handle.
         needed = self.spec.pretraining in ("selected", "random")
         if needed and self.query.semantics == "labels" and not self.data.public.labelled:
             raise ValueError(

@@ -27,6 +27,7 @@ class Job(Section):
     @field_validator("time", mode="before")
     @classmethod
     def _not_a_number(cls, value: object) -> object:
+        # 2:00:00 without quotes is 7200 in YAML 1.1, which SLURM would take for minutes.
         if isinstance(value, int):
             raise ValueError("put it in quotes: YAML takes hours:minutes:seconds for a number")
         return value

@@ -54,6 +54,7 @@ def from_arrays(
             f"{name}: {len(images)} images need as many labels, whole numbers; found {labels.dtype} "
             f"{labels.shape}"
         )
+    # Classes that the file does not name: by number.
     if classes is None:
         classes = _unnamed(labels, name, known)
     if labels.min() < 0 or labels.max() >= len(classes):
@@ -63,6 +64,7 @@ def from_arrays(
     empty = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=len(classes)) == 0)
     if len(empty) and known is None:
         raise UserError(f"{name}: class {classes[empty[0]]!r} has no image")
+    # Pillow wants grey images without a channel axis.
     grey = images.ndim == 4 and images.shape[3] == 1
     pixels = images[..., 0] if grey else images
     return Source(

@@ -52,6 +52,7 @@ class Source:
                 f"{self.names[index]}: not readable as an image "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from None
+        # Before crop and resize: the fingerprint of a set does not depend on the resolution it is used at.
         digest = hashlib.sha256(f"{colour.size}".encode() + colour.tobytes()).digest()
         return transforms.to_array(colour if channels == 3 else whole.convert("L"), side, resolution), digest
 
@@ -101,6 +102,7 @@ def decoded(source: Source, resolution: int, channels: int, workers: int) -> Ite
     pending: deque[Future[list[Decoded]]] = deque()
     with ProcessPoolExecutor(workers, context, initializer=_inherited.append, initargs=(task,)) as pool:
         try:
+            # Chunks are handed out and collected in order, so that results need no sorting.
             for start in range(0, len(source), CHUNK):
                 pending.append(pool.submit(_chunk, start))
                 if len(pending) > 3 * workers:  # bounded, or a slow writer would fill the memory

@@ -54,6 +54,7 @@ def aligned(source: Source, classes: tuple[str, ...], of: str) -> Source:
     """
     if source.classes == classes:
         return source
+    # A class is found by its name alone; a name that occurs twice would be ambiguous.
     shown = f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
     for name in source.classes:
         if classes.count(name) != 1 or source.classes.count(name) != 1:
@@ -83,6 +84,7 @@ def holds_test_split(kind: str, path: Path) -> bool:
 
 
 def _part(path: Path, split: Split, suffix: str = "") -> Path:
+    # A folder with train/ and test/ holds both splits, any other is one split.
     inside = path / f"{split}{suffix}"
     if inside.exists():
         return inside
@@ -103,6 +105,7 @@ def _npz(path: Path, labelled: bool, known: Known | None) -> Source:
 
     try:
         with np.load(path, allow_pickle=False) as file:
+            # Say what is missing, and what is there instead.
             missing = [name for name in ("images", "labels")[: 1 + labelled] if name not in file.files]
             if missing:
                 hint = "; a set without labels is read with labelled: false" if missing == ["labels"] else ""
@@ -127,6 +130,7 @@ def _images_below(folder: Path) -> list[str]:
 def _folder(root: Path, labelled: bool, known: Known | None) -> Source:
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder of images, not a file")
+    # Classes are numbered by the order of their names.
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not labelled:
         folders = [root]
@@ -136,6 +140,7 @@ def _folder(root: Path, labelled: bool, known: Known | None) -> Source:
             "labelled: false"
         )
     files, labels = [], []
+    # A class without an image is allowed only where the classes were declared (sensitive sets).
     for label, folder in enumerate(folders):
         inside = _images_below(folder)
         if not inside and labelled and known is None:
@@ -158,6 +163,7 @@ def _digits(split: Split, known: Known | None) -> Source:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    # The division depends on the pixels alone, so that it is the same in every version of scikit-learn.
     order = np.array(sorted(range(len(images)), key=lambda i: sha256(images[i].tobytes()).digest()))
     chosen = np.sort(order[:1437] if split == "train" else order[1437:])
     return from_arrays(
@@ -167,6 +173,7 @@ def _digits(split: Split, known: Known | None) -> Source:
 
 def _stored(path: Path, labelled: bool, known: Known | None) -> Source:
     sidecar = store.verify(path)
+    # (N, C, H, W) as stored -> (N, H, W, C) as arrays are given.
     images = store.read(path, np.arange(sidecar.count)).transpose(0, 2, 3, 1)
     if not labelled:
         return from_arrays(images, np.zeros(sidecar.count, np.int64), ONE_CLASS, str(path), known)

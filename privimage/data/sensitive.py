@@ -41,6 +41,7 @@ class ImageDraws:
     def normal(self, seed: int, indices: Tensor, size: int) -> Tensor:
         """Standard normal numbers (len(indices), size) for the images at `indices`."""
         draws = torch.empty(len(indices), size, device=self.generator.device)
+        # One generator seeded per image: the draw of an image is the same in any batch, on any rank.
         for row, index in zip(draws, indices.tolist(), strict=True):
             self.generator.manual_seed(_mix(seed, index))
             row.normal_(generator=self.generator)

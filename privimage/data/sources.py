@@ -46,6 +46,7 @@ class ImageSet:
         """
         shape = json.dumps([self.images.shape, self.classes]).encode()
         digest = hashlib.sha256(shape)
+        # Hashed from the arrays' own memory, without a copy.
         for array in (self.images, self.labels):
             digest.update(np.ascontiguousarray(array).data)
         return digest.digest()
@@ -59,6 +60,7 @@ def read(source: Source, resolution: int, channels: int, workers: int, shown: bo
     The order is that of the images' contents, then of their labels: the same for any names of files, and for
     any order in which a file system lists them.
     """
+    # One array is allocated and filled in place.
     images = np.empty((len(source), channels, resolution, resolution), np.uint8)
     digests = [b""] * len(source)
     with Progress("read", len(source), shown=shown) as bar:
@@ -68,6 +70,7 @@ def read(source: Source, resolution: int, channels: int, workers: int, shown: bo
             images[found.index] = found.image
             digests[found.index] = found.digest
             bar.advance()
+    # By content, not by file name: renaming files must not change a seeded run.
     order = sorted(range(len(source)), key=lambda index: (digests[index], source.labels[index]))
     fingerprint = hashlib.sha256(b"".join(digests[index] for index in order)).hexdigest()
     return ImageSet(images[order], source.labels[order], source.classes, fingerprint)
@@ -126,8 +129,10 @@ def sensitive_source(config: Config, split: Split) -> Source:
         return held_out_source(config, sensitive_source(config, "train").classes)
     if sensitive.path is None and sensitive.kind not in EMBEDDED:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
+    # The number of classes is a public statement of the owner; it is never counted from the labels.
     known = Known(count=sensitive.classes)
     found = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known)
+    # What was stated is in the promise, so a difference is an error and never corrected in silence.
     stated = {"count": (sensitive.count, len(found))}
     if sensitive.labelled:
         stated["classes"] = (sensitive.classes, len(found.classes))
@@ -142,6 +147,7 @@ def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
     sensitive = config.data.sensitive
     path, key = sensitive.path, "path"
     part: Split = "test"
+    # A held-out set of its own is one split, unless it is a folder that has a test/ inside.
     if sensitive.test_path is not None:
         path, key = sensitive.test_path, "test_path"
         if sensitive.kind not in OWN_TEST_SPLIT and not holds_test_split(sensitive.kind, path):

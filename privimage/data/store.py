@@ -60,6 +60,7 @@ def import_ffcv() -> None:
 
 def ffcv_installed() -> bool:
     """Whether FFCV and its compiled part are there, without importing them, which takes seconds."""
+    # Only the file names are looked at: importing FFCV compiles with numba.
     found = importlib.util.find_spec("ffcv")
     folders = (found.submodule_search_locations or ()) if found else ()
     return any(any(Path(folder).glob("_libffcv*")) for folder in folders)
@@ -97,6 +98,7 @@ def write(
             Progress(path.name, len(source)) as bar,
             _writer(temporary, path.suffix, len(source), shape) as put,
         ):
+            # Images arrive in order and are written at once; memory does not grow with the set.
             for found in decoded(source, resolution, channels, workers):
                 if found.image is not None:
                     put(found.image, int(source.labels[found.index]))
@@ -124,6 +126,7 @@ def write(
 def _require_all_classes(source: Source, kept: list[int], bad: list[str], path: Path) -> None:
     """Raise UserError for a class of which no image was kept."""
     given, classes = source.labels, len(source.classes)
+    # Classes that were empty from the start are not counted: those of sensitive sets may be.
     before, left = (np.bincount(labels, minlength=classes) for labels in (given, given[kept]))
     empty = np.flatnonzero((before > 0) & (left == 0))
     if len(empty):
@@ -135,6 +138,7 @@ def _require_all_classes(source: Source, kept: list[int], bad: list[str], path: 
 
 @contextmanager
 def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
+    # On disk before it is renamed: otherwise a power failure could leave a whole name on half a file.
     with (_beton_writer if suffix == ".beton" else _npy_writer)(path, capacity, shape) as put:
         yield put
     with open(path, "rb+") as file:
@@ -150,6 +154,7 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
 
+    # Raw pixels, not JPEGs: images are small, and decoding would cost more than reading.
     fields = {"image": NDArrayField(np.dtype("uint8"), shape), "label": IntField()}
     # What FFCV's writer does in worker processes is done here, in this one.
     writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES, num_workers=1)
@@ -169,6 +174,7 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
         handle_sample((image, label), written, metadata.dtype.names, metadata, allocator, fields)
         written += 1
 
+    # The caller writes images one by one; leaving the block flushes the last page.
     with allocator:
         yield put
     writer.header["num_samples"] = written
@@ -179,6 +185,7 @@ def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Ite
 
 @contextmanager
 def _npy_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
+    # Image and label beside each other, so that one read fetches both.
     record = np.dtype([("image", np.uint8, shape), ("label", "<i8")])
     header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False}
     written = 0
@@ -205,6 +212,7 @@ def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
     if not _sidecar_path(path).is_file():
         reason = f"its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen"
         raise UserError(f"{path}: {reason}; prepare it again")
+    # Size and shape are checked without reading the file; `verify` reads it.
     known = _sidecar(path)
     if (found := path.stat().st_size) != known.size:
         raise UserError(
@@ -239,6 +247,7 @@ def read(path: Path, indices: np.ndarray) -> np.ndarray:
     """Some images of a store, uint8 (len(indices), C, H, W), in the order of `indices`."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="r")["image"][indices]
+    # Images lie at known offsets in the file: a sliding window over its bytes is an array of all of them.
     shape = _sidecar(path).shape
     content = np.memmap(path, dtype=np.uint8, mode="r")
     starts = _metadata(path)["f0"][indices]

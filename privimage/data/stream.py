@@ -69,6 +69,7 @@ class PublicStream:
 
     def batches(self, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches from `step` on, forever: images uint8 (B, C, H, W), labels int64 (B,), on device."""
+        # Labels are looked up here, not read from the file: the caller has replaced them (selected classes).
         images = self._from_npy(step) if self.path.suffix == ".npy" else self._from_beton(step)
         for at, batch in enumerate(images, step):
             yield batch.to(self.device), self.labels[self.positions(at)].to(self.device)
@@ -166,6 +167,7 @@ def _loader(path: Path, batch_size: int, workers: int):
         def sample_order(self, epoch: int) -> np.ndarray:
             return self.order.astype(np.uint64)
 
+    # numba refuses more threads than it was started with.
     threads = min(max(workers, 1), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     # No transform of ours: one that raises, or that is compiled and comes after ToTensor, would never return.
     pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": None}

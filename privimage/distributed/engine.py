@@ -70,6 +70,7 @@ class DDPEngine(Engine):
     ):
         super().__init__(module, learning_rate, betas)
         self.bf16, self.device = bf16, world.device
+        # Gradients live in the buckets that are reduced: one copy less.
         devices = [world.device.index] if world.device.type == "cuda" else None
         self.wrapped = (
             DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
@@ -148,6 +149,7 @@ class DeepSpeedEngine(Engine):
         """See `Engine.state`; ZeRO's shards are put together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        # Shards of the moments are gathered parameter by parameter, which bounds the memory.
         step = self.wrapped.global_steps
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in self._named() if step else []:
@@ -245,6 +247,7 @@ def make_engine(config: Config, module: nn.Module, world: World) -> Engine:
     bf16 = config.runtime.precision == "bf16"
     if settings.engine == "ddp":
         return DDPEngine(module, settings.learning_rate, world, bf16)
+    # DeepSpeed wants the batch of one rank.
     images = -(-settings.batch_size // world.size)
     bf16 = bf16 or world.device.type == "cuda"
     return DeepSpeedEngine(

@@ -124,6 +124,7 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
             f"{launcher}: SLURM_NODEID {node} is beyond SLURM_STEP_TASKS_PER_NODE "
             f"{environ['SLURM_STEP_TASKS_PER_NODE']!r}"
         )
+    # Job, step and restart name the port: steps of one job may run at the same time.
     names = {"SLURM_JOB_ID": "", "SLURM_STEP_ID": "", "SLURM_RESTART_COUNT": "0"}
     job = ".".join(environ.get(name, default) for name, default in names.items())
     address = first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")) if len(tasks) > 1 else "127.0.0.1"
@@ -138,6 +139,7 @@ def tasks_per_node(text: str) -> list[int]:
 
     Raises UserError for anything else.
     """
+    # One entry per node, "2(x3)" stands for three nodes.
     tasks: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -204,6 +206,7 @@ def _mpi4py(environ: Mapping[str, str]) -> Place | None:
     everyone = MPI.COMM_WORLD
     if everyone.size == 1:
         return None
+    # Ranks that share memory are on one node.
     local = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     address, port = everyone.bcast((MPI.Get_processor_name(), free_port()) if everyone.rank == 0 else None)
     return Place(

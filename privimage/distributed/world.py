@@ -94,6 +94,7 @@ class World:
 
     def variables(self) -> dict[str, str]:
         """This rank's place as torchrun would state it, for libraries that read the environment."""
+        # As torchrun would set them.
         names = {
             "RANK": self.rank,
             "WORLD_SIZE": self.size,
@@ -112,6 +113,7 @@ class World:
         Returns the exit status where this rank is alone. With several ranks only the first to fail prints;
         all end here, with its status.
         """
+        # What was foreseen is told in one line; anything else with its traceback, for a bug report.
         status: int | None = status_of(error)
         message = str(error) if status != 1 else "".join(traceback.format_exception(error))
         if isinstance(error, KeyboardInterrupt):
@@ -181,6 +183,7 @@ def connect(runtime: Runtime) -> World:
             f"{place.address}:{place.port} ({first});"
             " check that all ranks started, that the name resolves and that the port is open"
         ) from None
+    # Only now: until here a rank that is missing is reported by the rendezvous itself.
     watch.start()
     shared = dist.PrefixStore("privimage/world", store)
     return World(

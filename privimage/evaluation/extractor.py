@@ -78,6 +78,7 @@ class StandIn(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images uint8 (B, 3, H, W) -> features float32 (B, 288)."""
+        # Three scales; each ends with the mean and the deviation of its maps over all positions.
         maps, features = images.float() / 127.5 - 1, []
         for weight in self.filters:
             maps = F.relu(F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), weight))
@@ -94,6 +95,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     except OSError as error:
         raise UserError(f"evaluate.inception_weights: {path}: {error.strerror}") from None
     try:
+        # weights_only: a file from elsewhere must not be able to run code.
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError
@@ -168,6 +170,7 @@ def weights_for(features: str, weights: Path | None) -> Weights | None:
     state, digest = _read_weights(weights)
     if FIRST_LAYER not in state:
         raise UserError(f"evaluate.inception_weights: {weights}: {FOREIGN}")
+    # Partial files hold the layers up to the 768 features, and zeros above.
     last = [
         value for name, value in state.items() if name.startswith("Mixed_7") and name.endswith("conv.weight")
     ]

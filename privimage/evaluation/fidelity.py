@@ -33,6 +33,7 @@ def extract(
         raise TypeError(
             f"expected uint8 images N,C,H,W with 1 or 3 channels, got {images.dtype} {images.shape}"
         )
+    # Each rank takes every W-th image.
     network = extractor.network.to(world.device).eval()
     own, parts = images[world.rank :: world.size], []
     with Progress(label, total=len(own), shown=world.is_main) as bar:
@@ -44,6 +45,7 @@ def extract(
                 break
     if stop.agreed(world):
         raise Stopped("evaluate: finished measures are kept, features are computed again")
+    # A rank without an image of its own does not know the number of features otherwise.
     width = network(torch.zeros(1, 3, *images.shape[2:], dtype=torch.uint8, device=world.device)).shape[1]
     everything = torch.zeros(len(images), width, device=world.device)
     if parts:
@@ -53,6 +55,7 @@ def extract(
 
 def cached(path: Path, compute, world: World) -> Tensor:
     """Features (N, D) from `compute()` on all ranks, cached at `path` (sensitive: below `private/`)."""
+    # The main rank decides whether there is a cache, so that all ranks either compute or do not.
     known = world.broadcast_object(np.load(path) if world.is_main and path.exists() else None)
     if known is not None:
         return torch.from_numpy(known)
@@ -70,6 +73,7 @@ def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
     torchvision_operators.declare()
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+    # In double precision: covariances of thousands of features lose digits otherwise.
     statistics = [fid_features_to_statistics(features.double()) for features in (synthetic, real)]
     return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
@@ -83,6 +87,7 @@ def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
     torchvision_operators.declare()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
+    # Smaller subsets for smaller sets; the estimator stays unbiased.
     size = min(1000, max(2, min(len(synthetic), len(real)) // 2))
     result = kid_features_to_metric(
         synthetic, real, kid_subset_size=size, kid_subsets=100, rng_seed=2020, verbose=False

@@ -33,6 +33,7 @@ def nearest(
     queries = _flat(images, device)
     best = torch.full((len(queries),), torch.inf, device=device)
     index = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    # In chunks: the matrix of all distances would not fit into memory for large sets.
     for start in range(0, len(reference), chunk):
         distance, position = torch.cdist(queries, _flat(reference[start : start + chunk], device)).min(1)
         closer = distance < best
@@ -57,6 +58,7 @@ def check(
     - `identical`: synthetic images that equal a training image in every pixel.
     """
     inside, outside = nearest(synthetic, train, device), nearest(synthetic, held_out, device)
+    # Ties count by half, so that a set of exact duplicates in both splits is not called memorised.
     share = float(
         np.mean(inside.distance < outside.distance) + 0.5 * np.mean(inside.distance == outside.distance)
     )

@@ -67,6 +67,7 @@ def covered(key: str) -> bool:
 
 def uncovered(report: dict) -> list[str]:
     """The keys of a report whose values are not covered, down to the keys of mixed sections."""
+    # A mixed section is listed key by key, a section of one kind as a whole.
     found = []
     for key, value in report.items():
         if covered(key):
@@ -100,6 +101,7 @@ def write(run: RunDir, config: Config, results: dict) -> None:
     semantics, memorization, selection, synthetic, sensitive, parameters, evaluate (the resources of the
     evaluation itself).
     """
+    # The evaluation itself is not finished yet, so it has no record to read.
     measured = {**resources(run, config.spec.stages), "evaluate": results.pop("evaluate")}
     report = {
         "method": config.method,
@@ -123,6 +125,8 @@ def rebuild(run: RunDir) -> None:
     path = run.path / "evaluate" / "report.json"
     report = read_json(path)
     measured = {**report["resources"], **resources(run, METHODS[report["method"]].stages)}
+    # StrictUndefined: a misspelt name is an error, not an empty place on the page. Everything is escaped,
+    # since class names come from files.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -179,6 +183,7 @@ def _plain(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     if value and not 1e-3 <= abs(value) < 1e6:
+        # Very small or large numbers: 1.2e-5 in place of 1.20e-05.
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"

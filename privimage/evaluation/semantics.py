@@ -71,6 +71,7 @@ def similarity(
     has no known class) and `covered`, the shares of the images of A and of B whose class has a vector.
     """
     means, covered = [], []
+    # The weighted mean of the unit vectors of each set's class names.
     for names, counts in ((names_a, counts_a), (names_b, counts_b)):
         known = [
             (count, vector)

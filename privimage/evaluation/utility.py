@@ -75,6 +75,7 @@ def _fit(model: object, train: Labelled, test: Labelled) -> float:
         len(np.unique(train.labels)) == 1
     ):  # scikit-learn refuses a single class; the only thing to say is its name
         return percent(np.full_like(test.labels, train.labels[0]), test.labels)
+    # Statistics of the training images only, also for the test images.
     inputs, tests = pixels(train.images, test.images)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed amount of work is intended
@@ -125,10 +126,12 @@ def train_cnn(
     whose gradients are added up, so that the update is that of the whole batch but for batch-norm statistics.
     All ranks call it together and get the same network. Raises Stopped when a stop was requested.
     """
+    # The whole set on the device, as bytes: batches are gathered there.
     images, labels = (torch.from_numpy(array).to(world.device) for array in (train.images, train.labels))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
+    # One learning rate per image: the rate follows the batch size.
     parameters = list(network.parameters())
     rate, steps = LEARNING_RATE * batch_size / 512, epochs * math.ceil(len(train) / batch_size)
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
@@ -170,6 +173,7 @@ def _batches(
     count: int, batch_size: int, flip: bool, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of an epoch, in random order: indices (B,) and which of them are flipped (B,)."""
+    # Drawn on all ranks alike; each then takes every W-th image of a batch.
     order = torch.randperm(count, generator=generator)
     mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
     for start in range(0, count, batch_size):
@@ -186,6 +190,7 @@ def _add_up(parameters: list[nn.Parameter], world: World) -> None:
     """Set each parameter's gradient to the sum over the ranks, with one all-reduce."""
     if world.size == 1:
         return
+    # One flat tensor: a collective for each parameter would be all latency.
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = world.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -200,6 +205,7 @@ def predict(
     labels, features = [], []
     for start in range(0, len(images), batch_size):
         inputs = to_unit(torch.from_numpy(images[start : start + batch_size]).to(device))
+        # Features are kept for the pictures of the report, labels for the accuracy.
         hidden = network.features(inputs)  # type: ignore[operator]
         features.append(hidden.float().cpu().numpy())
         labels.append(network.head(hidden).argmax(1).cpu().numpy())  # type: ignore[operator]

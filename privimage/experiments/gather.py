@@ -94,6 +94,7 @@ class Gathered:
 
 def state_of(run: PlannedRun) -> State:
     """How far a run has come, from what it left in its directory."""
+    # The order of these questions matters: a lock says more than a missing file, a clash more than a record.
     config = run.config
     folder = RunDir(config.run.dir)
     if not (folder.path / "config.yaml").exists() and folder.failure is None:

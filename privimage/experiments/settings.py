@@ -203,6 +203,7 @@ class ExperimentFile:
         experiment = self.experiment
         if experiment.skips(choice):
             return []
+        # The last axis with a base of its own wins; settings of rules come after those of options.
         options = [experiment.axes[axis][name] for axis, name in choice.items()]
         base = next((option.base for option in reversed(options) if option.base), experiment.base)
         if base is None:
@@ -230,6 +231,7 @@ class ExperimentFile:
 
         Raises UserError if two of them would have one directory, or one's settings are wrong.
         """
+        # Transposed: all combinations with the first seed, then all with the second.
         planned = [runs for choice in self.experiment.choices if (runs := self.runs_of(choice, more))]
         runs = [run for one_seed in zip(*planned, strict=True) for run in one_seed]
         directories: dict[Path, PlannedRun] = {}
@@ -251,6 +253,7 @@ def _name(choice: Choice) -> str:
 
     An option that is a number is named by its axis.
     """
+    # Names of directories: letters, digits, dots and plus signs only.
     parts = [name if name[:1].isalpha() else f"{axis}{name}" for axis, name in choice.items()]
     return "-".join(re.sub(r"[^A-Za-z0-9+.]+", "-", part).strip("-").lower() for part in parts)
 

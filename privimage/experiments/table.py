@@ -27,6 +27,7 @@ def write(path: Path, overrides: Sequence[str] = ()) -> str:
     `overrides` are those that the runs were made with. Raises UserError for whatever is wrong with the file
     or with a report.
     """
+    # Everything is computed before the first file is written.
     gathered = gather(load(path), overrides)
     folder = gathered.file.folder
     text = markdown(gathered)
@@ -45,6 +46,7 @@ def markdown(gathered: Gathered) -> str:
 
     Below, the runs that are missing and why.
     """
+    # Title and command, notes, one table per section, then the gaps.
     experiment, lines = gathered.file.experiment, [f"# {gathered.file.experiment.title}", "", _told(gathered)]
     if experiment.notes:
         lines += ["", experiment.notes.strip()]
@@ -77,11 +79,8 @@ def _told(gathered: Gathered) -> str:
 def _section(gathered: Gathered, rows: list[Row]) -> list[str]:
     measures = gathered.file.experiment.measures
     axis = next(iter(gathered.file.experiment.axes))
-    heads = [
-        f"{name}{f' ({measure.unit})' if measure.unit else ''}{ARROWS[measure.best]}"
-        f"{f' {MARK}' if measure.sensitive else ''}"
-        for name, measure in measures.items()
-    ]
+    heads = [_head(name, measure) for name, measure in measures.items()]
+    # The best value of each column, within a section, is set in bold.
     best = {name: _best(measure, [row.cells[name] for row in rows]) for name, measure in measures.items()}
     lines = [f"| {axis} | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for row in rows:
@@ -138,6 +137,7 @@ def comma_separated(gathered: Gathered) -> str:
             "gaps",
         ]
     )
+    # One line per combination and measure, gaps included.
     for row in gathered.rows:
         gaps = "; ".join(
             f"seed {result.run.seed} {result.state.description}"

@@ -161,6 +161,7 @@ class Family(ABC):
 
     def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
         """The number of parameters of each network, by name."""
+        # On the meta device: shapes without memory.
         with torch.device("meta"):
             return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
 
@@ -190,6 +191,7 @@ class FineTuned(ABC):
 
     def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
         """Seconds per image of a private step on `device`, without noise and update, measured briefly."""
+        # The real step on grey images: rules, clipping and summation included.
         training = self.private_training(config, n_classes, World(0, 0, 1, 1, device), None)
         gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
         trained = trained_parameters(training.module)

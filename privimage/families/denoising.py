@@ -37,9 +37,11 @@ class DiffusionPublic(PublicTraining):
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""
+        # Through the engine, which averages the gradients over the ranks.
         losses = edm.loss(self.engine.forward, *self._noised(images, labels, step))
         self.engine.backward_and_step(losses.mean())
         self.ema.update()
+        # Summed on the device; reading it would wait for the GPU at every step.
         self.loss_sum += losses.detach().mean()
         self.steps += 1
 
@@ -80,6 +82,7 @@ class DiffusionPublic(PublicTraining):
 
     def samples(self) -> Tensor:
         """See `PublicTraining`."""
+        # The averaged weights, in a network of their own: training goes on with the others.
         averaged = build_diffusion(self.config, self.n_classes).to(self.world.device)
         averaged.load_state_dict(self.denoiser.state_dict())
         self.ema.copy_to(averaged)
@@ -144,6 +147,7 @@ class DenoisingLosses(ImageLosses):
         hidden = dropped(normal[:, 0], self.label_dropout)
         sigma = edm.draw_sigma(normal[:, 1 : 1 + copies])
         noise = normal[:, 1 + copies :].view(count, copies, *self.shape)
+        # The class after the last one stands for "no label" (classifier-free guidance).
         kept = torch.where(hidden, self.n_classes, labels)
         return (
             edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1),

@@ -49,7 +49,10 @@ class DiffusionFamily(Family, Pretrained):
         def churn(step: int) -> Tensor:
             return draws.normal(public_seed(config, "churn", step), indices, pixels).view(-1, *shape)
 
+        # Latents belong to (seed, index of the image): a set of any size and any sharing over ranks begins
+        # alike.
         latents = draws.normal(public_seed(config, "latents"), indices, pixels).view(-1, *shape)
+        # The sampler is deterministic given latents and churn.
         return edm.to_uint8(
             edm.sample(
                 generator, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn
@@ -74,6 +77,7 @@ class DiffusionFamily(Family, Pretrained):
 
         settings, precision = config.pretrain, config.runtime.precision
         seconds = seconds_of_a_pass(forward, device, precision, settings.batch_size)
+        # One pass is measured; every stage is a number of passes.
         passes = Passes(seconds, activations(forward, device, precision), parameters(denoiser))
         pretrain = [passes.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size)]
         return [
@@ -114,12 +118,14 @@ class Diffusion(DiffusionFamily, FineTuned):
     ) -> list[Work]:
         """See `DiffusionFamily._later_work`."""
         finetune, settings, images = plan.the(DPSGD), config.synthesize, cpu_batch_size(config.finetune)
+        # Per image of a physical batch: activations of its noise copies, and one gradient in fp32.
         memory = images * (
             finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size
         )
         seconds = (
             finetune.steps * finetune.logical_batch_size * self._private_seconds(config, n_classes, device)
         )
+        # Heun's method evaluates the network twice per step, guidance with and without the label.
         calls = (
             settings.sampler_steps
             * (2 if settings.sampler == "heun" else 1)

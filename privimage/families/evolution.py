@@ -51,6 +51,7 @@ class Evolution(DiffusionFamily):
         device: torch.device,
     ) -> list[Work]:
         settings, samples = config.evolve, config.synthesize
+        # Each image of a generation is one run of the sampler.
         calls = settings.sampler_steps * (2 if settings.guidance else 1)
         return [
             passes.work(
@@ -100,6 +101,7 @@ class Population(nn.Module):
         chances (RANDOM_API).
         """
         settings = self.config.evolve
+        # The public class is drawn like everything else of an image: from its generation and index.
         uniform, latents = self._draw(indices, draws, 0)
         public = (uniform * self.public_classes).long().clamp(max=max(self.public_classes - 1, 0))
         images = edm.sample(
@@ -118,6 +120,7 @@ class Population(nn.Module):
         # Inverse transform sampling of a parent from the chances of the image's class.
         parents = (self.chances.cumsum(1)[rows] < uniform[:, None]).sum(1).clamp(max=self.images.shape[1] - 1)
         images, public = edm.to_unit(self.images[rows, parents]), self.public[rows, parents]
+        # Noise of this level is added to the parent and removed again by the public model.
         sigma = degree(self.config, generation)
         return edm.to_uint8(
             edm.vary(
@@ -136,6 +139,7 @@ class Population(nn.Module):
         return {"images": self.images, "public": self.public, "chances": self.chances}
 
     def _draw(self, indices: Tensor, draws: ImageDraws, generation: int) -> tuple[Tensor, Tensor]:
+        # One draw per image: its first number, through the normal distribution function, is the uniform one.
         normal = draws.normal(
             public_seed(self.config, "generation", generation), indices, 1 + self.images[0, 0].numel()
         )

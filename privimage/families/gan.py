@@ -69,13 +69,17 @@ class Gan(GeneratorFamily, Pretrained, FineTuned):
                 torch.zeros(images, dtype=torch.int64, device=device),
             )
 
+        # Both networks are measured once; everything below is arithmetic on these six numbers.
         g_seconds, g_memory, g_size = self._generator_work(config, n_classes, device)
         d_seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
         d_memory = activations(forward, device, config.runtime.precision)
         d_size, rows = parameters(discriminator), []
+        # Bytes per parameter: weights, gradient, two Adam moments, and the average, in fp32.
         weights = 20 * (g_size + d_size)
         pretrain, finetune, private = config.pretrain, config.finetune, plan.the(DPSGD)
         if config.spec.pretraining != "none":
+            # A discriminator step sees a real and a generated image (2 x 3 passes) and makes the latter (1);
+            # the generator's step runs through both networks.
             seconds = 6 * d_seconds + g_seconds + 3 * (g_seconds + d_seconds) / pretrain.discriminator_steps
             memory = weights + pretrain.batch_size * max(2 * d_memory, g_memory + d_memory)
             rows.append(
@@ -87,9 +91,12 @@ class Gan(GeneratorFamily, Pretrained, FineTuned):
                     memory,
                 )
             )
+        # The private step of the discriminator is measured as it is; the generator's step has no per-image
+        # gradients.
         seconds = private.logical_batch_size * self._private_seconds(config, n_classes, device)
         seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
         memory = weights + max(
+            # Per image: activations of the pair, and one gradient in fp32.
             cpu_batch_size(finetune) * (2 * d_memory + 4 * d_size),
             finetune.generator_batch_size * (g_memory + d_memory),
         )
@@ -125,12 +132,16 @@ class GanPublic(PublicTraining):
         )
         self.discriminator = DDPEngine(discriminator, settings.learning_rate, world, self.bf16, BETAS)
         self.draws = ImageDraws(world.device)
+        # Losses of the discriminator and the generator since the last log, on the device: no synchronisation
+        # per step.
         self.sums = torch.zeros(2, device=world.device)
         self.counts = [0, 0]
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""
         network, count = self.generator.network, len(images)
+        # Random numbers belong to a place in the global batch, not to a rank: any number of ranks draws the
+        # same.
         place = self.world.rank * count + torch.arange(count, device=self.world.device)
         normal = self.draws.normal(
             public_seed(self.config, "discriminator step", step), place, network.latent_size + 1
@@ -155,6 +166,7 @@ class GanPublic(PublicTraining):
 
     def figures(self) -> dict[str, float]:
         """See `PublicTraining`."""
+        # The mean over the ranks; each has counted the same steps.
         sums = (self.world.all_reduce_(self.sums.clone()) / self.world.size).tolist()
         names = ("discriminator loss", "generator loss")
         found = {
@@ -204,6 +216,7 @@ class GanPrivate(PrivateTraining):
             fresh = LABEL if config.spec.pretraining == "all" else None
             load_pretrained(self.module, pretrained["discriminator"], fresh)
             load_pretrained(network, pretrained[settings.start_from], fresh)
+        # No weight decay: the private optimizer's update must be a function of the noised gradient alone.
         self.optimizer = torch.optim.Adam(
             trained_parameters(self.module), lr=settings.learning_rate, betas=BETAS
         )
@@ -218,6 +231,7 @@ class GanPrivate(PrivateTraining):
             settings.ema_decay,
             bf16,
         )
+        # Fakes come from a frozen copy, so that all micro-batches of a step see the same generator.
         self.losses: AdversarialLosses = AdversarialLosses(
             config, world, n_classes, self.generator.frozen(averaged=False)
         )
@@ -271,15 +285,21 @@ class AdversarialLosses(ImageLosses):
         """Images (B, C, H, W) -> pairs of a real and a generated one (B, 2, C, H, W), their labels and which
         is real (B, 2).
         """
+        # A programming error that would void the sensitivity bound must not pass in silence.
         if self.generator.training:
             raise RuntimeError(
                 "the generator's statistics are those of its batch: the loss of an image would depend on "
                 "the others"
             )
+        # The latent of a fake belongs to (step, image): it does not depend on which other images were
+        # sampled.
         latents = self.draws.normal(seed, indices, self.generator.latent_size)
         labels = labels if self.n_classes else torch.zeros_like(labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            # Blocks of a fixed size: the kernels that a library chooses depend on the batch size, and
+            # rounding with them.
             fakes = [block.float() for _, block in blockwise(self.generator, latents, labels, size=FAKES)]
+        # Copy 0 is the sensitive image, copy 1 the generated one.
         real = torch.tensor([True, False], device=self.device).expand(len(images), -1)
         return torch.stack([edm.to_unit(images), torch.cat(fakes)], 1), labels[:, None].expand(-1, 2), real
 
@@ -288,4 +308,5 @@ class AdversarialLosses(ImageLosses):
         images, labels, real = tensors
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             scores = module(images, labels).float()
+        # Doubled, since the gradient is averaged over the two copies.
         return 2 * torch.where(real, d_loss_real(scores), d_loss_fake(scores))

@@ -58,6 +58,8 @@ class TrainedGenerator:
         )
         # Rounded up, so that all ranks have as many latents.
         self.own = -(-batch_size // world.size)
+        # Statistics over the global batch: otherwise the function trained would change with the number of
+        # ranks.
         over_ranks(network, world)
         self.engine = DDPEngine(network, learning_rate, world, bf16, BETAS)
         self.ema = EMA(network, decay)
@@ -84,12 +86,14 @@ class TrainedGenerator:
     def frozen(self, averaged: bool) -> Generator:
         """An eval-mode copy with the current or averaged weights and recomputed batch-norm statistics."""
         # A copy: training goes on with the original, whose statistics stay those of its batches.
+        # Buffers are copied with the weights; `recalibrate` replaces them.
         still = build_generator(self.config, self.n_classes).to(self.world.device)
         still.load_state_dict(self.network.state_dict())
         if averaged:
             self.ema.copy_to(still)
         batches, latents = CALIBRATION
         seed = public_seed(self.config, "batch-norm statistics")
+        # Fixed latents and evenly spread labels: the statistics are a function of the weights alone.
         normal = self.draws.normal(seed, torch.arange(batches * latents), still.latent_size)
         labels = torch.arange(batches * latents, device=self.world.device) % max(self.n_classes, 1)
         return recalibrate(still, list(zip(normal.split(latents), labels.split(latents), strict=True)))
@@ -151,6 +155,7 @@ class GeneratorFamily(Family):
                 torch.zeros(images, dtype=torch.int64, device=device),
             )
 
+        # Timed on zeros: the time of a convolution does not depend on the values.
         seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
         return seconds, activations(forward, device, config.runtime.precision), parameters(generator)
 

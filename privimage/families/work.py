@@ -43,6 +43,7 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) ->
 
 def activations(forward: Callable[[int], Tensor], device: torch.device, precision: str) -> float:
     """Bytes per image kept for the backward pass; `forward` and `precision` as for `seconds_of_a_pass`."""
+    # Autograd's own list of what it keeps: exact for any network.
     held: list[int] = []
 
     def hold(tensor: Tensor) -> Tensor:

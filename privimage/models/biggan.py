@@ -82,6 +82,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        # Every position attends to a pooled grid: a quarter of the keys, at no visible loss of quality.
         query = self.query(images).flatten(2)
         key, value = (F.max_pool2d(layer(images), 2).flatten(2) for layer in (self.key, self.value))
         weights = torch.softmax(query.transpose(1, 2) @ key, dim=-1)
@@ -101,17 +102,22 @@ class Generator(nn.Module):
         self, resolution: int, channels: int, n_classes: int, width: int = 96, shared: int = 128
     ) -> None:
         super().__init__()
+        # Halve the resolution down to the smallest map of at most 7x7; each halving is one block.
         self.bottom, blocks = resolution, 0
         while self.bottom > 7 and self.bottom % 2 == 0:
             self.bottom, blocks = self.bottom // 2, blocks + 1
+        # Channels per block: constant up to 32x32, growing towards the smallest map above (Brock et al.,
+        # Tables 4 to 9).
         outputs = (
             [4 * width] * blocks
             if resolution <= 32
             else [width * min(16, 2**level) for level in reversed(range(blocks))]
         )
         inputs = [4 * width if resolution <= 32 else width * min(16, 2**blocks), *outputs[:-1]]
+        # LATENT numbers are shared out; the remainder of an uneven division is not used.
         self.chunk = LATENT // (blocks + 1)
         self.latent_size = self.chunk * (blocks + 1)
+        # One class embedding for all blocks, as in Brock et al. ("shared embedding").
         self.label = nn.Embedding(n_classes, shared)
         _orthogonal(self.label)
         self.input = _spectral(nn.Linear(self.chunk, inputs[0] * self.bottom**2))
@@ -130,6 +136,7 @@ class Generator(nn.Module):
         """latents (B, latent_size) standard normal, labels (B,) int64 in [0, n_classes) -> images (B, C, H,
         W) in [-1, 1].
         """
+        # Hierarchical latents: a chunk for the input layer and one for each block.
         first, *chunks = latents.split(self.chunk, dim=1)
         shared = self.label(labels)
         hidden = self.input(first).unflatten(1, (-1, self.bottom, self.bottom))
@@ -188,9 +195,11 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, H or H / 2, ...)."""
+        # Pre-activation residual block: normalise, activate, convolve, twice.
         hidden = images if self.norm_1 is None else F.relu(self.norm_1(images))
         hidden = self.conv_2(F.relu(self.norm_2(self.conv_1(hidden))))
         hidden = F.avg_pool2d(hidden, 2) if self.down else hidden
+        # The skip path: identity where the shape stays, else a 1x1 convolution of the normalised input.
         if self.skip is None or self.norm_skip is None:
             return hidden + images
         if self.first:
@@ -207,6 +216,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, resolution: int, channels: int, n_classes: int, width: int = 96) -> None:
         super().__init__()
+        # As in the paper's networks for 32x32; above, one block for each doubling down to 4x4.
         if resolution <= 32:
             outputs, halvings = [2 * width] * 4, 2
         else:
@@ -225,6 +235,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """images (B, C, H, W) in [-1, 1], labels (B,) int64 in [0, n_classes) -> scores (B,)."""
+        # The score is linear in the features; the label adds an inner product with its own embedding.
         features = F.relu(self.blocks(images)).sum((2, 3))
         return self.output(features)[:, 0] + (self.label(labels) * features).sum(1)
 

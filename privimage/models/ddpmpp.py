@@ -1,6 +1,6 @@
-"""DDPM++: the U-Net of the diffusion methods (Song et al.
+"""DDPM++: the U-Net of the diffusion methods.
 
-2021, "Score-Based Generative Modeling through SDEs", appendix H).
+Song et al. 2021, "Score-Based Generative Modeling through SDEs", appendix H.
 
 Written for per-image gradients: parameters live only in Conv2d, Linear, GroupNorm and Embedding layers, each
 of which runs exactly once in a forward pass; nothing is added in place and no statistic is taken over the
@@ -37,6 +37,7 @@ def _initialised(layer: Layer, scale: float = 1.0) -> Layer:
 
 def sinusoidal(values: Tensor, dimension: int) -> Tensor:
     """Sines and cosines of `values` (B,) at frequencies from 1 down to 1e-4: (B, dimension), fp32."""
+    # Half of the outputs are sines, half cosines; an odd dimension ends with a zero.
     half = dimension // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values.device) / max(half - 1, 1)
     angles = values.float()[:, None] * 1e-4**exponents
@@ -90,6 +91,7 @@ class Block(nn.Module):
 
     def forward(self, images: Tensor, embedding: Tensor) -> Tensor:
         """(B, inputs, H, W) and an activated embedding (B, E) -> (B, outputs, H', W')."""
+        # Resampling comes between activation and convolution, on both paths (BigGAN's order).
         hidden = self.conv_1(self._resampled(F.silu(self.norm_1(images))))
         hidden = hidden + self.embedding(embedding)[:, :, None, None]
         hidden = self.conv_2(F.silu(self.norm_2(hidden)))
@@ -120,11 +122,13 @@ class DDPMpp(nn.Module):
             raise ValueError(f"a resolution of {resolution} cannot be halved {len(multipliers) - 1} times")
         self.n_classes, self.width = n_classes, width
         size = 4 * width
+        # One row more than there are classes: the last one is "no label", for guidance.
         self.label = nn.Embedding(n_classes + 1, width) if n_classes else None
         self.embed_1 = _initialised(nn.Linear(width, size))
         self.embed_2 = _initialised(nn.Linear(size, size))
         self.input = _initialised(nn.Conv2d(channels, width, 3, padding=1))
 
+        # The decoder is built from the channels that the encoder leaves, in reverse.
         encoder, skips = self._encoder(resolution, multipliers, attention)
         current = skips[-1]
         self.encoder = nn.ModuleList(encoder)
@@ -192,6 +196,8 @@ class DDPMpp(nn.Module):
         skips = [self.input(images)]
         for block in self.encoder:
             skips.append(block(skips[-1], embedding))
+        # Lowest resolution, then up again; each block of the decoder takes back one activation of the
+        # encoder.
         hidden = skips[-1]
         for block in self.middle:
             hidden = block(hidden, embedding)

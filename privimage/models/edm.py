@@ -50,6 +50,8 @@ class Denoiser(nn.Module):
         `guidance` g is the classifier-free guidance scale (Ho and Salimans 2022): D_cond + g (D_cond -
         D_uncond). It needs a network call more; 0 is off.
         """
+        # c_in, c_skip, c_out and c_noise of table 1: inputs and targets of unit variance at every noise
+        # level.
         level = sigma.float()[:, None, None, None]
         total = level**2 + SIGMA_DATA**2
         inputs, c_noise = images / total.sqrt(), sigma.float().log() / 4
@@ -78,6 +80,7 @@ def loss(
     untrained network about 1 at every level.
     """
     level = sigma[:, None, None, None]
+    # The network sees the noisy image; its error is weighted by 1 / c_out^2.
     error = denoiser(images + level * noise, sigma, labels) - images
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     return weight * error.square().flatten(1).mean(1)

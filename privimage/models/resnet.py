@@ -49,6 +49,7 @@ def classifier(name: str, channels: int, n_classes: int) -> Classifier:
         torchvision_operators.declare()
         from torchvision.models import resnet50
 
+        # Never pretrained weights: what they have seen is not known.
         trunk = resnet50(weights=None)
         features = trunk.fc.in_features
         trunk.conv1 = nn.Conv2d(channels, trunk.conv1.out_channels, 3, 1, 1, bias=False)

@@ -72,6 +72,7 @@ class Labels(Task):
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Some images are flipped."""
+        # Characters and digits are not flipped (`query.flip`): a mirrored letter is another one.
         if self.flip:
             flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
@@ -89,11 +90,13 @@ class Views(Task):
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """NT-Xent over two views of each image of the batch."""
+        # Row i and row i + B show the same image, as `contrastive_loss` expects.
         views = torch.cat([varied(images, self.flip, generator), varied(images, self.flip, generator)])
         return contrastive_loss(network(views).float())
 
     def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
         """Images whose second view is the most similar of all second views; the views are fixed."""
+        # The same views at every validation, so that accuracies can be compared.
         generator = torch.Generator().manual_seed(0)
         first, second = (F.normalize(network(varied(images, self.flip, generator)).float()) for _ in range(2))
         return int(((first @ second.T).argmax(1) == torch.arange(len(images), device=images.device)).sum())
@@ -108,6 +111,7 @@ def varied(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *more: int) -> Tensor:
         return torch.empty(count, *more).uniform_(low, high, generator=generator).to(images.device)
 
+    # A crop is an affine map: `side` scales, `across` and `down` shift, a negative scale mirrors.
     side = uniform(0.3, 1).sqrt()
     across, down, mirrored = uniform(-1, 1) * (1 - side), uniform(-1, 1) * (1 - side), uniform(0, 1) < 0.5
     nothing = torch.zeros_like(side)
@@ -116,10 +120,12 @@ def varied(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
         torch.stack([torch.stack(row, 1) for row in rows], 1), list(images.shape), align_corners=False
     )
     cropped = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    # Colour jitter per channel, and a fifth of the images without colour (SimCLR, appendix A).
     if channels > 1:
         grey = uniform(0, 1, 1, 1, 1) < 0.2
         coloured = cropped * uniform(0.6, 1.4, channels, 1, 1)
         cropped = torch.where(grey, cropped.mean(1, keepdim=True).expand_as(cropped), coloured)
+    # Contrast about the mean of the image, then brightness.
     mean = cropped.mean((1, 2, 3), keepdim=True)
     return (cropped - mean) * uniform(0.6, 1.4, 1, 1, 1) + mean + uniform(-0.4, 0.4, 1, 1, 1)
 

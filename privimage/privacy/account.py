@@ -46,6 +46,7 @@ class Account:
         `name` is `charge_name` of all that the output depends on: the same again costs nothing. `behind` are
         the charges of this part that made what the run goes on from.
         """
+        # Methods without noise are marked in the ledger as a whole; single uses mean nothing.
         if not part.noise_multiplier:
             return True
         assert self.ledger is not None  # the main rank charges
@@ -155,6 +156,7 @@ def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> Non
 
     For a run that has not begun, this needs the decoded set (`sensitive`).
     """
+    # The ledger's folder, or the nearest one above it that exists, must be writable.
     folder, path = ledger_folder(config), account_path(run)
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -266,6 +268,7 @@ def _no_older_ledger(config: Config, folder: Path, fingerprint: str) -> None:
 
 def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
     """The directory of which this one is a copy, if the ledger knows its run and it still exists."""
+    # A run that was moved is the same run: the old place no longer exists.
     known = ledger.spent.places.get(name)
     if known is None or not Path(known).is_dir() or Path(known).samefile(run.path):
         return None

@@ -70,6 +70,7 @@ FINE, COARSE = (
 def _composed(
     mechanisms: tuple[SampledGaussian, ...], accountant: str, interval: float
 ) -> dp_accounting.PrivacyAccountant:
+    # Compositions are built one mechanism at a time and cached: the search changes only the last one.
     if not mechanisms:
         return (
             pld.PLDAccountant(value_discretization_interval=interval)
@@ -181,6 +182,7 @@ def query_noise(
 
     `training` is the mechanism that would use up `target` without any query.
     """
+    # The query may cost what raising the training's noise by `max_rise` sets free.
     noisier = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
 
     def compose(sigma: float) -> tuple[SampledGaussian, ...]:
@@ -190,5 +192,6 @@ def query_noise(
 
 
 def _round_up(value: float, digits: int = 5) -> float:
+    # Upwards: rounding must never lower the noise.
     scale = 10 ** (digits - 1 - math.floor(math.log10(value)))
     return math.ceil(value * scale - 1e-9) / scale

@@ -76,8 +76,10 @@ def play(
     Returns the coins, bool (m,), and the scores, float64 (m,): each canary's coordinate, summed over the
     noised sums of all steps. The same on all ranks.
     """
+    # A fair coin per canary decides whether it is in the set.
     source = config.privacy.noise_source
     coins = bit_generator(source, root.derive("audit coins")).random_raw(canaries) < np.uint64(1 << 63)
+    # One weight per canary, so that no two gradients share a coordinate.
     module = nn.Embedding(canaries, 1, device=world.device)
     nn.init.zeros_(module.weight)
     losses = CanaryLosses(plan, world.device)
@@ -110,6 +112,7 @@ def guess(coins: np.ndarray, scores: np.ndarray, guesses: int) -> int:
 
     "took part" for the `guesses` / 2 highest scores, "did not" for as many lowest.
     """
+    # Canaries in the middle are not guessed: the fewer guesses, the surer each.
     order, half = np.argsort(scores, kind="stable"), guesses // 2
     return int(coins[order[-half:]].sum() + (~coins[order[:half]]).sum())
 

@@ -57,6 +57,7 @@ def physical_batch_size(
         most = CPU_IMAGES if given == "auto" else given
     else:
         most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
+    # The expected share of a rank, and room for the random size of Poisson samples.
     share = settings.logical_batch_size / ranks
     largest = share + 3 * math.sqrt(share)  # of a thousand Poisson samples; the one beyond takes a batch more
     return filled_size(math.ceil(largest / math.ceil(largest / most)), device)
@@ -69,6 +70,7 @@ def _fitting(
     probe: Callable[[int], tuple[Tensor, ...]],
     device: torch.device,
 ) -> int:
+    # Two sizes give the memory per image and the part that does not grow.
     free, _ = torch.cuda.mem_get_info(device)
     small, large = (_peak(settings, module, losses, probe, device, count) for count in (4, 12))
     an_image = max(1.0, (large - small) / 8)
@@ -80,6 +82,7 @@ def _peak(
 ) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    # What a private step does with the most memory: backward, then clipping.
     gradients = GRADIENTS[settings.gradients](module, None)
     gradients.backward(losses, *probe(count))
     trained = trained_parameters(module)

@@ -31,6 +31,7 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         layer, g, x_gradient = ctx.layer, g.contiguous(), None
+        # The ordinary gradient of the input; that of the weight is left out by the mask at the end.
         if ctx.needs_input_grad[0]:
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 g,
@@ -45,6 +46,7 @@ class _Conv2d(torch.autograd.Function):
                 1,
                 [True, False, False],
             )
+        # The weight gradients of all images by the backend that was the fastest for this layer.
         layer.weight.grad_sample, bias_gradient = ctx.backends.gradients(ctx.name, layer, x, g, ctx.folding)
         if layer.bias is not None:
             layer.bias.grad_sample = bias_gradient
@@ -64,6 +66,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         layer, shape = ctx.layer, (ctx.folding.copies, ctx.folding.images, -1)
+        # (K, B, positions, features): one product sums over the copies and the positions.
         inputs, outputs = x.view(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1])
         layer.weight.grad_sample = torch.einsum("kbpo,kbpi->boi", outputs, inputs)
         if layer.bias is not None:
@@ -92,6 +95,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, mean, rstd = ctx.saved_tensors
+        # Images as groups of channels of one image: the library's kernel then returns one gradient per image.
         layer, shape = ctx.layer, (ctx.folding.copies, ctx.folding.images, x.shape[1])
         g, most = g.to(x.dtype).contiguous(), GROUPS // layer.num_groups
         each = zip(g.split(most), x.split(most), mean.split(most), rstd.split(most), strict=True)

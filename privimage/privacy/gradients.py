@@ -64,6 +64,7 @@ class PerImageGradients(AbstractGradSampleModule):
         detached.
         """
         images = len(tensors[0])
+        # A small batch is filled up before anything is computed and cut afterwards.
         short = images < self.filled_to
         with without_chance():
             per_image = self._fill(
@@ -99,12 +100,14 @@ class FoldedGradients(PerImageGradients):
             layer.forward = RULES[type(layer)](name, layer, self.folding, self.convolutions)
 
     def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        # (B, K, ...) becomes one batch of K * B; the rules unfold it with the same two numbers.
         images, copies = tensors[0].shape[:2]
         flat = [
             t.transpose(0, 1).reshape(copies * images, *t.shape[2:]) for t in tensors
         ]  # copies first: folding is then a view
         self.folding.images, self.folding.copies = images, copies
         per_image = losses(self._module, *flat).view(copies, images).mean(0)
+        # The sum, not the mean: the gradient of one image must not depend on how many others there are.
         per_image.sum().backward()
         return per_image.detach()
 
@@ -117,6 +120,8 @@ class VmapGradients(PerImageGradients):
     """vmap(grad) over single images: slow, and correct by construction."""
 
     def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        # torch.func differentiates a function of the parameters, so the module is called with them as
+        # arguments.
         parameters = {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
 
         def one_image(parameters: dict[str, Tensor], *copies: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,7 @@ def settings_read(config: Config, stage: str) -> dict:
     Without those that say where images are: the content of both sets is in the digest by itself, that of the
     public one through the networks that it trained.
     """
+    # Settings of all stages up to this one, since their outputs are its inputs.
     found = settings_of(config, upstream(stage, config.spec.stages)) | settings_of_plan(config)
     return {key: value for key, value in found.items() if not effect(key).place}
 

@@ -266,6 +266,7 @@ def describe(budget: tuple[float, float]) -> str:
 
 
 def _whole(handle: int) -> bytes:
+    # pread may return less than asked for.
     size, parts, at = os.fstat(handle).st_size, [], 0
     while at < size and (part := os.pread(handle, size - at, at)):
         parts.append(part)

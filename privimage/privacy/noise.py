@@ -32,6 +32,7 @@ def gaussian(source: str, key: bytes, size: int, standard_deviation: float) -> n
     noise = np.empty(size)
     for start in range(0, size, CHUNK):
         part = noise[start : start + CHUNK]
+        # Four draws of deviation sigma / 2 have deviation sigma together.
         generator.standard_normal(out=part)
         for _ in range(3):
             part += generator.standard_normal(len(part))

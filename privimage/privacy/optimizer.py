@@ -70,6 +70,7 @@ class PrivateOptimizer(DPOptimizer):
 
         A rank without images adds nothing.
         """
+        # A rank whose share of the sample is empty still takes part in the collective.
         if self.params[0].grad_sample is None:
             return
         # Everything below is counted without noise, and stays in private/.

@@ -94,6 +94,7 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
 
 def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
     """The steps of a method without noise or clipping, in the form of a plan."""
+    # Same steps and samples, but no bound and no noise.
     kinds = ["select"] if config.spec.pretraining == "selected" else []
     limits = config.finetune.model_copy(
         update={

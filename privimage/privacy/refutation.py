@@ -82,6 +82,7 @@ def find(plan: DPSGD, delta: float, canaries: int, guesses: int, right: int, lev
             TradeOff(EPSILONS, profile((less_noise(by),), EPSILONS)), canaries, guesses, right, level
         )
 
+    # Once by epsilon and delta alone, once by the whole curve of the planned mechanism with less noise.
     any_epsilon = _largest(any_refuted, 0.0, 1.0, 0.0, 1e-3)
     by = _largest(planned_refuted, 0.0, 0.25, -4.0, 5e-3)
     return Finding(
@@ -96,6 +97,7 @@ def _largest(
 
     None if it is below `floor`.
     """
+    # Find a value where it holds, going down, then one where it does not, going up, then bisect.
     low = start
     while not holds(low):
         low -= step

@@ -37,6 +37,7 @@ class Spent:
         """All charges, equal mechanisms added up; with `run`, those of the run and those `behind` its
         weights.
         """
+        # Equal mechanisms are added up, since composing n equal ones is one operation.
         counts = Counter(
             c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind
         )
@@ -47,6 +48,7 @@ class Spent:
 
     def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[SampledGaussian, ...]]:
         """`mechanisms` of one run for each part of its plan."""
+        # Charges of other runs count too where their output is behind the weights.
         own = {name: c for name, c in self.charges.items() if c.run == run or name in behind}
         parts = dict.fromkeys(c.part for c in own.values())
         return {
@@ -58,6 +60,7 @@ class Spent:
 
         An unfinished run may still use what it has announced.
         """
+        # What was charged, raised to what was announced where that is more.
         counts: Counter[tuple[str, str, SampledGaussian]] = Counter(
             (c.run, c.part, c.mechanism) for c in self.charges.values()
         )
@@ -88,6 +91,7 @@ class Reader:
 
     def _entry(self, entry: dict) -> None:
         spent = self.spent
+        # One kind of entry per key; the order of these tests does not matter.
         if "ledger" in entry:
             spent.identity = spent.identity or entry["ledger"]
         elif "budget" in entry:
@@ -127,5 +131,6 @@ class Reader:
 
 def _cost(mechanism: SampledGaussian) -> float:
     """Order of single uses by cost: the Gaussian-DP parameter of the sampled mechanism in its limit."""
+    # Capped, since exp overflows above.
     exponent = min(mechanism.noise_multiplier**-2, 700.0)
     return mechanism.sample_rate * math.sqrt(math.expm1(exponent))

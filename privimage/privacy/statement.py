@@ -63,6 +63,7 @@ def statement(
 
 def _not_private(config: Config, account: Account, spent: Spent, names: set[str]) -> str | None:
     """Why nothing is promised, as the ledger has it; None if it is private."""
+    # One run without noise anywhere behind the weights is enough.
     runs = {account.run} | {spent.charges[name].run for name in names if name in spent.charges}
     if not runs & spent.not_private and account.private:
         return None
@@ -94,6 +95,7 @@ def rounded_up(value: float, places: int | None = None, digits: int | None = Non
     """`value` rounded up to so many decimal places or significant digits, so that the printed number is a
     bound.
     """
+    # Through the decimal text: binary rounding could lower a bound by its last digit.
     exact = Decimal(repr(float(value)))
     if places is not None:
         return float(exact.quantize(Decimal(1).scaleb(-places), ROUND_CEILING))

@@ -87,6 +87,7 @@ def _claimed(config: Config, world: World) -> Iterator[RunDir]:
 
 def _known(stages: Sequence[str], config: Config) -> Sequence[str]:
     """`stages`, or all of the method where none are named. Raises UserError for one that it does not have."""
+    # A misspelt stage is refused before anything is opened.
     for name in stages:
         if name not in config.spec.stages:
             raise UserError(
@@ -97,6 +98,7 @@ def _known(stages: Sequence[str], config: Config) -> Sequence[str]:
 
 def _in_short(error: BaseException) -> str:
     """Why a run ends early, in one line."""
+    # Mistakes have a line each; one is enough for a table of many runs.
     first, *more = str(error).splitlines() or [""]
     if isinstance(error, Mistakes) and more:
         first += f" (and {len(more)} more)"
@@ -153,6 +155,7 @@ def _timed(path: Path, world: World) -> Iterator[Callable[[], float]]:
 
 def _peak(world: World) -> int:
     """The largest peak of memory of all ranks since `memory.reset_peak`, in bytes."""
+    # A sum stands for the gather: each rank fills its own place.
     peaks = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     peaks[world.rank] = memory.peak(world.device)
     return int(world.all_reduce_(peaks).max())

@@ -103,6 +103,7 @@ def _stamps(path: Path | None) -> list:
     """Modification times of the public set and its sub-folders, enough to notice added or removed images."""
     if path is None:
         return []
+    # The class folders are enough: adding or removing a file changes the time of its folder.
     places = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else [path]
     return [[str(place.resolve()), place.stat().st_mtime_ns] for place in places if place.exists()]
 

@@ -199,6 +199,7 @@ class Voters:
 
     def _blocks(self, count: int) -> list[slice]:
         """This rank's blocks of `count` images."""
+        # self.world.size] :: Blocks in turn, so that ranks finish together.
         starts = range(0, count, BLOCK)[self.world.rank :: self.world.size]
         return [slice(start, min(start + BLOCK, count)) for start in starts]
 
@@ -271,6 +272,7 @@ def chances(counts: Tensor, threshold: float) -> Tensor:
 
     A row in which nothing is left has equal chances.
     """
+    # Counts below the threshold are mostly noise (Lin et al. 2024, algorithm 1).
     left = (counts.double() - threshold).clamp(min=0)
     left = torch.where(left.sum(1, keepdim=True) > 0, left, 1.0)
     return left / left.sum(1, keepdim=True)

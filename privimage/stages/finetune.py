@@ -202,9 +202,7 @@ def _gradients(
     found = world.broadcast_object(kept["backends"] if kept.get("computation") == without else {})
     gradients = GRADIENTS[config.finetune.gradients](training.module, found, filled_to=physical)
     # A backward pass on grey images lets each convolution that has no backend yet time its own.
-    gradients.backward(
-        training.losses, *training.losses.probe(physical)
-    )  # finds the fastest way for each layer that has none yet
+    gradients.backward(training.losses, *training.losses.probe(physical))
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()
     if world.is_main and kept.get("computation") != without:

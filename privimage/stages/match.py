@@ -40,9 +40,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     sensitive = open_sensitive(config, "train", world)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     # A generator that cannot make the resolution is refused before anything is charged.
-    size = family(config).sizes(config, n_classes)[
-        "generator"
-    ]  # refuses what the generator cannot make, before anything is charged
+    size = family(config).sizes(config, n_classes)["generator"]
     # From here on the run sees the sensitive set through one noisy embedding only, kept in a file.
     account = open_account(config, run_dir, sensitive, world)
     embedding, charge = _embedding(config, run_dir, world, account, sensitive, max(n_classes, 1))

@@ -16,6 +16,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     UserError for whatever is wrong with the public set.
     """
     data = config.data
+    # A store that was prepared elsewhere is used in place; it is checked, never copied.
     if data.public.kind == "beton" and data.public.path is not None:
         path, place = data.public.path, str(data.public.path.resolve())
         sidecar = store.verify(path)
@@ -24,6 +25,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         path = run_dir.stage("prepare") / place
         if world.is_main:
             store.write(public_source(config), path, data.resolution, data.channels, data.workers)
+        # The main rank may write for hours; the others wait without a time-out.
         world.barrier()
         sidecar = store.verify(path)
     classes = sidecar.classes if data.public.labelled else ONE_CLASS

@@ -31,6 +31,7 @@ def public_labels(run: RunDir) -> Semantics:
 
     Raises UserError if `prepare` is not finished.
     """
+    # An unlabelled store may hold labels all the same; they are not looked at.
     classes, labels = run.require("prepare")["classes"], store.labels(run.public_store)
     return Semantics(tuple(classes), labels if len(classes) > 1 else np.zeros_like(labels), "public classes")
 
@@ -77,6 +78,7 @@ def load_scores(config: Config, run: RunDir, world: World) -> SemanticQuery:
 
     Raises UserError if a part of it is not there.
     """
+    # With clusters, scores are similarities to their centres.
     query = load_query(config, run, world)
     if config.query.semantics == "clusters":
         query.centroids = torch.from_numpy(_clusters(run)["centroids"]).to(world.device)

@@ -54,7 +54,9 @@ def _trained(config: Config, run_dir: RunDir, world: World, public: Semantics) -
     train_indices, held_out = split(
         len(labels), settings.validation_fraction, public_seed(config, "query held-out images")
     )
+    # Held-out images choose the weights that are kept; they are never trained on.
     training = QueryTraining(config, run_dir, world, public, held_out)
+    # The global batch is shared out, rounded up.
     batch_size = -(-min(settings.batch_size, len(train_indices)) // world.size)
     stream = PublicStream(
         run_dir.public_store,
@@ -107,6 +109,7 @@ class QueryTraining:
     def step(self, images: Tensor, targets: Tensor, step: int) -> None:
         """One update by this rank's images uint8 (B, C, H, W) and their labels (B,)."""
         self.network.train()
+        # Augmentation is a function of (step, rank), so that a resumed run repeats itself.
         generator = torch.Generator().manual_seed(
             public_seed(self.config, "query augmentation", step, self.world.rank)
         )
@@ -155,6 +158,7 @@ def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     """A fixed random division of `count` public images into sorted indices (n,) to train on and to validate
     on.
     """
+    # Sorted indices read the store front to back.
     order = np.random.default_rng(seed).permutation(count)
     held_out = max(1, int(count * fraction))
     return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -165,9 +169,11 @@ def _accuracy(task: Task, network: nn.Module, images: np.ndarray, labels: np.nda
     """Percent of all ranks' validation images that the network gets right."""
     network.eval()
     right = 0.0
+    # Blocks bound the memory of validation.
     for start in range(0, len(images), 512):
         batch = to_unit(torch.from_numpy(images[start : start + 512]).to(world.device))
         right += task.right(network, batch, torch.from_numpy(labels[start : start + 512]).to(world.device))
+    # The number of images differs between ranks, so sums are added, not percentages.
     totals = world.all_reduce_(torch.tensor([right, float(len(images))], device=world.device))
     return round((100 * totals[0] / totals[1]).item(), 3)
 
@@ -178,6 +184,7 @@ def _clustered(config: Config, run_dir: RunDir, world: World, public: Semantics)
     path, count = run_dir.public_store, len(public.of_images)
     seed = public_seed(config, "clusters") % 2**32  # scikit-learn takes 32 bits
     query = load_query(config, run_dir, world)
+    # The same sample on all ranks.
     seen = np.sort(np.random.default_rng(seed).permutation(count)[:FITTED])
     stopped = "query: the network is kept, clusters are made again"
 
@@ -212,6 +219,7 @@ def _names(clusters: np.ndarray, count: int, public: Semantics, shown: int = 2) 
     """ "cluster 7", and where there are labels the most frequent of its images: "cluster 7 (tabby/lynx)"."""
     names = []
     for number in range(count):
+        # Named by the two most frequent labels of its images, for people only.
         held = np.bincount(public.of_images[clusters == number], minlength=len(public.names))
         most = [public.names[i].split(",")[0] for i in np.argsort(-held, kind="stable")[:shown] if held[i]]
         names.append(f"cluster {number}" + (f" ({'/'.join(most)})" if len(public.names) > 1 and most else ""))

@@ -34,6 +34,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """
     settings, public = config.select, public_semantics(config, run_dir)
     sensitive = open_sensitive(config, "train", world)
+    # One row of the histogram per sensitive class, one column per public class.
     rows = len(sensitive.classes) if config.data.sensitive.labelled else 1
     columns = len(public.names)
     if rows * settings.per_class > columns:
@@ -137,6 +138,7 @@ def exclusive_top(counts: np.ndarray, per_class: int) -> np.ndarray:
     first, not by the order of rows.
     """
     assignment = np.full(counts.shape[1], -1, dtype=np.int64)
+    # Greedy over all pairs: the largest count first, until each row has its columns.
     room = np.full(counts.shape[0], per_class)
     for flat in np.argsort(-counts, axis=None, kind="stable"):
         row, column = divmod(int(flat), counts.shape[1])

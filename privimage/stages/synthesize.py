@@ -41,7 +41,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world.device)
     assert weights is not None  # the stage is finished
     # The statement comes first: what cannot be released is not sampled.
-    said = _statement(config, run_dir, world, weights)  # what cannot be released is not sampled
+    said = _statement(config, run_dir, world, weights)
     generator = _generator(config, world, weights)
     count = settings.samples
     _sample_blocks(config, run_dir, world, generator, weights["n_classes"], count, "after")
@@ -81,6 +81,7 @@ def _sample_before(config: Config, run_dir: RunDir, world: World, pretrained: di
 
     Their labels are -1 where it knows public classes only.
     """
+    # No more than fidelity is measured on.
     count, n_classes = (
         min(config.synthesize.samples, config.evaluate.fidelity_samples),
         pretrained["n_classes"],
@@ -103,6 +104,7 @@ def _sample_blocks(
     draws, blocks = ImageDraws(world.device), range(0, count, settings.batch_size)
     curves = Curves(run_dir.tensorboard, f"synthesize-{name}", 0, world.is_main)
     with Progress(f"synthesize ({name})", len(blocks), shown=world.is_main) as bar:
+        # The ranks take blocks in turn. A block is a file, so that a stopped run goes on with the next one.
         for number, start in enumerate(blocks):
             bar.advance()
             path = folder / f"{start:09d}.npy"
@@ -167,6 +169,7 @@ def require_allowed(folder: Path) -> None:
 
 
 def _write_model(path: Path, config: Config, weights: dict) -> None:
+    # A released model loads on machines without a GPU, and carries what is needed to sample from it.
     on_cpu = {name: value.cpu() for name, value in weights["ema"].items()}
     shape = {
         "resolution": config.data.resolution,

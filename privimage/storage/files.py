@@ -15,6 +15,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises UserError when the disk is full.
     """
+    # In the same folder, so that the rename is atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

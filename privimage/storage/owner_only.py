@@ -94,5 +94,6 @@ def restrict_all(places: Iterable[Path], owner: int | None = None) -> None:
 
 def open_to_all(path: Path) -> None:
     """Let everybody read a folder and all that is in it, whatever the umask: a release."""
+    # Explicit modes: the umask of this process is closed.
     for entry in (path, *path.rglob("*")):
         entry.chmod(0o755 if entry.is_dir() else 0o644)

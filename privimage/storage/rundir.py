@@ -129,6 +129,7 @@ class RunDir:
         """
         try:
             self._whole()
+            # The lock goes with the process: nothing has to be cleaned up after a kill.
             handle = open(self.path / ".lock", "w")
         except UserError as error:
             raise UserError(f"run.dir: {error}") from None

@@ -72,6 +72,7 @@ def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
     if not folder.is_dir():
         return [], []
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it logs each restart
+    # 0 means all points; by default it keeps a random sample of them.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     found = events.Scalars(name) if name in events.Tags()["scalars"] else []

@@ -61,5 +61,6 @@ class Progress:
             self.bar.update(self.task, completed=self.done, extra=text)
         elif self.shown and time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
+            # Logs of jobs are read later: a line each quarter of a minute is enough.
             left = (self.total - self.done) / self.rate
             say(f"{self.label}: {self.done}/{self.total}  {left:.0f} s left  {text}".rstrip())

@@ -16,6 +16,7 @@ def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> Non
         axes.plot(steps, losses, color=theme["accent"], linewidth=1.6)
         beside(axes, steps[-1], losses[-1], f"{losses[-1]:.3f}", gap=6, fontweight="bold")
         axes.set(xlabel="pretraining step", ylabel="loss", xlim=(0, steps[-1]))
+        # A logarithmic axis where the beginning would squeeze the rest.
         if max(losses) > 5 * min(losses) > 0:
             axes.set_yscale("log")
         axes.tick_params(length=0, which="both")
@@ -28,6 +29,7 @@ def budget(path: Path, steps: Sequence[int], spent: Sequence[float], promised: f
 
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
+        # The promised epsilon as a line that the curve must not cross.
         axes.axhline(promised, color=theme["muted"], linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
             "promised", (0, promised), (2, 4), textcoords="offset points", color=theme["muted"], fontsize=8

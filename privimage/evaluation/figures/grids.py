@@ -13,6 +13,7 @@ def _tiled(rows: Sequence[np.ndarray], scale: int, gap: int = 4) -> Image.Image:
     """Rows of images uint8 (n, C, H, W) as one picture with transparent gaps, enlarged `scale` times without
     smoothing.
     """
+    # RGBA, transparent where there is no image, so that the picture suits a light and a dark page.
     side, columns = rows[0].shape[-1] * scale, max(len(row) for row in rows)
     height = rows[0].shape[-2] * scale
     canvas = np.zeros((len(rows) * (height + gap) - gap, columns * (side + gap) - gap, 4), np.uint8)
@@ -42,6 +43,7 @@ def sample_grid(
     images uint8 (N, C, H, W), labels (N,). With one class, or more than twelve, eight rows of the first
     images, and [].
     """
+    # One row per class as long as the page can name them.
     if 1 < n_classes <= ANNOTATED:
         shown = [c for c in range(n_classes) if np.any(labels == c)]
         rows = [images[labels == c][:columns] for c in shown]
@@ -58,6 +60,7 @@ def nearest_pairs(
     path: Path, synthetic: np.ndarray, training: np.ndarray, distance: np.ndarray, pairs: int = 16
 ) -> None:
     """Pairs: synthetic images uint8 (N, C, H, W) above, the nearest training image of each below."""
+    # The worst cases: the synthetic images that are nearest to a training image.
     closest = np.argsort(distance, kind="stable")[:pairs]
     _tiled([synthetic[closest], training[closest]], _enlargement(synthetic.shape[-1], pairs)).save(
         path, optimize=True

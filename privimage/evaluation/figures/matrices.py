@@ -13,12 +13,14 @@ from privimage.evaluation.figures.theme import ANNOTATED, OKABE_ITO, save
 
 def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Confusion matrix in percent of each row (true class). counts int (classes, classes)."""
+    # A class without test images has a row of zeros, not a division by zero.
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()
         colours = LinearSegmentedColormap.from_list("share", [theme["surface"], theme["accent"]])
         axes.imshow(share, cmap=colours, vmin=0, vmax=100)
+        # Numbers in the cells only where they can be read.
         if len(classes) <= ANNOTATED:
             for y, x in np.ndindex(share.shape):
                 if share[y, x] >= 0.5:
@@ -39,6 +41,7 @@ def _short(name: str, letters: int = 18) -> str:
 
 def _name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], theme: dict[str, str]) -> None:
     rows, columns = [_short(name) for name in rows], [_short(name) for name in columns]
+    # Long names stand upright.
     upright = max(map(len, columns)) > 3
     axes.set_xticks(
         range(len(columns)),
@@ -71,6 +74,7 @@ def selection(
         axes = figure.add_subplot()
         colours = LinearSegmentedColormap.from_list("votes", [theme["surface"], theme["accent"]])
         picture = axes.imshow(votes, cmap=colours, vmin=0, aspect="auto")
+        # A ring around each public class at the row that it was given to.
         for x, column in enumerate(top):
             if assignment[column] >= 0:
                 axes.scatter(

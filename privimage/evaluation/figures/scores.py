@@ -40,6 +40,7 @@ def accuracies(path: Path, after: dict[str, float], before: dict[str, float], ch
 
 def _score(axes: Axes, y: int, after: float, before: float | None, theme: dict[str, str]) -> None:
     """One row: a point, and where there is an earlier score a line that leads to it."""
+    # The two numbers stand on the outer sides of their points, so that they never overlap.
     rises = after >= (before or 0.0)
     if before is not None:
         style: dict[str, Any] = {"linewidth": 5, "solid_capstyle": "round", "zorder": 1}
@@ -72,6 +73,7 @@ def embedding(
     """t-SNE (van der Maaten and Hinton 2008) of penultimate features (N, F) and (M, F) in one plane."""
     from sklearn.manifold import TSNE
 
+    # One embedding of both sets: two would not be comparable.
     everything = np.concatenate([synthetic, real])
     perplexity = min(30.0, (len(everything) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(everything)
@@ -90,6 +92,7 @@ def embedding(
                 alpha=0.75,
                 color=[OKABE_ITO[label % len(OKABE_ITO)] for label in labels],
             )
+            # The name of a class stands at the median of its points.
             for label in np.unique(labels) if len(classes) <= ANNOTATED else ():
                 centre = np.median(at[labels == label], 0)
                 box = {

@@ -82,6 +82,7 @@ def vote_counts(votes: np.ndarray, labels: np.ndarray, rows: int, columns: int) 
     labels int64 (N,) in [0, rows).
     """
     counts = np.zeros((rows, columns))
+    # Sorted, so that equal votes of an image are neighbours and only the first of them counts.
     ordered = np.sort(votes, axis=1)
     first = np.ones_like(ordered, dtype=bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -106,5 +107,6 @@ def noisy_histogram(
     """
     if votes.shape[1] > mechanism.per_image:
         raise ValueError(f"{votes.shape[1]} votes per image, planned for {mechanism.per_image}")
+    # Every bin gets noise, empty ones too: which bins are empty is private.
     noise = gaussian(source, key, rows * columns, mechanism.standard_deviation)
     return vote_counts(votes, labels, rows, columns) + noise.reshape(rows, columns)

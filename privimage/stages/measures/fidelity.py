@@ -14,6 +14,7 @@ from privimage.telemetry.progress import say
 
 def _take(subject: Subject) -> dict:
     """FID, KID, precision and recall of the synthetic set, and of what the pretrained generator made."""
+    # A method without a generator has no synthetic set; the keys stay, with nothing in them.
     if subject.after is None:
         empty = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
         return {"fidelity": empty, "fidelity_before": None}
@@ -28,6 +29,7 @@ def _take(subject: Subject) -> dict:
 
 
 def _described(subject: Subject, images: Labelled, name: str) -> dict:
+    # The first images: labels come in turn, so each class has the same share.
     synthetic = images.images[: subject.config.evaluate.fidelity_samples]
     real = _real_features(subject)
     features = fidelity.extract(

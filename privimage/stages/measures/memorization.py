@@ -11,6 +11,7 @@ COMPARED = 2000  # synthetic images in the check
 
 
 def _take(subject: Subject) -> dict:
+    # Without held-out images there is nothing to compare the distance with.
     if not subject.after or not subject.test:
         return {"memorization": None}
     check = partial(_check, subject, subject.after, subject.test)

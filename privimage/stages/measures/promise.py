@@ -22,6 +22,7 @@ def _take(subject: Subject) -> dict:
     if not subject.world.is_main:
         return {}
     privacy = _stated(subject) if subject.after else _nothing()
+    # From the public curve, which shows epsilon at a twentieth of the steps.
     steps, spent = points(subject.run.tensorboard / subject.config.spec.training, "epsilon")
     if len(steps) > 1 and privacy["private"]:
         draw.budget(subject.figures / "budget.png", steps, spent, privacy["promised_epsilon"])
@@ -29,6 +30,7 @@ def _take(subject: Subject) -> dict:
 
 
 def _stated(subject: Subject) -> dict:
+    # Only what the release states; nothing is computed again.
     said = read_json(subject.run.release / "PRIVACY.json")
     stated = {name: said[name] for name in STATED if name in said}
     if not said["private"]:

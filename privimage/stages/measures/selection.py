@@ -15,6 +15,7 @@ def _take(subject: Subject) -> dict:
         return {}
     if subject.config.spec.pretraining == "none":
         return {"selection": None, "semantics": NOT_MEASURED}
+    # Methods without a query have used all public images.
     public = public_labels(subject.run)
     used, chosen = np.ones(len(public.of_images), bool), None
     if subject.config.spec.pretraining in ("selected", "random"):
@@ -32,6 +33,7 @@ def _chosen(subject: Subject) -> tuple[np.ndarray, dict]:
     if by_vote:
         file = subject.figures / "selection.png"
         draw.selection(file, counts, assignment, rows, columns.names, columns.kind)
+    # An image was used if its class or cluster was given to a sensitive class.
     used = assignment[columns.of_images] >= 0
     kept = [
         {"name": name, "public": [columns.names[i] for i in np.flatnonzero(assignment == row)]}
@@ -52,6 +54,7 @@ def _similarity(subject: Subject, public: Semantics, used: np.ndarray) -> dict:
     if subject.vectors is None or not labelled or len(public.names) < 2:
         return NOT_MEASURED
     train = subject.train
+    # Frequencies of the sensitive labels: the result is marked as not covered.
     own = (train.classes, np.bincount(train.labels, minlength=len(train.classes)))
     similar, whole = (
         semantics.similarity(

@@ -11,6 +11,7 @@ def _take(subject: Subject) -> dict:
         return {}
     config, train, test, after = subject.config, subject.train, subject.test, subject.after
     labelled = config.data.sensitive.labelled
+    # N and the number of test images are taken as public.
     facts: dict = {
         "sensitive": {"images": len(train.images), "test_images": len(test.images) if test else 0},
         "grid_classes": [],
