@@ -49,12 +49,12 @@ def effects() -> dict[str, Effect]:
 
 def settings_of(config: Config, stages: Collection[str]) -> dict[str, Any]:
     """All settings that affect the result of one of `stages`, as plain values by ``section.key``."""
-    return _chosen(config, lambda found: not found.stages.isdisjoint(stages))
+    return _chosen(config, lambda declared: not declared.stages.isdisjoint(stages))
 
 
 def settings_of_plan(config: Config) -> dict[str, Any]:
     """All settings that the privacy plan is made from, as plain values by ``section.key``."""
-    return _chosen(config, lambda found: found.planned)
+    return _chosen(config, lambda declared: declared.planned)
 
 
 def _chosen(config: Config, wanted: Callable[[Effect], bool]) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def for_method(tree: dict, given: Any) -> dict:
     if not isinstance(special, dict):
         raise UserError(f"gan: expected sections of settings for methods with a GAN, not {special!r}")
     # Overrides of the command line win over the section gan, so what they set is left out of it.
-    found = _over(tree, _without(special, given)) if _generator(tree) == "gan" else tree
-    return {key: value for key, value in found.items() if key != "gan"}
+    merged = _over(tree, _without(special, given)) if _generator(tree) == "gan" else tree
+    return {key: value for key, value in merged.items() if key != "gan"}
 
 
 def _generator(tree: dict) -> str:

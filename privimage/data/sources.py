@@ -64,11 +64,11 @@ def read(source: Source, resolution: int, channels: int, workers: int, shown: bo
     images = np.empty((len(source), channels, resolution, resolution), np.uint8)
     digests = [b""] * len(source)
     with Progress("read", len(source), shown=shown) as bar:
-        for found in decoded(source, resolution, channels, workers):
-            if found.image is None:
-                raise UserError(found.problem)
-            images[found.index] = found.image
-            digests[found.index] = found.digest
+        for result in decoded(source, resolution, channels, workers):
+            if result.image is None:
+                raise UserError(result.problem)
+            images[result.index] = result.image
+            digests[result.index] = result.digest
             bar.advance()
     # By content, not by file name: renaming files must not change a seeded run.
     order = sorted(range(len(source)), key=lambda index: (digests[index], source.labels[index]))
@@ -103,15 +103,15 @@ def open_sensitive(config: Config, split: Split, world: World, shown: bool = Fal
     Two ranks with different copies would take one image into the same sum twice, or two images for one.
     Raises UserError on all ranks that names those whose copy differs.
     """
-    found = read_sensitive(config, split, shown)
+    images = read_sensitive(config, split, shown)
     path = config.data.sensitive.path or config.data.sensitive.kind
     all_the_same(
         world,
-        found.content,
+        images.content,
         f"data.sensitive: {path}: the {split} images or labels",
         "copy the set to them again",
     )
-    return found
+    return images
 
 
 def sensitive_source(config: Config, split: Split) -> Source:
@@ -131,15 +131,15 @@ def sensitive_source(config: Config, split: Split) -> Source:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
     # The number of classes is a public statement of the owner; it is never counted from the labels.
     known = Known(count=sensitive.classes)
-    found = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known)
+    source = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known)
     # What was stated is in the promise, so a difference is an error and never corrected in silence.
-    stated = {"count": (sensitive.count, len(found))}
+    stated = {"count": (sensitive.count, len(source))}
     if sensitive.labelled:
-        stated["classes"] = (sensitive.classes, len(found.classes))
+        stated["classes"] = (sensitive.classes, len(source.classes))
     for name, (said, true) in stated.items():
         if said is not None and said != true:
             raise UserError(f"data.sensitive.{name}: {said} was stated, the data have {true}")
-    return found
+    return source
 
 
 def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
@@ -152,8 +152,8 @@ def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
         path, key = sensitive.test_path, "test_path"
         if sensitive.kind not in OWN_TEST_SPLIT and not holds_test_split(sensitive.kind, path):
             part = "train"
-    found = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes))
-    return aligned(found, classes, f"data.sensitive.{key}: {path}")
+    source = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes))
+    return aligned(source, classes, f"data.sensitive.{key}: {path}")
 
 
 def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSet:

@@ -61,8 +61,8 @@ def import_ffcv() -> None:
 def ffcv_installed() -> bool:
     """Whether FFCV and its compiled part are there, without importing them, which takes seconds."""
     # Only the file names are looked at: importing FFCV compiles with numba.
-    found = importlib.util.find_spec("ffcv")
-    folders = (found.submodule_search_locations or ()) if found else ()
+    spec = importlib.util.find_spec("ffcv")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
     return any(any(Path(folder).glob("_libffcv*")) for folder in folders)
 
 
@@ -99,14 +99,14 @@ def write(
             _writer(temporary, path.suffix, len(source), shape) as put,
         ):
             # Images arrive in order and are written at once; memory does not grow with the set.
-            for found in decoded(source, resolution, channels, workers):
-                if found.image is not None:
-                    put(found.image, int(source.labels[found.index]))
-                    kept.append(found.index)
+            for result in decoded(source, resolution, channels, workers):
+                if result.image is not None:
+                    put(result.image, int(source.labels[result.index]))
+                    kept.append(result.index)
                 elif skip_bad:
-                    bad.append(found.problem)
+                    bad.append(result.problem)
                 else:
-                    raise UserError(found.problem)
+                    raise UserError(result.problem)
                 bar.advance(skipped=str(len(bad)))
         _require_all_classes(source, kept, bad, path)
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
@@ -213,15 +213,15 @@ def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
         reason = f"its sidecar {_sidecar_path(path).name} is missing, and without it damage could not be seen"
         raise UserError(f"{path}: {reason}; prepare it again")
     # Size and shape are checked without reading the file; `verify` reads it.
-    known = _sidecar(path)
-    if (found := path.stat().st_size) != known.size:
+    sidecar = _sidecar(path)
+    if (size := path.stat().st_size) != sidecar.size:
         raise UserError(
-            f"{path}: truncated or altered ({found} bytes, {known.size} were written); prepare it again"
+            f"{path}: truncated or altered ({size} bytes, {sidecar.size} were written); prepare it again"
         )
-    if shape and known.shape != shape:
+    if shape and sidecar.shape != shape:
         reason = f"data.channels and data.resolution ask for {shape}"
-        raise UserError(f"{path}: holds images of shape {known.shape}, {reason}")
-    return known
+        raise UserError(f"{path}: holds images of shape {sidecar.shape}, {reason}")
+    return sidecar
 
 
 def verify(path: Path) -> Sidecar:
@@ -229,11 +229,11 @@ def verify(path: Path) -> Sidecar:
 
     Raises UserError for a missing, truncated or altered file.
     """
-    known, status = described(path), path.stat()
-    if _digest_of_version(path, status.st_mtime_ns, status.st_ino) != known.sha256:
+    sidecar, status = described(path), path.stat()
+    if _digest_of_version(path, status.st_mtime_ns, status.st_ino) != sidecar.sha256:
         raise UserError(f"{path}: altered (its SHA-256 is not the one in its sidecar); prepare it again")
     _need_ffcv(path)
-    return known
+    return sidecar
 
 
 def labels(path: Path) -> np.ndarray:
@@ -275,14 +275,14 @@ def _sidecar_path(path: Path) -> Path:
 
 
 def _sidecar(path: Path) -> Sidecar:
-    found = read_json(_sidecar_path(path))
+    content = read_json(_sidecar_path(path))
     try:
         return Sidecar(
-            int(found["count"]),
-            tuple(found["shape"]),
-            tuple(found["classes"]),
-            int(found["size"]),
-            found["sha256"],
+            int(content["count"]),
+            tuple(content["shape"]),
+            tuple(content["classes"]),
+            int(content["size"]),
+            content["sha256"],
         )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{_sidecar_path(path)}: damaged, not the sidecar of a store") from None

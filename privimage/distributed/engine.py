@@ -37,7 +37,7 @@ class Engine(ABC):
 
     @abstractmethod
     def backward_and_step(self, loss: Tensor) -> None:
-        """Backward pass of this rank's mean loss, mean of the gradients over the ranks, one update."""
+        """Backward pass of this rank's mean loss (scalar), mean of the gradients over ranks, one update."""
 
     @abstractmethod
     def state(self) -> dict:

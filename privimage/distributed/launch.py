@@ -142,19 +142,19 @@ def tasks_per_node(text: str) -> list[int]:
     # One entry per node, "2(x3)" stands for three nodes.
     tasks: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
             raise UserError(f"SLURM: SLURM_STEP_TASKS_PER_NODE is not understood: {text!r}")
-        tasks += [int(found[1])] * int(found[2] or 1)
+        tasks += [int(match[1])] * int(match[2] or 1)
     return tasks
 
 
 def first_host(nodes: str) -> str:
     """The first host name of SLURM's short form: ``gpu[007-012,020],login1`` starts with gpu007."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
-    if found is None:
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
         raise UserError(f"SLURM: SLURM_STEP_NODELIST is not understood: {nodes!r}")
-    return "".join(part or "" for part in found.groups())
+    return "".join(part or "" for part in match.groups())
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Place | None:

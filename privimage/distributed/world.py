@@ -72,9 +72,9 @@ class World:
         if self.size == 1:
             return [value]
         self.barrier()
-        found = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks as long as it takes: the main rank may be preparing data for hours.
@@ -183,7 +183,6 @@ def connect(runtime: Runtime) -> World:
             f"{place.address}:{place.port} ({first});"
             " check that all ranks started, that the name resolves and that the port is open"
         ) from None
-    # Only now: until here a rank that is missing is reported by the rendezvous itself.
     watch.start()
     shared = dist.PrefixStore("privimage/world", store)
     return World(

@@ -35,10 +35,10 @@ def extract(
         )
     # Each rank takes every W-th image.
     network = extractor.network.to(world.device).eval()
-    own, parts = images[world.rank :: world.size], []
-    with Progress(label, total=len(own), shown=world.is_main) as bar:
-        for start in range(0, len(own), batch_size):
-            batch = torch.from_numpy(own[start : start + batch_size]).to(world.device).expand(-1, 3, -1, -1)
+    share, parts = images[world.rank :: world.size], []
+    with Progress(label, total=len(share), shown=world.is_main) as bar:
+        for start in range(0, len(share), batch_size):
+            batch = torch.from_numpy(share[start : start + batch_size]).to(world.device).expand(-1, 3, -1, -1)
             parts.append(network(batch).float())
             bar.advance(len(batch))
             if stop.requested:
@@ -79,7 +79,7 @@ def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
 
 
 def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
-    """KID and its deviation over 100 subsets (Bińkowski et al. 2018).
+    """KID of features (N, D) and (M, D), and its deviation over 100 subsets (Bińkowski et al. 2018).
 
     The unbiased squared MMD with the cubic kernel. Subsets hold 1,000 images, or half of the smaller set
     where that is less. Around 0 (it may be negative) for equal distributions.
@@ -96,7 +96,7 @@ def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
-    """Precision and recall in [0, 1] (Kynkäänniemi et al. 2019).
+    """Precision and recall in [0, 1] of features (N, D) and (M, D) (Kynkäänniemi et al. 2019).
 
     The share of synthetic images inside the manifold of the real ones, and the reverse. Manifolds are unions
     of balls that reach to the third neighbour.

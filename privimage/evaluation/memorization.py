@@ -38,10 +38,10 @@ def nearest(
         distance, position = torch.cdist(queries, _flat(reference[start : start + chunk], device)).min(1)
         closer = distance < best
         best, index = torch.where(closer, distance, best), torch.where(closer, position + start, index)
-    found = index.cpu().numpy()
+    nearest_index = index.cpu().numpy()
     # once more for the found pairs: cdist is a matrix product inside, and blurs small distances
-    difference = images.astype(np.float32) - reference[found].astype(np.float32)
-    return Nearest(found, np.sqrt(np.mean(difference**2, axis=(1, 2, 3))) / 255)
+    difference = images.astype(np.float32) - reference[nearest_index].astype(np.float32)
+    return Nearest(nearest_index, np.sqrt(np.mean(difference**2, axis=(1, 2, 3))) / 255)
 
 
 def check(

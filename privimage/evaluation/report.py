@@ -68,24 +68,24 @@ def covered(key: str) -> bool:
 def uncovered(report: dict) -> list[str]:
     """The keys of a report whose values are not covered, down to the keys of mixed sections."""
     # A mixed section is listed key by key, a section of one kind as a whole.
-    found = []
+    keys = []
     for key, value in report.items():
         if covered(key):
             continue
         mixed = isinstance(value, dict) and any(covered(f"{key}.{name}") for name in value)
-        found += [f"{key}.{name}" for name in value if not covered(f"{key}.{name}")] if mixed else [key]
-    return found
+        keys += [f"{key}.{name}" for name in value if not covered(f"{key}.{name}")] if mixed else [key]
+    return keys
 
 
 def versions() -> dict[str, str]:
     """Versions of PrivImage, Python and the packages that the numbers depend on; absent ones are left out."""
-    found = {"privimage": __version__, "python": platform.python_version()}
+    installed = {"privimage": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def resources(run: RunDir, stages: tuple[str, ...]) -> dict[str, dict]:

@@ -123,15 +123,13 @@ def train_cnn(
 
     Returns the network of the last epoch, in eval mode. The learning rate is 0.1 at a batch of 512 and in
     proportion at others: small sets need small batches to get enough steps. `batch_size` is over all ranks,
-    whose gradients are added up, so that the update is that of the whole batch but for batch-norm statistics.
-    All ranks call it together and get the same network. Raises Stopped when a stop was requested.
+    whose gradients are added up: the update is that of the whole batch but for batch-norm statistics. All
+    ranks call it together and get the same network. Raises Stopped when a stop was requested.
     """
-    # The whole set on the device, as bytes: batches are gathered there.
     images, labels = (torch.from_numpy(array).to(world.device) for array in (train.images, train.labels))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
-    # One learning rate per image: the rate follows the batch size.
     parameters = list(network.parameters())
     rate, steps = LEARNING_RATE * batch_size / 512, epochs * math.ceil(len(train) / batch_size)
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
@@ -146,8 +144,8 @@ def train_cnn(
                 optimizer.zero_grad(set_to_none=True)
                 mine = batch[world.rank :: world.size].to(world.device)
                 if len(mine):  # a rank without images still takes part in the sum of gradients
-                    own = mirrored[world.rank :: world.size].to(world.device)
-                    logits = network(_mirrored(to_unit(images[mine]), own))
+                    mirrored_here = mirrored[world.rank :: world.size].to(world.device)
+                    logits = network(_mirrored(to_unit(images[mine]), mirrored_here))
                     loss = F.cross_entropy(logits, labels[mine], reduction="sum")
                     (loss / len(batch)).backward()
                     loss_sum += loss.detach()

@@ -80,11 +80,11 @@ class Gathered:
     @property
     def sections(self) -> list[tuple[str, list[Row]]]:
         """The rows that differ in the first axis only, under the names of the others."""
-        found: dict[str, list[Row]] = {}
+        sections: dict[str, list[Row]] = {}
         for row in self.rows:
             others = list(row.choice.items())[1:]
-            found.setdefault(", ".join(f"{axis} {name}" for axis, name in others), []).append(row)
-        return list(found.items())
+            sections.setdefault(", ".join(f"{axis} {name}" for axis, name in others), []).append(row)
+        return list(sections.items())
 
     @property
     def gaps(self) -> tuple[Result, ...]:
@@ -138,8 +138,8 @@ def _result(run: PlannedRun) -> Result:
 def _cells(file: ExperimentFile, choice: Choice, results: tuple[Result, ...]) -> dict[str, Cell]:
     gaps, cells = tuple(result.state for result in results if result.report is None), {}
     for name, measure in file.experiment.measures.items():
-        found = [_value(result.report, measure.key) for result in results if result.report is not None]
-        values = tuple(value / measure.divide_by for value in found if value is not None)
+        numbers = [_value(result.report, measure.key) for result in results if result.report is not None]
+        values = tuple(value / measure.divide_by for value in numbers if value is not None)
         cells[name] = Cell(values, len(results), gaps, file.experiment.published_value(choice, name))
     return cells
 

@@ -172,10 +172,10 @@ class Experiment(Section):
 
     def published_value(self, choice: Choice, measure: str) -> float | None:
         """What others measured; of several entries that fit, the last."""
-        found = [
+        values = [
             item.values[measure] for item in self.published if item.fits(choice) and measure in item.values
         ]
-        return found[-1] if found else None
+        return values[-1] if values else None
 
 
 def _must_know(where: str, kind: str, name: str, known: Iterable[str]) -> None:

@@ -31,18 +31,18 @@ def family(config: Config) -> Family:
 
 def pretrained_family(config: Config) -> Pretrained:
     """The family of a method with stage `pretrain`. Raises TypeError for one that cannot be pretrained."""
-    found = family(config)
-    if not isinstance(found, Pretrained):
-        raise TypeError(f"{config.method}: {type(found).__name__} cannot be pretrained")
-    return found
+    chosen = family(config)
+    if not isinstance(chosen, Pretrained):
+        raise TypeError(f"{config.method}: {type(chosen).__name__} cannot be pretrained")
+    return chosen
 
 
 def finetuned_family(config: Config) -> FineTuned:
     """The family of a method with stage `finetune`. Raises TypeError for one without DP-SGD."""
-    found = family(config)
-    if not isinstance(found, FineTuned):
-        raise TypeError(f"{config.method}: {type(found).__name__} has no DP-SGD")
-    return found
+    chosen = family(config)
+    if not isinstance(chosen, FineTuned):
+        raise TypeError(f"{config.method}: {type(chosen).__name__} has no DP-SGD")
+    return chosen
 
 
 def sampled(

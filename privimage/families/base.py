@@ -27,7 +27,7 @@ class PublicTraining(ABC):
         """
 
     @abstractmethod
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """Means of the losses over the steps since the last call and over the ranks, for TensorBoard.
 
         All ranks must call it together.
@@ -103,7 +103,7 @@ class PrivateTraining(ABC):
         """What follows the `step`-th private update (1, 2, ...) of `module` and sees nothing sensitive but
         its weights.
 
-        All ranks call it together. Returns figures that may be shown beside the public ones.
+        All ranks call it together. Returns scalars that may be shown beside the public ones.
         """
 
     @abstractmethod
@@ -216,10 +216,10 @@ def load_pretrained(module: nn.Module, weights: dict[str, Tensor], fresh: str | 
     Raises ValueError for names or shapes of another network.
     """
     # Names and shapes must agree but for the embedding that is to be fresh.
-    own = module.state_dict()
+    fresh_state = module.state_dict()
     taken = {name: value for name, value in weights.items() if name != fresh}
-    if taken.keys() != own.keys() - {fresh} or any(
-        value.shape != own[name].shape for name, value in taken.items()
+    if taken.keys() != fresh_state.keys() - {fresh} or any(
+        value.shape != fresh_state[name].shape for name, value in taken.items()
     ):
         raise ValueError("the weights are those of another network")
-    module.load_state_dict(own | taken)
+    module.load_state_dict(fresh_state | taken)

@@ -64,7 +64,7 @@ class DiffusionPublic(PublicTraining):
         hidden = torch.rand(count, generator=generator, device=device) < settings.label_dropout
         return x, torch.where(hidden, self.n_classes, labels), sigma, noise
 
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """See `PublicTraining`."""
         mean = self.world.all_reduce_(self.loss_sum.clone()) / (self.steps * self.world.size)
         self.loss_sum.zero_()
@@ -148,10 +148,10 @@ class DenoisingLosses(ImageLosses):
         sigma = edm.draw_sigma(normal[:, 1 : 1 + copies])
         noise = normal[:, 1 + copies :].view(count, copies, *self.shape)
         # The class after the last one stands for "no label" (classifier-free guidance).
-        kept = torch.where(hidden, self.n_classes, labels)
+        shown_labels = torch.where(hidden, self.n_classes, labels)
         return (
             edm.to_unit(images)[:, None].expand(-1, copies, -1, -1, -1),
-            kept[:, None].expand(-1, copies),
+            shown_labels[:, None].expand(-1, copies),
             sigma,
             noise,
         )

@@ -42,7 +42,7 @@ class DiffusionFamily(Family, Pretrained):
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
     ) -> Tensor:
-        """By the sampler, steps and guidance of `synthesize`; see `Family.sample`."""
+        """By the sampler, steps and guidance of `synthesize`; see `Family.sample`: uint8 (B, C, H, W)."""
         settings, shape = config.synthesize, image_shape(config)
         pixels = math.prod(shape)
 

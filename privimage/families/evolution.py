@@ -37,7 +37,7 @@ class Evolution(DiffusionFamily):
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
     ) -> Tensor:
-        """One more generation, whose variations have the last degree."""
+        """One more generation, whose variations have the last degree: uint8 (B, C, H, W)."""
         assert isinstance(generator, Population)
         return generator.offspring(indices, draws, config.evolve.iterations - 1)[0]
 

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
-from privimage.distributed.blocks import blockwise
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.world import World
-from privimage.families.adversary import Adversary
+from privimage.families.adversary import AdversarialLosses, Adversary
 from privimage.families.base import (
     FineTuned,
-    ImageLosses,
     Pretrained,
     PrivateTraining,
     PublicTraining,
@@ -24,15 +22,13 @@ from privimage.families.base import (
 from privimage.families.generator import BETAS, GeneratorFamily
 from privimage.families.work import Work, activations, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
-from privimage.models.biggan import Discriminator, Generator, d_loss_fake, d_loss_real
+from privimage.models.biggan import Discriminator, d_loss_fake, d_loss_real
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.gradients import trained_parameters
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
 
 LABEL = "label.weight"  # the label embedding of either network
-# latents that go through the generator at once: always as many, so that no fake depends on how many are made
-FAKES = 32
 
 
 class Gan(GeneratorFamily, Pretrained, FineTuned):
@@ -91,8 +87,6 @@ class Gan(GeneratorFamily, Pretrained, FineTuned):
                     memory,
                 )
             )
-        # The private step of the discriminator is measured as it is; the generator's step has no per-image
-        # gradients.
         seconds = private.logical_batch_size * self._private_seconds(config, n_classes, device)
         seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
         memory = weights + max(
@@ -164,17 +158,17 @@ class GanPublic(PublicTraining):
         self.sums[which] += loss
         self.counts[which] += 1
 
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """See `PublicTraining`."""
         # The mean over the ranks; each has counted the same steps.
         sums = (self.world.all_reduce_(self.sums.clone()) / self.world.size).tolist()
         names = ("discriminator loss", "generator loss")
-        found = {
+        means = {
             name: total / count for name, total, count in zip(names, sums, self.counts, strict=True) if count
         }
         self.sums.zero_()
         self.counts = [0, 0]
-        return found
+        return means
 
     def state(self) -> dict[str, Any]:
         """See `PublicTraining`."""
@@ -262,51 +256,3 @@ class GanPrivate(PrivateTraining):
     def weights(self) -> dict[str, Tensor]:
         """See `PrivateTraining`."""
         return self.generator.frozen(averaged=True).state_dict()
-
-
-class AdversarialLosses(ImageLosses):
-    """The discriminator's hinge losses of a sensitive image and of one generated image with its label.
-
-    Their gradients are summed, then clipped.
-
-    The two are laid out as two copies of the image with doubled losses, whose mean is the sum. The generator
-    is in eval mode: batch norm over the batch would let the fake of one image depend on which other images
-    take part, and clipping would bound nothing.
-    """
-
-    def __init__(self, config: Config, world: World, n_classes: int, generator: Generator):
-        super().__init__(config, world, n_classes)
-        self.generator = generator
-
-    @torch.no_grad()
-    def draw(
-        self, images: Tensor, labels: Tensor, indices: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W) -> pairs of a real and a generated one (B, 2, C, H, W), their labels and which
-        is real (B, 2).
-        """
-        # A programming error that would void the sensitivity bound must not pass in silence.
-        if self.generator.training:
-            raise RuntimeError(
-                "the generator's statistics are those of its batch: the loss of an image would depend on "
-                "the others"
-            )
-        # The latent of a fake belongs to (step, image): it does not depend on which other images were
-        # sampled.
-        latents = self.draws.normal(seed, indices, self.generator.latent_size)
-        labels = labels if self.n_classes else torch.zeros_like(labels)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            # Blocks of a fixed size: the kernels that a library chooses depend on the batch size, and
-            # rounding with them.
-            fakes = [block.float() for _, block in blockwise(self.generator, latents, labels, size=FAKES)]
-        # Copy 0 is the sensitive image, copy 1 the generated one.
-        real = torch.tensor([True, False], device=self.device).expand(len(images), -1)
-        return torch.stack([edm.to_unit(images), torch.cat(fakes)], 1), labels[:, None].expand(-1, 2), real
-
-    def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
-        """See `ImageLosses`."""
-        images, labels, real = tensors
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            scores = module(images, labels).float()
-        # Doubled, since the gradient is averaged over the two copies.
-        return 2 * torch.where(real, d_loss_real(scores), d_loss_fake(scores))

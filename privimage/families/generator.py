@@ -131,7 +131,7 @@ class GeneratorFamily(Family):
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
     ) -> Tensor:
-        """One pass of the generator, which is in eval mode."""
+        """One pass of the generator, which is in eval mode: uint8 (B, C, H, W)."""
         assert isinstance(generator, Generator)
         return generated(
             generator,

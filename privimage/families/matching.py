@@ -71,17 +71,17 @@ class MatchedGenerator(TrainedGenerator):
         """One update; all ranks call it together."""
         # Mean features of this rank's images, by class; the sum over ranks is that of the batch.
         images, labels = self.batch(number)
-        own = (
+        embedding = (
             F.one_hot(labels, len(self.target)).float().T
             @ self.features(images.float())
             / (self.own * self.world.size)
         )
-        residual = self.world.all_reduce_(own.detach().clone()) - self.target
+        residual = self.world.all_reduce_(embedding.detach().clone()) - self.target
         # The gradient of |residual|^2, of which `own` is this rank's part; the engine takes the mean over the
         # ranks, not the sum.
-        self.update(2 * self.world.size * (residual * own).sum())
+        self.update(2 * self.world.size * (residual * embedding).sum())
         self.distance = residual.square().sum()
 
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """The squared distance of the embeddings before the last update, the same on all ranks."""
         return {"squared distance": self.distance.item()}

@@ -29,7 +29,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class _Residual(nn.Module):
-    """x + two convolutions of x."""
+    """x + two convolutions of x: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def classifier(name: str, channels: int, n_classes: int) -> Classifier:
 
 
 class _Pool(nn.Module):
-    """Halve the map where at least 2x2 remain."""
+    """Halve the map where at least 2x2 remain: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.max_pool2d(images, 2) if images.shape[-1] >= 4 else images

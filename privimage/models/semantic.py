@@ -71,7 +71,7 @@ class Labels(Task):
         self.outputs = classes
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Some images are flipped."""
+        """Cross-entropy of images (B, C, H, W) with labels (B,); each is flipped with probability 0.5."""
         # Characters and digits are not flipped (`query.flip`): a mirrored letter is another one.
         if self.flip:
             flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
@@ -79,7 +79,7 @@ class Labels(Task):
         return F.cross_entropy(network(images).float(), labels)
 
     def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
-        """Those whose label has the largest logit."""
+        """The number of images (B, C, H, W) whose label has the largest logit."""
         return int((network(images).argmax(1) == labels).sum())
 
 
@@ -89,13 +89,13 @@ class Views(Task):
     outputs = PROJECTION
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """NT-Xent over two views of each image of the batch."""
+        """NT-Xent over two views of each image of the batch (B, C, H, W)."""
         # Row i and row i + B show the same image, as `contrastive_loss` expects.
         views = torch.cat([varied(images, self.flip, generator), varied(images, self.flip, generator)])
         return contrastive_loss(network(views).float())
 
     def right(self, network: nn.Module, images: Tensor, labels: Tensor) -> int:
-        """Images whose second view is the most similar of all second views; the views are fixed."""
+        """The number of images (B, C, H, W) whose second view is the most similar; the views are fixed."""
         # The same views at every validation, so that accuracies can be compared.
         generator = torch.Generator().manual_seed(0)
         first, second = (F.normalize(network(varied(images, self.flip, generator)).float()) for _ in range(2))

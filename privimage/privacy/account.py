@@ -88,9 +88,9 @@ class Account:
     def keep_head(self) -> None:
         """Record the state of the ledger, so that an older copy of it is recognised later."""
         assert self.ledger is not None and self.path is not None  # the main rank keeps it
-        kept = read_json(self.path)
-        if kept["ledger"]["digest"] != self.ledger.head.digest:
-            write_json(self.path, kept | {"ledger": kept["ledger"] | self.ledger.head.to_dict()})
+        record = read_json(self.path)
+        if record["ledger"]["digest"] != self.ledger.head.digest:
+            write_json(self.path, record | {"ledger": record["ledger"] | self.ledger.head.to_dict()})
 
 
 def charge_name(root: keys.RootKey, *depends_on: bytes) -> bytes:
@@ -136,19 +136,19 @@ def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World)
     one that the run knows.
     """
     # The main rank opens the account, and tells the others the outcome: either all go on or all refuse.
-    own: Account | None = None
+    account: Account | None = None
     result: Account | UserError | None = None
     if world.is_main:
         try:
-            own = _open(config, run, sensitive.fingerprint, len(sensitive.images))
-            result = Account(own.run, own.plan, own.root, own.private)
+            account = _open(config, run, sensitive.fingerprint, len(sensitive.images))
+            result = Account(account.run, account.plan, account.root, account.private)
         except UserError as error:
             result = error
     result = world.broadcast_object(result)
     if isinstance(result, UserError):
         raise result
     assert result is not None  # the main rank's
-    return own or result
+    return account or result
 
 
 def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> None:
@@ -161,62 +161,65 @@ def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> Non
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"privacy.ledger: {folder} cannot be written")
-    kept = read_account(path) if path.exists() else None
-    if kept is not None:
-        _same_set(run, kept, sensitive.fingerprint if sensitive else kept["fingerprint"])
-        ledger, plan = Ledger(folder, kept["fingerprint"], known_head(kept)), plan_from_dict(kept["plan"])
+    record = read_account(path) if path.exists() else None
+    if record is not None:
+        _same_set(run, record, sensitive.fingerprint if sensitive else record["fingerprint"])
+        ledger, plan = (
+            Ledger(folder, record["fingerprint"], known_head(record)),
+            plan_from_dict(record["plan"]),
+        )
     elif sensitive is None:
         return
     else:
         _no_older_ledger(config, folder, sensitive.fingerprint)
         ledger, plan = Ledger(folder, sensitive.fingerprint), _fresh_plan(config, len(sensitive.images))
     ledger.require_room(
-        kept["run"] if kept else "", _announced(config, plan), _budget(config), plan.accountant
+        record["run"] if record else "", _announced(config, plan), _budget(config), plan.accountant
     )
 
 
 def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
     # A run that has begun must find the ledger that it knows; a new run begins one where there is none.
-    path, kept, folder = run.private / account_path(run).name, None, ledger_folder(config)
+    path, record, folder = run.private / account_path(run).name, None, ledger_folder(config)
     if path.exists():
-        kept = read_account(path)
-        _same_set(run, kept, fingerprint)
-        ledger = Ledger(folder, fingerprint, known_head(kept))
+        record = read_account(path)
+        _same_set(run, record, fingerprint)
+        ledger = Ledger(folder, fingerprint, known_head(record))
     else:
         _no_older_ledger(config, folder, fingerprint)
         ledger = Ledger(folder, fingerprint)
     # A copied directory must not go on under the name and the key of its original: both would draw the same
     # noise for different computations.
-    if kept is not None and (original := _original(run, kept["run"], ledger)) is not None:
-        kept = _apart(run, kept, original)
-    if kept is None:
+    if record is not None and (original := _original(run, record["run"], ledger)) is not None:
+        record = _apart(run, record, original)
+    if record is None:
         plan = _fresh_plan(config, count)
-        kept = {
+        record = {
             "version": VERSION,
             "run": secrets.token_hex(8),
             "fingerprint": fingerprint,
             "plan": plan.to_dict(),
         }
-    plan = plan_from_dict(kept["plan"])
+    plan = plan_from_dict(record["plan"])
     # The plan is announced before it is kept: a crash in between leaves an announcement without a run, which
     # costs nothing and only reserves budget.
-    with ledger.announced(kept["run"], _announced(config, plan), _budget(config), plan.accountant):
-        write_json(path, kept | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
-    ledger.place(kept["run"], run.path.resolve())
+    with ledger.announced(record["run"], _announced(config, plan), _budget(config), plan.accountant):
+        write_json(path, record | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
+    ledger.place(record["run"], run.path.resolve())
     # Runs without noise or with a known key are marked in the ledger for good: nothing that follows from them
     # is ever stated to be private.
     fixed = config.privacy.insecure_fixed_key
     if not config.spec.private or fixed is not None:
-        ledger.not_private(kept["run"])
+        ledger.not_private(record["run"])
     root = keys.open_root(key_path(run)) if fixed is None else keys.insecure_fixed(fixed)
-    account = Account(kept["run"], plan, root, config.spec.private and fixed is None, ledger, path)
+    account = Account(record["run"], plan, root, config.spec.private and fixed is None, ledger, path)
     # The head of the ledger is kept with the account, so that an older copy of it is noticed.
     account.keep_head()
     return account
 
 
-def _same_set(run: RunDir, kept: dict, fingerprint: str) -> None:
-    if kept["fingerprint"] != fingerprint:
+def _same_set(run: RunDir, record: dict, fingerprint: str) -> None:
+    if record["fingerprint"] != fingerprint:
         raise UserError(
             f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir"
         )
@@ -240,18 +243,18 @@ def read_account(path: Path) -> dict:
 
     Raises UserError for one of another version.
     """
-    kept = read_json(path)
-    if kept.get("version") != VERSION:
+    record = read_json(path)
+    if record.get("version") != VERSION:
         raise UserError(
             f"{path}: made by another version of privimage, whose plan and charges this one does not read; "
             "choose another run.dir"
         )
-    return kept
+    return record
 
 
-def known_head(kept: dict) -> Head:
+def known_head(record: dict) -> Head:
     """The state of the ledger that account.json has recorded."""
-    head = kept["ledger"]
+    head = record["ledger"]
     return Head(head["ledger"], head["entries"], head["size"], head["digest"])
 
 
@@ -278,11 +281,11 @@ def _original(run: RunDir, name: str, ledger: Ledger) -> Path | None:
         return None
 
 
-def _apart(run: RunDir, kept: dict, original: Path) -> dict:
+def _apart(run: RunDir, record: dict, original: Path) -> dict:
     """Turn a copied run into a separate run.
 
     It gets another name and key, and keeps the charges that made its present state.
     """
     say(f"{run.path}: a copy of {original}, now a separate run; what both began with counts for both")
     keys.replace(key_path(run))
-    return kept | {"run": secrets.token_hex(8), "copy_of": kept["run"]}
+    return record | {"run": secrets.token_hex(8), "copy_of": record["run"]}

@@ -140,8 +140,8 @@ def _smallest_noise(compose: Compose, target: float, delta: float, accountant: s
     """
     # The search uses a coarse discretisation; the result is verified with the fine one that is stated, and
     # raised until it holds.
-    found = _search(compose, target, delta, accountant, COARSE, guess)
-    noise_multiplier = _round_up(found * (1 - 2e-5))
+    candidate = _search(compose, target, delta, accountant, COARSE, guess)
+    noise_multiplier = _round_up(candidate * (1 - 2e-5))
     while epsilon(compose(noise_multiplier), delta, accountant) > target:
         noise_multiplier = _round_up(noise_multiplier * (1 + 1e-5))
     return noise_multiplier

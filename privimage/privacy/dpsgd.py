@@ -18,7 +18,7 @@ from privimage.privacy.identity import digest_of_tensors
 from privimage.privacy.keys import RootKey
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.noise import NoiseStream
-from privimage.privacy.optimizer import PrivateOptimizer, StepFigures
+from privimage.privacy.optimizer import PrivateOptimizer, StepStatistics
 from privimage.privacy.sampling import poisson_sample, share
 
 
@@ -50,10 +50,10 @@ class Randomness:
 class PrivateSteps:
     """T steps of DP-SGD: Poisson sample, per-image gradients, clipping, sum, noise, update.
 
-    Iterating yields one `StepFigures` per step. Before a step computes anything it is charged: `charge(name)`
-    is called on the main rank and returns whether the run may take it; if not, the iteration ends on all
-    ranks. What happens between two steps (averages, a generator's own steps) is up to the caller and public:
-    a step sees no more of it than the tensors of `state`.
+    Iterating yields one `StepStatistics` per step. Before a step computes anything it is charged:
+    `charge(name)` is called on the main rank and returns whether the run may take it; if not, the iteration
+    ends on all ranks. What happens between two steps (averages, a generator's own steps) is up to the caller
+    and public: a step sees no more of it than the tensors of `state`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class PrivateSteps:
             self.optimizer.noise = NoiseStream(randomness.source, self.optimizer.size, deviation)
         self.name = ""  # of the step that is going on
 
-    def __iter__(self) -> Iterator[StepFigures]:
+    def __iter__(self) -> Iterator[StepStatistics]:
         """The remaining steps; `step` is the number of those made when one is yielded."""
         # Opacus' manager cuts each logical batch into physical ones and tells the optimizer when it is
         # complete.
@@ -127,8 +127,8 @@ class PrivateSteps:
                     # True when the logical batch is complete on this rank, and so on all of them.
                     if self.optimizer.step():
                         self.step += 1
-                        assert self.optimizer.figures is not None  # a logical batch was completed
-                        yield self.optimizer.figures
+                        assert self.optimizer.statistics is not None  # a logical batch was completed
+                        yield self.optimizer.statistics
         finally:
             if self.optimizer.noise is not None:
                 self.optimizer.noise.close()

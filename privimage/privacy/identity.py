@@ -87,8 +87,8 @@ def settings_read(config: Config, stage: str) -> dict:
     public one through the networks that it trained.
     """
     # Settings of all stages up to this one, since their outputs are its inputs.
-    found = settings_of(config, upstream(stage, config.spec.stages)) | settings_of_plan(config)
-    return {key: value for key, value in found.items() if not effect(key).place}
+    settings = settings_of(config, upstream(stage, config.spec.stages)) | settings_of_plan(config)
+    return {key: value for key, value in settings.items() if not effect(key).place}
 
 
 def digest_of(*parts: bytes) -> bytes:

@@ -233,8 +233,10 @@ class Ledger:
                 return True
             # A run that was restored from an older state may have charges that its weights do not know, and a
             # copy has weights from charges of another run: both count towards the limit.
-            own = {known for known, charge in charges.items() if charge.run == run and charge.part == part}
-            if len(own | set(behind)) >= limit:
+            counted = {
+                known for known, charge in charges.items() if charge.run == run and charge.part == part
+            }
+            if len(counted | set(behind)) >= limit:
                 return False
             self._append(
                 handle, {"run": run, "charge": name, "part": part, "mechanism": mechanism.to_entry()}

@@ -19,7 +19,7 @@ from privimage.privacy.noise import NoiseStream
 
 
 @dataclass
-class StepFigures:
+class StepStatistics:
     """Counts of a private step over all ranks. All but `stop` are private."""
 
     stop: bool
@@ -33,11 +33,11 @@ class StepFigures:
 class PrivateOptimizer(DPOptimizer):
     """Opacus' optimizer with the clipping, noise and synchronisation of this project.
 
-    Works under BatchMemoryManager. `step` returns true when a logical batch was completed; `figures` then
+    Works under BatchMemoryManager. `step` returns true when a logical batch was completed; `statistics` then
     holds its counts. The caller has charged the step and prepared its noise (`privacy.dpsgd.PrivateSteps`).
     """
 
-    FIGURES = 6
+    STATISTICS = 6
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class PrivateOptimizer(DPOptimizer):
         self.world, self.noise, self.stop_requested = world, noise, stop_requested
         self.size = sum(p.numel() for p in self.params)
         self.gradient_sum = torch.zeros(self.size, device=world.device, dtype=torch.float64)
-        # What the ranks exchange: the noised sum, and behind it the figures, which are outside the noised
+        # What the ranks exchange: the noised sum, and behind it the statistics, which are outside the noised
         # part.
-        self.flat = torch.zeros(self.size + self.FIGURES, device=world.device)
-        self.figures: StepFigures | None = None
+        self.flat = torch.zeros(self.size + self.STATISTICS, device=world.device)
+        self.statistics: StepStatistics | None = None
 
     def count_losses(self, losses: Tensor) -> None:
-        """Add the losses (B,) of a physical batch to the private figures."""
+        """Add the losses (B,) of a physical batch to the private statistics."""
         self.flat[self.size + 4] += losses.nan_to_num(0.0, 0.0, 0.0).sum()
 
     def clip_and_accumulate(self) -> None:
@@ -75,11 +75,11 @@ class PrivateOptimizer(DPOptimizer):
             return
         # Everything below is counted without noise, and stays in private/.
         norms, finite = clip_and_sum_(self.gradient_sum, self.params, self.max_grad_norm)
-        figures = self.flat[self.size :]
-        figures[1] += len(norms)
-        figures[2] += (~finite).sum()
-        figures[3] += (norms[finite] > self.max_grad_norm).sum()
-        figures[5] += norms[finite].sum()
+        statistics = self.flat[self.size :]
+        statistics[1] += len(norms)
+        statistics[2] += (~finite).sum()
+        statistics[3] += (norms[finite] > self.max_grad_norm).sum()
+        statistics[5] += norms[finite].sum()
         for p in self.params:
             p.grad_sample = None
 
@@ -101,7 +101,9 @@ class PrivateOptimizer(DPOptimizer):
             p.grad = (self.flat[start : start + p.numel()] / self.expected_batch_size).view_as(p)
             start += p.numel()
         stop, images, non_finite, clipped, loss_sum, norm_sum = self.flat[self.size :].tolist()
-        self.figures = StepFigures(stop > 0, int(images), int(non_finite), int(clipped), loss_sum, norm_sum)
+        self.statistics = StepStatistics(
+            stop > 0, int(images), int(non_finite), int(clipped), loss_sum, norm_sum
+        )
         self.flat.zero_()
         self.gradient_sum.zero_()
 

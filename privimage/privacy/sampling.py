@@ -13,8 +13,8 @@ def poisson_sample(source: str, key: bytes, count: int, sample_rate: Fraction) -
     """The images that take part in a step: each of `count` on its own with probability `sample_rate`.
 
     `key` is 32 bytes that no other step has. Integers throughout: image i takes part iff 64 random bits are
-    below floor(q 2^64), so its probability is q to within 2^-64 and never above it. Returns sorted int64
-    indices; may be empty.
+    below floor(q 2^64), so its probability is q to within 2^-64 and never above it. Returns sorted
+    indices int64 (n,); may be empty.
     """
     threshold = (sample_rate.numerator << 64) // sample_rate.denominator
     if threshold >= 1 << 64:

@@ -49,10 +49,11 @@ class Spent:
     def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[SampledGaussian, ...]]:
         """`mechanisms` of one run for each part of its plan."""
         # Charges of other runs count too where their output is behind the weights.
-        own = {name: c for name, c in self.charges.items() if c.run == run or name in behind}
-        parts = dict.fromkeys(c.part for c in own.values())
+        counted = {name: c for name, c in self.charges.items() if c.run == run or name in behind}
+        parts = dict.fromkeys(c.part for c in counted.values())
         return {
-            part: Spent({name: c for name, c in own.items() if c.part == part}).mechanisms() for part in parts
+            part: Spent({name: c for name, c in counted.items() if c.part == part}).mechanisms()
+            for part in parts
         }
 
     def promised(self, run: str, plan: Mapping[str, SampledGaussian]) -> tuple[SampledGaussian, ...]:

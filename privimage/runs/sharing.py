@@ -31,8 +31,8 @@ def settings_of_stage(stage: str, config: Config) -> dict:
     Of the method, the generator alone: methods that pretrain the same share it.
     """
     stages = upstream(stage, config.spec.stages)
-    found = {key: value for key, value in settings_of(config, stages).items() if key != "method"}
-    return found | ({"generator": config.spec.generator} if "pretrain" in stages else {})
+    settings = {key: value for key, value in settings_of(config, stages).items() if key != "method"}
+    return settings | ({"generator": config.spec.generator} if "pretrain" in stages else {})
 
 
 def name_of(stage: str, config: Config, **more: object) -> str:
@@ -43,39 +43,39 @@ def name_of(stage: str, config: Config, **more: object) -> str:
 
 def adopt(stage: str, config: Config, run: RunDir, world: World) -> bool:
     """Take over a public stage that another run has finished, unless this run has begun it."""
-    kept = _place(stage, config, run, world)
+    shared = _place(stage, config, run, world)
     folder = run.path / stage
-    if kept is None or not kept.is_dir() or folder.exists():
+    if shared is None or not shared.is_dir() or folder.exists():
         return False
     # Linked aside, then renamed: a killed run leaves no half stage behind.
     part = run.path / f".{stage}.part"
     shutil.rmtree(part, ignore_errors=True)
-    _link_tree(kept / "stage", part)
-    if (kept / "curves").is_dir():
-        _link_tree(kept / "curves", run.tensorboard / stage)
+    _link_tree(shared / "stage", part)
+    if (shared / "curves").is_dir():
+        _link_tree(shared / "curves", run.tensorboard / stage)
     record = json.loads((part / "done.json").read_text())
-    write_json(part / "done.json", record | {"shared": str(kept)})
+    write_json(part / "done.json", record | {"shared": str(shared)})
     part.rename(folder)
-    say(f"{stage}: done before by another run, taken from {kept}")
+    say(f"{stage}: done before by another run, taken from {shared}")
     return True
 
 
 def keep(stage: str, config: Config, run: RunDir, world: World) -> None:
     """Keep a finished public stage for other runs; the first one wins."""
-    kept = _place(stage, config, run, world)
-    if kept is None or kept.exists():
+    shared = _place(stage, config, run, world)
+    if shared is None or shared.exists():
         return
     # A private name per process; the rename fails for all but the first.
-    part = kept.with_name(f".{kept.name}.{socket.gethostname()}.{os.getpid()}.part")
+    part = shared.with_name(f".{shared.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         _link_tree(run.path / stage, part / "stage")
         if (run.tensorboard / stage).is_dir():
             _link_tree(run.tensorboard / stage, part / "curves")
-        part.rename(kept)
+        part.rename(shared)
     except OSError as error:
-        if not kept.is_dir():
-            say(f"{stage}: could not be kept in {kept} for other runs ({error.strerror}); this run goes on")
+        if not shared.is_dir():
+            say(f"{stage}: could not be kept in {shared} for other runs ({error.strerror}); this run goes on")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

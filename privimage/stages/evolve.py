@@ -96,8 +96,8 @@ def _finish(run_dir: RunDir, population: Population, steps: int, known: dict, wo
 def _digest(config: Config, world: World, account: Account, sensitive: ImageSet, voters: "Voters") -> bytes:
     """All that a histogram depends on beside the generation that is voted for."""
     network = digest_of_tensors(voters.network.state_dict().values())
-    own = {"plan": account.plan.to_dict()}
-    return computation(world, account.root, sensitive.content, config, "evolve", own, [network])
+    stage_values = {"plan": account.plan.to_dict()}
+    return computation(world, account.root, sensitive.content, config, "evolve", stage_values, [network])
 
 
 def _histogram(
@@ -169,12 +169,12 @@ def _generation(population: Population, step: int, config: Config, world: World)
         if stop.agreed(world):
             raise Stopped(f"evolve: saved at iteration {step}")
         if turn + world.rank < len(blocks):
-            own = blocks[turn + world.rank]
+            block = blocks[turn + world.rank]
             with torch.autocast(
                 world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"
             ):
-                images[own], public[own] = (
-                    population.offspring(own, draws, step - 1) if step else population.first(own, draws)
+                images[block], public[block] = (
+                    population.offspring(block, draws, step - 1) if step else population.first(block, draws)
                 )
     # Each block was made by one rank and is zero on all others: sums put them together.
     world.all_reduce_(images)
@@ -258,9 +258,9 @@ def nearest(features: Tensor, labels: Tensor, candidates: Tensor) -> tuple[Tenso
     distances = torch.zeros(len(features), device=features.device)
     # Images vote within their own class, so that one image changes one bin of one row.
     for label in labels.unique().tolist():
-        own = labels == label
-        distances[own], votes[own] = torch.cdist(
-            features[own], candidates[label], compute_mode="donot_use_mm_for_euclid_dist"
+        of_class = labels == label
+        distances[of_class], votes[of_class] = torch.cdist(
+            features[of_class], candidates[label], compute_mode="donot_use_mm_for_euclid_dist"
         ).min(1)
     return votes, distances
 

@@ -21,7 +21,7 @@ from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.identity import computation
 from privimage.privacy.mechanisms import DPSGD
-from privimage.privacy.optimizer import StepFigures
+from privimage.privacy.optimizer import StepStatistics
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
@@ -52,18 +52,18 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     steps = _steps(config, run_dir, world, account, training, sensitive, behind, first)
     curves = _Curves(config, run_dir, world, account, first)
     with Progress("finetune", plan.steps, first, world.is_main) as bar:
-        for figures in steps:
+        for statistics in steps:
             step = steps.step
             behind.setdefault(plan.stage, []).append(steps.name)
             bar.advance()
-            curves.add(step, training.after_step(step), figures, bar.rate)
+            curves.add(step, training.after_step(step), statistics, bar.rate)
 
             # All ranks take part in the state of a checkpoint, the main rank writes it. A stop that any rank
             # has seen arrives on all of them with the sum of the gradients.
-            if step % config.finetune.checkpoint_every == 0 or step == plan.steps or figures.stop:
+            if step % config.finetune.checkpoint_every == 0 or step == plan.steps or statistics.stop:
                 curves.flush()
                 _save(file, training, step, behind, world)
-            if figures.stop and step < plan.steps:
+            if statistics.stop and step < plan.steps:
                 curves.close()
                 raise Stopped(f"finetune: saved at step {step} of {plan.steps}")
     curves.close()
@@ -189,23 +189,25 @@ def _gradients(
     """
 
     def digest(**more: dict) -> bytes:
-        own: dict[str, Any] = {
+        stage_values: dict[str, Any] = {
             "plan": account.plan.to_dict(),
             "physical_batch_size": physical,
         } | more
-        return computation(world, account.root, sensitive.content, config, "finetune", own, each_rank=True)
+        return computation(
+            world, account.root, sensitive.content, config, "finetune", stage_values, each_rank=True
+        )
 
     # Backends are part of the identity of a step. They are looked up under the digest of everything else, so
     # that a run on another machine times them again.
     path, without = run_dir.stage("finetune") / "kernels.json", digest().hex()
-    kept = read_json(path) if world.is_main and path.exists() else {}
-    found = world.broadcast_object(kept["backends"] if kept.get("computation") == without else {})
-    gradients = GRADIENTS[config.finetune.gradients](training.module, found, filled_to=physical)
+    record = read_json(path) if world.is_main and path.exists() else {}
+    backends = world.broadcast_object(record["backends"] if record.get("computation") == without else {})
+    gradients = GRADIENTS[config.finetune.gradients](training.module, backends, filled_to=physical)
     # A backward pass on grey images lets each convolution that has no backend yet time its own.
     gradients.backward(training.losses, *training.losses.probe(physical))
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()
-    if world.is_main and kept.get("computation") != without:
+    if world.is_main and record.get("computation") != without:
         write_json(path, {"computation": without, "backends": gradients.choices})
     return gradients, digest(backends=gradients.choices)
 
@@ -223,14 +225,14 @@ class _Curves:
         self.public = Curves(run_dir.tensorboard, "finetune", first, world.is_main, timed=False)
         self.private = Curves(run_dir.private / "tensorboard", "finetune", first, world.is_main)
 
-    def add(self, step: int, figures: dict[str, float], sensitive: StepFigures, rate: float) -> None:
+    def add(self, step: int, scalars: dict[str, float], sensitive: StepStatistics, rate: float) -> None:
         """Points of all curves after a step.
 
-        `figures` are computed from the noised weights, `rate` is in steps per second.
+        `scalars` are computed from the noised weights, `rate` is in steps per second.
         """
         # Epsilon is public at any step: it follows from the plan and the step alone. It is computed coarsely,
         # and only at a twentieth of the steps, since the accountant takes seconds.
-        shown = figures | {"learning rate": self.learning_rate}
+        shown = scalars | {"learning rate": self.learning_rate}
         if (
             self.shown
             and self.account.private

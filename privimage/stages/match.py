@@ -86,9 +86,9 @@ def _embedding(
     if not world.broadcast_object(path.exists()):
         # The charge is named by public inputs and the set as a whole, the noise also by the sum that it
         # hides: two different sums can never have the same noise.
-        own = {"plan": account.plan.to_dict(), "rows": rows}
+        stage_values = {"plan": account.plan.to_dict(), "rows": rows}
         name = charge_name(
-            account.root, computation(world, account.root, sensitive.content, config, "match", own)
+            account.root, computation(world, account.root, sensitive.content, config, "match", stage_values)
         ).hex()
         # Summed before it is charged: what fails until then has cost nothing.
         total = _sum_over_ranks(config, world, sensitive, rows)
@@ -110,12 +110,12 @@ def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
     # Blocks of one size, and sums of integers: the total is the same to the bit for any number of ranks.
     for start in range(world.rank * BLOCK, len(sensitive.images), world.size * BLOCK):
-        images, own = (
+        images, labels = (
             torch.from_numpy(array[start : start + BLOCK]).to(world.device)
             for array in (sensitive.images, sensitive.labels)
         )
         for _, embedded in blockwise(lambda block: features(to_unit(block)), images):
-            total += embedding_sum(embedded, own, rows)
+            total += embedding_sum(embedded, labels, rows)
     return world.all_reduce_(total).cpu().numpy()
 
 

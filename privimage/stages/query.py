@@ -101,8 +101,8 @@ class QueryTraining:
             DistributedDataParallel(self.network, device_ids=devices) if world.size > 1 else self.network
         )
         # Each rank validates on its share of the held-out images, which stay in memory.
-        own = held_out[world.rank :: world.size]
-        self.validation, self.labels = store.read(run_dir.public_store, own), public.of_images[own]
+        share = held_out[world.rank :: world.size]
+        self.validation, self.labels = store.read(run_dir.public_store, share), public.of_images[share]
         self.best_file, self.best = run_dir.stage("query") / "network.pt", -1.0
         self.loss = torch.zeros((), device=world.device)
 
@@ -122,7 +122,7 @@ class QueryTraining:
         self.schedule.step()
         self.loss = loss.detach()
 
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """Validate, and keep the network if it is the best so far."""
         accuracy = _accuracy(self.task, self.network, self.validation, self.labels, self.world)
         if accuracy > self.best and self.world.is_main:

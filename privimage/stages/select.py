@@ -68,10 +68,10 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
             f"({100 * chosen:.1f} %), {how}"
         )
         for row in range(min(rows, 20)):
-            kept = [public.names[i] for i in np.flatnonzero(assignment == row)]
+            chosen_names = [public.names[i] for i in np.flatnonzero(assignment == row)]
             say(
                 f"  {sensitive.classes[row] if config.data.sensitive.labelled else 'all'}: "
-                f"{', '.join(kept[:12])}{' ...' if len(kept) > 12 else ''}"
+                f"{', '.join(chosen_names[:12])}{' ...' if len(chosen_names) > 12 else ''}"
             )
     return {"images": len(sensitive.images), **record}
 
@@ -92,12 +92,13 @@ def _asked(
     plan = account.plan.the(SemanticHistogram)
     # The identity of the query: all that a histogram depends on but the votes themselves.
     query = load_scores(config, run_dir, world)
-    own = {"plan": account.plan.to_dict(), "rows": rows, "columns": columns}
+    stage_values = {"plan": account.plan.to_dict(), "rows": rows, "columns": columns}
     network = digest_of_tensors(
         [*query.state_dict().values(), *([] if query.centroids is None else [query.centroids])]
     )
     name = charge_name(
-        account.root, computation(world, account.root, sensitive.content, config, "select", own, [network])
+        account.root,
+        computation(world, account.root, sensitive.content, config, "select", stage_values, [network]),
     ).hex()
     # Votes come before the charge, so that a failure until then costs nothing; they stay in memory.
     votes = top_votes(query, sensitive.images, per_image, world)

@@ -27,9 +27,9 @@ class Schedule:
 
 
 class Trained(Protocol):
-    """What is trained. All ranks call `figures`, `state` and `load`; one rank calls `samples` alone."""
+    """What is trained. All ranks call `scalars`, `state` and `load`; one rank calls `samples` alone."""
 
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """Numbers for TensorBoard, of the steps since the last call."""
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def train(
             # Figures come before the checkpoint, which holds what they find: the best network so far.
             if step % schedule.log_every == 0 or last:
                 shown = {"images per second": bar.rate * schedule.images, "memory": memory.peak(world.device)}
-                curves.scalars(step, shown | trained.figures())
+                curves.scalars(step, shown | trained.scalars())
             # All ranks take part in collecting the state; the main rank writes it.
             if step % schedule.checkpoint_every == 0 or wanted or last:
                 state = trained.state() | {"step": step}

@@ -55,16 +55,16 @@ def restrict(path: Path, owner: int | None = None) -> None:
     See `folder`.
     """
     # lstat, not stat: a link would let its target be read under another name.
-    found = path.lstat()
-    if found.st_uid not in (os.geteuid(), owner):
+    status = path.lstat()
+    if status.st_uid not in (os.geteuid(), owner):
         raise UserError(
-            f"{path}: belongs to another user (id {found.st_uid}), who could read what is written there"
+            f"{path}: belongs to another user (id {status.st_uid}), who could read what is written there"
         )
-    if not found.st_mode & OTHERS:
+    if not status.st_mode & OTHERS:
         return
     try:
         # Only rights of others are taken; the owner's own stay as they are.
-        path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+        path.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS)
     except OSError as error:
         raise UserError(
             f"{path}: may be read by others, and that cannot be changed ({error.strerror})"

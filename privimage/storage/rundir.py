@@ -177,15 +177,15 @@ class RunDir:
             name: set(upstream(name, config.spec.stages)) for name in STAGES if (self.path / name).exists()
         }
         plan_is_fixed = (self.path / "private" / "account.json").exists()
-        found = []
+        clashes = []
         for key, old, new in differences(_plain(path), config.model_dump(mode="json")):
             declared = effect(key)
             stages = tuple(name for name, read in begun.items() if read & declared.stages)
             if declared.planned and plan_is_fixed:
-                found.append(Clash(key, old, new, ()))
+                clashes.append(Clash(key, old, new, ()))
             elif stages:
-                found.append(Clash(key, old, new, stages))
-        return found
+                clashes.append(Clash(key, old, new, stages))
+        return clashes
 
 
 def _plain(path: Path) -> dict:
@@ -204,11 +204,11 @@ def _plain(path: Path) -> dict:
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
     """The settings that differ between two plain trees, as (key, old value, new value)."""
-    found = []
+    different = []
     for key in dict.fromkeys([*old, *new]):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.")
+            different += differences(a, b, f"{name}.")
         elif a != b:
-            found.append((name, a, b))
-    return found
+            different.append((name, a, b))
+    return different

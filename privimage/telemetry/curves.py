@@ -75,5 +75,5 @@ def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
     # 0 means all points; by default it keeps a random sample of them.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    found = events.Scalars(name) if name in events.Tags()["scalars"] else []
-    return [event.step for event in found], [event.value for event in found]
+    scalars = events.Scalars(name) if name in events.Tags()["scalars"] else []
+    return [event.step for event in scalars], [event.value for event in scalars]

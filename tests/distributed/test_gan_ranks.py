@@ -57,7 +57,7 @@ public = GanPublic(config, 10, world)
 for step in range(4):
     batch = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=random)
     public.step(share(batch), share(torch.arange(12) % 10), step)
-found["losses"] = public.figures()
+found["losses"] = public.scalars()
 found["public"] = public.state()
 
 # Private training without noise: four private steps, some ranks without an image. Their names leave out

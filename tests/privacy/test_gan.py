@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from privimage.config import Config, load
 from privimage.distributed.world import World
-from privimage.families.gan import AdversarialLosses, GanPrivate
+from privimage.families.adversary import AdversarialLosses
+from privimage.families.gan import GanPrivate
 from privimage.models import build_generator, edm
 from privimage.models.biggan import d_loss_fake, d_loss_real
 from privimage.privacy.gradients import GRADIENTS, clip_and_sum_

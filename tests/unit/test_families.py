@@ -207,9 +207,9 @@ def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
     start = distance()
     assert [moved(step) for step in range(130)] == [[True, step % 2 == 1] for step in range(130)]
     assert distance() < start / 4
-    assert set(training.figures()) == {"discriminator loss", "generator loss"}
+    assert set(training.scalars()) == {"discriminator loss", "generator loss"}
     training.step(pictures, torch.arange(2), 130)
-    assert set(training.figures()) == {"discriminator loss"}
+    assert set(training.scalars()) == {"discriminator loss"}
 
 
 def test_no_random_numbers_of_one_seed_are_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

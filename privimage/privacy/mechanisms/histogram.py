@@ -102,7 +102,8 @@ def noisy_histogram(
     """`vote_counts` with Gaussian noise of standard deviation sigma sqrt(k1) on every bin (Theorem 3.1 of the
     paper of PrivImage).
 
-    Raises ValueError if an image has more than `mechanism.per_image` votes. The caller charges the ledger
+    votes int64 (N, k1), labels int64 (N,) -> float64 (rows, columns). Raises ValueError if an image has more
+    than `mechanism.per_image` votes. The caller charges the ledger
     before it uses what is returned.
     """
     if votes.shape[1] > mechanism.per_image:

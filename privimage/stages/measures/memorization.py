@@ -24,11 +24,11 @@ def _check(subject: Subject, after: Labelled, test: ImageSet) -> dict | None:
     from privimage.evaluation import figures as draw
 
     synthetic, train = after.images[:COMPARED], subject.train.images
-    found, nearest = memorization.check(synthetic, train, test.images, subject.world.device)
+    measures, nearest = memorization.check(synthetic, train, test.images, subject.world.device)
     draw.nearest_pairs(
         subject.figures / "sensitive-nearest.png", synthetic, train[nearest.index], nearest.distance
     )
-    return found
+    return measures
 
 
 MEMORIZATION = Measure(("memorization",), _take, figures=("sensitive-nearest",))

@@ -35,7 +35,7 @@ def _chosen(subject: Subject) -> tuple[np.ndarray, dict]:
         draw.selection(file, counts, assignment, rows, columns.names, columns.kind)
     # An image was used if its class or cluster was given to a sensitive class.
     used = assignment[columns.of_images] >= 0
-    kept = [
+    by_class = [
         {"name": name, "public": [columns.names[i] for i in np.flatnonzero(assignment == row)]}
         for row, name in enumerate(rows)
     ]
@@ -44,7 +44,7 @@ def _chosen(subject: Subject) -> tuple[np.ndarray, dict]:
         "public_images": len(used),
         "by_vote": by_vote,
         "semantics": columns.kind,
-        "kept": kept,
+        "kept": by_class,
     }
 
 
@@ -55,10 +55,10 @@ def _similarity(subject: Subject, public: Semantics, used: np.ndarray) -> dict:
         return NOT_MEASURED
     train = subject.train
     # Frequencies of the sensitive labels: the result is marked as not covered.
-    own = (train.classes, np.bincount(train.labels, minlength=len(train.classes)))
+    sensitive = (train.classes, np.bincount(train.labels, minlength=len(train.classes)))
     similar, whole = (
         semantics.similarity(
-            *own, public.names, np.bincount(labels, minlength=len(public.names)), subject.vectors
+            *sensitive, public.names, np.bincount(labels, minlength=len(public.names)), subject.vectors
         )
         for labels in (public.of_images[used], public.of_images)
     )

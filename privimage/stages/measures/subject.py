@@ -80,7 +80,7 @@ class Measure:
 
     def results(self, subject: Subject) -> dict[str, Any]:
         """Measure. Raises RuntimeError where `take` fills other keys than it has declared."""
-        found = self.take(subject)
-        if subject.world.is_main and set(found) != set(self.keys):
-            raise RuntimeError(f"a measure has filled {sorted(found)}, and declared {sorted(self.keys)}")
-        return found
+        results = self.take(subject)
+        if subject.world.is_main and set(results) != set(self.keys):
+            raise RuntimeError(f"a measure has filled {sorted(results)}, and declared {sorted(self.keys)}")
+        return results

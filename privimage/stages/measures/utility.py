@@ -90,10 +90,10 @@ def _cnn(subject: Subject, training: Labelled, name: str) -> float:
         classes = subject.train.classes
         draw.confusion_matrix(subject.figures / "sensitive-confusion.png", counts, classes)
         # Features of both sets in one plane show whether the classifier transfers.
-        own = utility.predict(network, training.images[:EMBEDDED], subject.world.device)
+        synthetic = utility.predict(network, training.images[:EMBEDDED], subject.world.device)
         draw.embedding(
             subject.figures / "sensitive-tsne.png",
-            own.features,
+            synthetic.features,
             training.labels[:EMBEDDED],
             predictions.features[:EMBEDDED],
             held_out.labels[:EMBEDDED],
