@@ -1,11 +1,22 @@
 """Small image sets for the tests of the data plane."""
 
+import atexit
+import secrets
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from privimage.config import Config
+from privimage.data.arrays import Split
 from privimage.data.decode import Source
+from privimage.data.private_store import ImageSet, open_set
+from privimage.data.sources import open_sensitive
+from privimage.distributed.world import ALONE
 
 
 def numbered(count: int, resolution: int = 8, channels: int = 1) -> np.ndarray:
@@ -26,9 +37,32 @@ def source_of(images: np.ndarray, labels: np.ndarray) -> Source:
     """A source of images (N, H, W, C) with classes named by letters."""
     squeezed = images[..., 0] if images.shape[3] == 1 else images
     classes = tuple(chr(ord("a") + i) for i in range(int(labels.max()) + 1))
-    return Source(
-        lambda i: Image.fromarray(squeezed[i]), [f"image {i}" for i in range(len(images))], labels, classes
+    return Source(squeezed, Image.fromarray, [f"image {i}" for i in range(len(images))], labels, classes)
+
+
+def read(source: Source, resolution: int, channels: int, workers: int = 0) -> ImageSet:
+    """A source as a run decodes it, into a folder that is gone when this process ends."""
+    folder = Path(scratch(), secrets.token_hex(8))
+    return _in_memory(
+        open_set(folder, {"stamp": []}, lambda: source, resolution, channels, workers, ALONE, "read")
     )
+
+
+def read_sensitive(config: Config, split: Split) -> ImageSet:
+    """One split of the sensitive set of a configuration, decoded into such a folder."""
+    return _in_memory(open_sensitive(config, split, ALONE, Path(scratch(), secrets.token_hex(8))))
+
+
+def _in_memory(found: ImageSet) -> ImageSet:
+    return replace(found, images=found.images[:])
+
+
+@cache
+def scratch() -> str:
+    """A folder of this process."""
+    folder = tempfile.mkdtemp(prefix="privimage-sets-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Path:

@@ -65,6 +65,11 @@ class SensitiveData(Section):
         description="whether its labels are used; without them there is one row and one class",
         json_schema_extra=on(*SENSITIVE, "pretrain"),
     )
+    residence: Literal["auto", "device", "host", "disk"] = Field(
+        "auto",
+        description="where private steps take images from, with equal results; auto: the first with room",
+        json_schema_extra=on(),
+    )
     count: int | None = Field(
         None,
         ge=1,

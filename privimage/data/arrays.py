@@ -68,7 +68,8 @@ def from_arrays(
     grey = images.ndim == 4 and images.shape[3] == 1
     pixels = images[..., 0] if grey else images
     return Source(
-        lambda i: Image.fromarray(pixels[i]),
+        pixels,
+        Image.fromarray,
         [f"{name}: image {i}" for i in range(len(images))],
         labels.astype(np.int64),
         classes,

@@ -2,11 +2,19 @@
 
 import hashlib
 import multiprocessing
+import os
+import select
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,53 +23,88 @@ from privimage.data import transforms
 from privimage.errors import UserError
 
 CHUNK = 64  # images that a worker process is asked for at once
+LOOK_SECONDS = 0.5  # between two looks of a worker process at the one that it works for
 NOT_8_BIT = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow would cut these off at 255
+# What batch systems send to all processes of a job: the ranks decide what follows from it, not the workers.
+IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Source:
     """An image set on disk or in memory.
 
-    `whole(i)` is the i-th image, `names[i]` identifies it in messages, `labels[i]` is its class.
+    `opener(items[i])` is the i-th image, `names[i]` identifies it in messages, `labels[i]` is its class.
+    Items are what worker processes get (paths, arrays); `opener` and `side` are functions of a module, which
+    worker processes import.
     """
 
-    whole: Callable[[int], Image.Image]
-    names: list[str]
+    items: Any  # a sequence, of which slices can be taken; an array of images that are in memory
+    opener: Callable[[Any], Image.Image]
+    names: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
     side: Callable[[Image.Image], int] = transforms.shorter_side
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.items)
 
     def image(self, index: int, resolution: int, channels: int) -> tuple[np.ndarray, bytes]:
-        """The image as uint8 (C, resolution, resolution), and the SHA-256 of its size and RGB pixels before
-        crop and resize.
+        """The image as uint8 (C, resolution, resolution), and its digest; see `Decoder`.
 
         Raises UserError that names an image which does not decode or has not 8 bits a channel.
         """
+        return Decoder(self, resolution, channels).decode(self.items[index], self.names[index])
+
+
+class Decoder:
+    """How the items of a source become arrays uint8 (channels, resolution, resolution).
+
+    With `draft`, JPEGs are decoded at a half, a quarter or an eighth of their size where twice the resolution
+    is left, which is several times as fast; there is no digest then. Sensitive sets need the digest, the
+    SHA-256 of an image's size and RGB pixels before crop and resize: it identifies them at any resolution.
+    """
+
+    def __init__(self, source: Source, resolution: int, channels: int, draft: bool = False):
+        self.opener, self.side = source.opener, source.side
+        self.resolution, self.channels, self.draft = resolution, channels, draft
+
+    def decode(self, item: Any, name: str) -> tuple[np.ndarray, bytes]:
+        """The array and the digest of an item. Raises UserError with `name` for one that does not decode."""
         try:
-            whole = self.whole(index)
+            whole = self.opener(item)
+            side, width = self.side(whole), whole.width
+            if self.draft:
+                whole.draft("RGB", (2 * self.resolution, 2 * self.resolution))
+                side = round(side * whole.width / width)
             whole.load()
             if whole.mode in NOT_8_BIT:
                 raise ValueError(f"its pixels are {whole.mode}, not 8 bits")
-            colour = whole.convert("RGB")
-            side = self.side(whole)
+            pixels = whole.convert("RGB" if self.channels == 3 else "L")
+            digest = b"" if self.draft else _digest(whole)
         except Exception as error:  # decoders raise whatever they like on damaged files
             raise UserError(
-                f"{self.names[index]}: not readable as an image "
+                f"{name}: not readable as an image "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from None
-        # Before crop and resize: the fingerprint of a set does not depend on the resolution it is used at.
-        digest = hashlib.sha256(f"{colour.size}".encode() + colour.tobytes()).digest()
-        return transforms.to_array(colour if channels == 3 else whole.convert("L"), side, resolution), digest
+        return transforms.to_array(pixels, side, self.resolution), digest
+
+    def attempt(self, index: int, item: Any, name: str) -> "Decoded":
+        """As `decode`, with the problem in place of an exception."""
+        try:
+            return Decoded(index, *self.decode(item, name))
+        except UserError as error:
+            return Decoded(index, None, problem=str(error))
+
+
+def _digest(image: Image.Image) -> bytes:
+    colour = image.convert("RGB")
+    return hashlib.sha256(f"{colour.size}".encode() + colour.tobytes()).digest()
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The `index`-th image and its digest, see `Source.image`.
-
-    Or, where it does not decode, no image and the problem in one line.
+    """The `index`-th image and its digest; or, where it does not decode, no image and the problem in one
+    line.
     """
 
     index: int
@@ -70,42 +113,48 @@ class Decoded:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What all images are decoded from and to."""
+class Decoders:
+    """Worker processes that decode images of a source, a context manager.
 
-    source: Source
-    resolution: int
-    channels: int
-
-    def one(self, index: int) -> Decoded:
-        try:
-            return Decoded(index, *self.source.image(index, self.resolution, self.channels))
-        except UserError as error:
-            return Decoded(index, None, problem=str(error))
-
-
-_inherited: list[Task] = []  # in a worker process: what it was forked with
-
-
-def decoded(source: Source, resolution: int, channels: int, workers: int) -> Iterator[Decoded]:
-    """All images in order. `workers` processes decode ahead; 0 decodes in this one.
-
-    Raises UserError when a worker process dies.
+    They are started by a server process (multiprocessing's forkserver), not forked from this one, whose
+    threads, locks and file descriptors they must not inherit; and they end when this process does. Images
+    that are in memory already, and those of a source with `workers` 0, are decoded in this process.
     """
-    task = Task(source, resolution, channels)
-    if workers == 0:
-        yield from map(task.one, range(len(source)))
-        return
-    # Forked workers inherit the source: nothing is pickled on the way in, so sets in memory are not copied.
-    context = multiprocessing.get_context("fork")
-    pending: deque[Future[list[Decoded]]] = deque()
-    with ProcessPoolExecutor(workers, context, initializer=_inherited.append, initargs=(task,)) as pool:
+
+    def __init__(self, source: Source, decoder: Decoder, workers: int):
+        self.source, self.decoder = source, decoder
+        self.workers = 0 if isinstance(source.items, np.ndarray) else workers
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Decoders":
+        if self.workers:
+            context = _served()
+            self.pool = ProcessPoolExecutor(
+                self.workers, context, initializer=_begin, initargs=(self.decoder, os.getpid())
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def images(self, start: int = 0, end: int | None = None) -> Iterator[Decoded]:
+        """The images from `start` to `end`, in order.
+
+        Raises UserError when a worker process dies.
+        """
+        end = len(self.source) if end is None else end
+        items, names = self.source.items, self.source.names
+        if self.pool is None:
+            yield from (self.decoder.attempt(i, items[i], names[i]) for i in range(start, end))
+            return
+        pending: deque[Future[list[Decoded]]] = deque()
         try:
             # Chunks are handed out and collected in order, so that results need no sorting.
-            for start in range(0, len(source), CHUNK):
-                pending.append(pool.submit(_chunk, start))
-                if len(pending) > 3 * workers:  # bounded, or a slow writer would fill the memory
+            for at in range(start, end, CHUNK):
+                upto = min(at + CHUNK, end)
+                pending.append(self.pool.submit(_chunk, at, items[at:upto], names[at:upto]))
+                if len(pending) > 3 * self.workers:  # bounded, or a slow writer would fill the memory
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
@@ -113,10 +162,53 @@ def decoded(source: Source, resolution: int, channels: int, workers: int) -> Ite
             raise UserError(
                 "a process that decodes images was killed (out of memory?); try fewer workers"
             ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _chunk(start: int) -> list[Decoded]:
-    task = _inherited[-1]
-    return [task.one(index) for index in range(start, min(start + CHUNK, len(task.source)))]
+def _served() -> multiprocessing.context.ForkServerContext:
+    """A context whose processes come from a server process, which is started here if there is none."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # What is ignored at its start the server ignores, and so do all processes that come from it.
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return context
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in IGNORED}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return context
+
+
+_decoders: list[Decoder] = []  # in a worker process: what it decodes by
+
+
+def _begin(decoder: Decoder, parent: int) -> None:
+    _decoders.append(decoder)
+    # Blocked here and in all later threads, so that the thread below receives it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` asks for it, or has ended by whatever signal.
+
+    A worker that outlives a killed rank would keep the node's cores and memory busy. A SIGTERM that comes
+    from elsewhere (a batch system tells all processes of a job) is for the rank to act on.
+    """
+    handle = None
+    with suppress(OSError):  # it has ended already, or the kernel has no such call
+        handle = os.pidfd_open(parent)
+    while True:
+        told = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
+        gone = select.select([handle], [], [], 0)[0] if handle else not Path(f"/proc/{parent}").exists()
+        if gone or (told is not None and told.si_pid == parent):
+            os._exit(1)
+
+
+def _chunk(start: int, items: Sequence[Any], names: Sequence[str]) -> list[Decoded]:
+    decoder = _decoders[-1]
+    pairs = enumerate(zip(items, names, strict=True), start)
+    return [decoder.attempt(index, item, name) for index, (item, name) in pairs]

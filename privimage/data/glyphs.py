@@ -149,15 +149,20 @@ def glyph_source(resolution: int, images_per_class: int) -> Source:
     More images of a class begin with the same ones.
     """
     classes = character_classes()
-
-    def drawn(index: int) -> Image.Image:
-        label, number = divmod(index, images_per_class)
-        return Image.fromarray(render(classes[label], resolution, np.random.default_rng([label, number])))
-
-    count = images_per_class * len(classes)
+    items = [
+        (characters, label, number, resolution)
+        for label, characters in enumerate(classes)
+        for number in range(images_per_class)
+    ]
     return Source(
-        drawn,
-        [f"glyphs: image {i}" for i in range(count)],
+        items,
+        _drawn,
+        [f"glyphs: image {i}" for i in range(len(items))],
         np.repeat(np.arange(len(classes)), images_per_class),
         classes,
     )
+
+
+def _drawn(item: tuple[str, int, int, int]) -> Image.Image:
+    characters, label, number, resolution = item
+    return Image.fromarray(render(characters, resolution, np.random.default_rng([label, number])))

@@ -149,9 +149,7 @@ def _folder(root: Path, labelled: bool, known: Known | None) -> Source:
         labels += [label] * len(inside)
     if not files:
         raise UserError(f"{root}: holds no image")
-    return Source(
-        lambda i: Image.open(files[i]), files, np.array(labels), tuple(folder.name for folder in folders)
-    )
+    return Source(files, Image.open, files, np.array(labels), tuple(folder.name for folder in folders))
 
 
 def _digits(split: Split, known: Known | None) -> Source:

@@ -1,32 +1,104 @@
-"""The sensitive set in device memory, and the random numbers of its per-image losses."""
+"""The sensitive set where private steps take their images from, and the random numbers of their losses."""
 
 import statistics
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from privimage.storage.array_file import ArrayFile, Images
+from privimage.telemetry import memory
 
-class SensitiveSet(Dataset):
-    """All sensitive images on one device: uint8 (N, C, H, W), labels int64 (N,).
+Residence = Literal["device", "host", "disk"]
+AHEAD = 2  # physical batches that are read while one is computed
+# Shares of the free memory that the set may take: the rest is for gradients and activations.
+OF_DEVICE, OF_HOST = 0.25, 0.5
 
-    A batch is (images, labels, indices); an empty batch is a batch.
+
+class StepData(Dataset):
+    """What private steps draw from: batches by lists of indices, which may be empty."""
+
+    def begin(self, indices: list[int], size: int) -> None:
+        """A step begins, whose batches will be the pieces of `indices` of at most `size`, in order."""
+
+
+class SensitiveSet(StepData):
+    """The sensitive images uint8 (N, C, H, W) and labels int64 (N,), as batches on one device.
+
+    A batch is (images, labels, indices); an empty batch is a batch. The images are the same wherever they
+    reside: all on the device, all in the memory of the host, or in their file, from which those of the next
+    batches are read ahead.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
-        self.images = torch.from_numpy(images).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
+    def __init__(self, images: Images, labels: np.ndarray, device: torch.device, residence: Residence):
+        self.device, self.labels = device, torch.from_numpy(labels).to(device)
+        self.file: ArrayFile | None = None
+        self.images: Tensor | None = None
+        if residence == "disk" and isinstance(images, ArrayFile):
+            self.file = images
+        else:
+            self.images = torch.from_numpy(images[:])
+            if residence == "device":
+                self.images = self.images.to(device)
+            elif device.type == "cuda":
+                self.images = self.images.pin_memory()
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="sensitive")
+        self.waiting: deque[list[int]] = deque()
+        self.reading: deque[tuple[list[int], Future[np.ndarray]]] = deque()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
+
+    def begin(self, indices: list[int], size: int) -> None:
+        """See `StepData.begin`."""
+        self.reading.clear()
+        self.waiting = deque(indices[start : start + size] for start in range(0, len(indices), size))
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self.file is not None and self.waiting and len(self.reading) <= AHEAD:
+            piece = self.waiting.popleft()
+            self.reading.append((piece, self.reader.submit(self.file.__getitem__, piece)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        at = torch.tensor(indices, dtype=torch.int64, device=self.images.device)
-        return self.images[at], self.labels[at], at
+        at = torch.tensor(indices, dtype=torch.int64, device=self.device)
+        return self._images(indices), self.labels[at], at
+
+    def _images(self, indices: list[int]) -> Tensor:
+        if self.images is not None:
+            at = torch.tensor(indices, dtype=torch.int64, device=self.images.device)
+            return self.images[at].to(self.device, non_blocking=True)
+        assert self.file is not None  # the images are in memory or in a file
+        # The piece that was announced is on its way; anything else is read now.
+        if self.reading and self.reading[0][0] == indices:
+            rows = self.reading.popleft()[1].result()
+            self._read_ahead()
+        else:
+            rows = self.file[indices]
+        return torch.from_numpy(rows).to(self.device)
+
+
+def residence(wanted: str, images: Images, device: torch.device, ranks_of_node: int) -> Residence:
+    """Where the images go: `wanted`, or for `auto` the first of device, host and disk that has room.
+
+    `ranks_of_node` processes share the memory of the host. Differs between ranks where their memory does.
+    """
+    if wanted in ("device", "host", "disk"):
+        return wanted  # type: ignore[return-value]
+    size = int(np.prod(images.shape))
+    host = memory.available() / ranks_of_node
+    if device.type == "cuda":
+        if size <= OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
+            return "device"
+        return "host" if size <= OF_HOST * host else "disk"
+    return "device" if size <= OF_DEVICE * host else "disk"
 
 
 class ImageDraws:

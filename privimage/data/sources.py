@@ -1,16 +1,16 @@
-"""Whole image sets in memory, and the sets that a configuration names."""
+"""The image sets that a configuration names."""
 
 import hashlib
 import json
-from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from privimage.config import Config
 from privimage.data.arrays import Known, Split
-from privimage.data.decode import Source, decoded
+from privimage.data.decode import Source
 from privimage.data.glyphs import glyph_source
+from privimage.data.private_store import ImageSet, open_set, stamp
 from privimage.data.readers import (
     EMBEDDED,
     OWN_TEST_SPLIT,
@@ -22,58 +22,6 @@ from privimage.data.readers import (
 from privimage.distributed.agreement import all_the_same
 from privimage.distributed.world import World
 from privimage.errors import UserError
-from privimage.telemetry.progress import Progress
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A whole set in memory: images uint8 (N, C, H, W), labels int64 (N,).
-
-    `fingerprint` is a digest of the images before crop and resize, independent of order, resolution, file
-    format and labels. It names the ledger of the set.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    fingerprint: str
-
-    @cached_property
-    def content(self) -> bytes:
-        """SHA-256 of pixels, labels and class names, in order.
-
-        Whatever is computed from the set is a function of it.
-        """
-        shape = json.dumps([self.images.shape, self.classes]).encode()
-        digest = hashlib.sha256(shape)
-        # Hashed from the arrays' own memory, without a copy.
-        for array in (self.images, self.labels):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.digest()
-
-
-def read(source: Source, resolution: int, channels: int, workers: int, shown: bool = False) -> ImageSet:
-    """Decode all images; `shown` shows a progress bar.
-
-    Raises UserError that names the first one that does not decode.
-
-    The order is that of the images' contents, then of their labels: the same for any names of files, and for
-    any order in which a file system lists them.
-    """
-    # One array is allocated and filled in place.
-    images = np.empty((len(source), channels, resolution, resolution), np.uint8)
-    digests = [b""] * len(source)
-    with Progress("read", len(source), shown=shown) as bar:
-        for result in decoded(source, resolution, channels, workers):
-            if result.image is None:
-                raise UserError(result.problem)
-            images[result.index] = result.image
-            digests[result.index] = result.digest
-            bar.advance()
-    # By content, not by file name: renaming files must not change a seeded run.
-    order = sorted(range(len(source)), key=lambda index: (digests[index], source.labels[index]))
-    fingerprint = hashlib.sha256(b"".join(digests[index] for index in order)).hexdigest()
-    return ImageSet(images[order], source.labels[order], source.classes, fingerprint)
 
 
 def public_source(config: Config) -> Source:
@@ -97,21 +45,54 @@ def has_test_split(config: Config) -> bool:
     )
 
 
-def open_sensitive(config: Config, split: Split, world: World, shown: bool = False) -> ImageSet:
-    """`read_sensitive` on all ranks, which must have equal copies of the set: images, labels and classes.
+def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> ImageSet:
+    """One split of the sensitive set of a configuration, on all ranks, which call it together.
 
-    Two ranks with different copies would take one image into the same sum twice, or two images for one.
-    Raises UserError on all ranks that names those whose copy differs.
+    It is decoded into `folder` once, by all ranks, and read from there by later stages and restarts. Raises
+    UserError, on all ranks, for whatever is wrong with the set, and Stopped with what was decoded kept.
     """
-    images = read_sensitive(config, split, shown)
-    path = config.data.sensitive.path or config.data.sensitive.kind
-    all_the_same(
+    data = config.data
+
+    def source() -> Source:
+        opened = sensitive_source(config, split)
+        same = digest_of_labels(opened)
+        path = data.sensitive.path or data.sensitive.kind
+        all_the_same(
+            world,
+            same,
+            f"data.sensitive: {path}: the number of {split} images, their labels or classes",
+            "copy the set to them again",
+        )
+        return opened
+
+    sensitive = data.sensitive
+    path = sensitive.test_path if split == "test" and sensitive.test_path else sensitive.path
+    # Everything that decides what the decoded images are. Where the original is not at hand any more, what
+    # was made from it stays.
+    key = {
+        "split": split,
+        "resolution": data.resolution,
+        "channels": data.channels,
+        "sensitive": sensitive.model_dump(mode="json", exclude={"residence"}),
+        "stamp": stamp(path),
+    }
+    return open_set(
+        folder / split,
+        key,
+        source,
+        data.resolution,
+        data.channels,
+        data.workers,
         world,
-        images.content,
-        f"data.sensitive: {path}: the {split} images or labels",
-        "copy the set to them again",
+        f"read {split} images",
     )
-    return images
+
+
+def digest_of_labels(source: Source) -> bytes:
+    """SHA-256 of the number of images, the classes and the labels in order."""
+    digest = hashlib.sha256(json.dumps([len(source), source.classes]).encode())
+    digest.update(np.ascontiguousarray(source.labels, np.int64).data)
+    return digest.digest()
 
 
 def sensitive_source(config: Config, split: Split) -> Source:
@@ -154,12 +135,3 @@ def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
             part = "train"
     source = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes))
     return aligned(source, classes, f"data.sensitive.{key}: {path}")
-
-
-def read_sensitive(config: Config, split: Split, shown: bool = False) -> ImageSet:
-    """The sensitive set of a configuration, one split of it; `shown` shows a progress bar.
-
-    Raises UserError for anything that is wrong with it, see `sensitive_source`.
-    """
-    data = config.data
-    return read(sensitive_source(config, split), data.resolution, data.channels, data.workers, shown)

@@ -7,28 +7,25 @@ are written whole or not at all, and checked before they are used: FFCV itself r
 error.
 """
 
-import errno
 import hashlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from privimage import torchvision_operators
-from privimage.data.decode import Source, decoded
+from privimage.data import shards
+from privimage.data.decode import Decoder, Source
+from privimage.data.writers import writer
+from privimage.distributed import told
+from privimage.distributed.world import ALONE, World
 from privimage.errors import UserError
 from privimage.storage.files import read_json, write_json
-from privimage.telemetry.progress import Progress, say
-
-PAGE_BYTES = 1 << 21  # FFCV's smallest page: files are padded to whole ones
-Put = Callable[[np.ndarray, int], None]
+from privimage.telemetry.progress import say
 
 
 @dataclass(frozen=True)
@@ -76,42 +73,54 @@ def ffcv_missing() -> str:
 
 
 def write(
-    source: Source, path: Path, resolution: int, channels: int, workers: int, skip_bad: bool = False
+    source: Source,
+    path: Path,
+    resolution: int,
+    channels: int,
+    workers: int,
+    skip_bad: bool = False,
+    world: World = ALONE,
 ) -> Sidecar:
     """Write a store, whose format its suffix (.beton or .npy) says, and its sidecar.
 
-    What was there before is kept until the end.
+    All ranks of `world` decode, the main rank puts the file together. What was there before is kept until
+    the end; what was decoded is kept in .NAME.parts beside it, so that a stop or a mistake loses nothing.
 
     Raises UserError for an image that does not decode, unless `skip_bad` (they are counted and named), for a
-    class that is left without an image, for a full disk, and for a .beton where FFCV is missing.
+    class that is left without an image, for a full disk, and for a .beton where FFCV is missing; Stopped when
+    a stop was requested.
     """
     if path.suffix not in (".beton", ".npy"):
         raise UserError(f"{path}: a store ends in .beton or .npy")
     _need_ffcv(path)
-    shape = (channels, resolution, resolution)
+    parts = path.with_name(f".{path.name}.parts")
+    decoder = Decoder(source, resolution, channels, draft=True)
+    shards.decode(source, parts, decoder, workers, world, f"{path.parent.name or '.'}/{path.name}", skip_bad)
+    if world.is_main:
+        _assemble(source, parts, path, (channels, resolution, resolution))
+        shutil.rmtree(parts)
+    world.barrier()
+    for file in (path, _sidecar_path(path)):
+        told.wait_until_seen(file, world)
+    return described(path)
+
+
+def _assemble(source: Source, parts: Path, path: Path, shape: tuple[int, int, int]) -> None:
+    """Put the shards of a set into its store, in order."""
     temporary = path.with_name(f".{path.name}.part")
     kept: list[int] = []
     bad: list[str] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            Progress(path.name, len(source)) as bar,
-            _writer(temporary, path.suffix, len(source), shape) as put,
-        ):
-            # Images arrive in order and are written at once; memory does not grow with the set.
-            for result in decoded(source, resolution, channels, workers):
-                if result.image is not None:
-                    put(result.image, int(source.labels[result.index]))
-                    kept.append(result.index)
-                elif skip_bad:
-                    bad.append(result.problem)
-                else:
-                    raise UserError(result.problem)
-                bar.advance(skipped=str(len(bad)))
+        with writer(temporary, path.suffix, len(source), shape) as put:
+            for shard in shards.read(source, parts):
+                for image, index in zip(shard.images, shard.indices.tolist(), strict=True):
+                    put(image, int(source.labels[index]))
+                kept += shard.indices.tolist()
+                bad += shard.problems
         _require_all_classes(source, kept, bad, path)
         sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
         # The sidecar goes first and comes last, so that it never describes another file.
-        _sidecar_path(path).unlink(missing_ok=True)  # never a new file beside an old sidecar
+        _sidecar_path(path).unlink(missing_ok=True)
         temporary.replace(path)
         write_json(_sidecar_path(path), asdict(sidecar))
     except OSError as error:
@@ -120,7 +129,6 @@ def write(
         temporary.unlink(missing_ok=True)
     if bad:
         say(f"{path}: {len(bad)} of {len(source)} images were skipped, the first: {bad[0]}")
-    return sidecar
 
 
 def _require_all_classes(source: Source, kept: list[int], bad: list[str], path: Path) -> None:
@@ -134,72 +142,6 @@ def _require_all_classes(source: Source, kept: list[int], bad: list[str], path: 
             f"{path}: not one image of class {source.classes[empty[0]]!r} could be read; the first bad "
             f"one: {bad[0]}"
         )
-
-
-@contextmanager
-def _writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
-    # On disk before it is renamed: otherwise a power failure could leave a whole name on half a file.
-    with (_beton_writer if suffix == ".beton" else _npy_writer)(path, capacity, shape) as put:
-        yield put
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
-    """FFCV's writer without its worker processes, which deadlock when one of them raises or is
-    killed.
-    """
-    from ffcv.fields import IntField, NDArrayField
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.writer import DatasetWriter, handle_sample
-
-    # Raw pixels, not JPEGs: images are small, and decoding would cost more than reading.
-    fields = {"image": NDArrayField(np.dtype("uint8"), shape), "label": IntField()}
-    # What FFCV's writer does in worker processes is done here, in this one.
-    writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES, num_workers=1)
-    writer.num_samples = capacity
-    writer.prepare()
-    writer.metadata_sm.close()
-    writer.metadata_sm.unlink()
-    metadata = np.zeros(capacity, writer.metadata_type)
-    writer.metadata_sm = SimpleNamespace(
-        buf=metadata.view(np.uint8)
-    )  # in place of the memory that its processes would share
-    allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE_BYTES)
-    written = 0
-
-    def put(image: np.ndarray, label: int) -> None:
-        nonlocal written
-        handle_sample((image, label), written, metadata.dtype.names, metadata, allocator, fields)
-        written += 1
-
-    # The caller writes images one by one; leaving the block flushes the last page.
-    with allocator:
-        yield put
-    writer.header["num_samples"] = written
-    writer.finalize([allocator.allocations])
-    if writer.header["alloc_table_ptr"] != allocator.offset + (allocator.my_page + 1) * PAGE_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # FFCV ignores a short write
-
-
-@contextmanager
-def _npy_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
-    # Image and label beside each other, so that one read fetches both.
-    record = np.dtype([("image", np.uint8, shape), ("label", "<i8")])
-    header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False}
-    written = 0
-    with open(path, "wb") as file:
-
-        def put(image: np.ndarray, label: int) -> None:
-            nonlocal written
-            file.write(image.tobytes() + np.int64(label).astype("<i8").tobytes())
-            written += 1
-
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (capacity,)})
-        yield put
-        file.seek(0)  # NumPy leaves room in the header for any count
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (written,)})
 
 
 def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:

@@ -27,9 +27,7 @@ def celeba(path: Path) -> Source:
     if not files:
         _fetch("celeba", path, lambda: CelebA(str(path), split="all", download=True))
         files = faces()
-    return Source(
-        lambda i: Image.open(files[i]), files, np.zeros(len(files), np.int64), ONE_CLASS, celeba_side
-    )
+    return Source(files, Image.open, files, np.zeros(len(files), np.int64), ONE_CLASS, celeba_side)
 
 
 def torchvision_set(kind: str, path: Path, split: Split, known: Known | None) -> Source:

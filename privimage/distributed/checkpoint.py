@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from privimage.distributed import told
+from privimage.distributed.world import ALONE, World
 from privimage.errors import UserError
 from privimage.storage.files import write_whole
 
@@ -23,28 +25,28 @@ def save(path: Path, state: dict) -> None:
     write_whole(path, b"".join((MAGIC, hashlib.sha256(payload).digest(), payload)))
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict | None:
-    """Read a checkpoint onto `device`; None when there is none.
+def load(path: Path, world: World = ALONE) -> dict | None:
+    """The checkpoint that the main rank sees, on the device of each rank; None when there is none.
 
-    Raises UserError that names a truncated or altered file.
+    All ranks call it together. Raises UserError that names a truncated or altered file.
     """
-    if not path.exists():
+    data = told.content(path, world)
+    if data is None:
         return None
-    data = path.read_bytes()
     head, digest, payload = data[: len(MAGIC)], data[len(MAGIC) : len(MAGIC) + 32], data[len(MAGIC) + 32 :]
     if head != MAGIC or hashlib.sha256(payload).digest() != digest:
         raise UserError(
             f"{path}: damaged checkpoint (its digest does not match); delete it to begin this stage again"
         )
-    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    return torch.load(io.BytesIO(payload), map_location=world.device, weights_only=True)
 
 
-def required(path: Path, stage: str, device: torch.device | str = "cpu") -> dict:
+def required(path: Path, stage: str, world: World = ALONE) -> dict:
     """`load` of what `stage` must have left at `path`.
 
     Raises UserError that says what to run where it is not there.
     """
-    state = load(path, device)
+    state = load(path, world)
     if state is None:
         raise UserError(f"{path}: no such file; run `privimage {stage}` first")
     return state

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,6 +26,7 @@ CONNECT_MINUTES = (
     5.0  # how long a rank waits for the others to appear; nodes of one job start within seconds of each other
 )
 POLL_SECONDS = 0.05
+PIECE_BYTES = 1 << 26  # of what is broadcast at once
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,22 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def broadcast_bytes(self, data: bytes | None) -> bytes | None:
+        """The main rank's bytes, of any size, on every rank; None if it gives none."""
+        if self.size == 1:
+            return data
+        size = self.broadcast_object(None if data is None else len(data))
+        if size is None:
+            return None
+        whole = np.frombuffer(data, np.uint8) if self.is_main and data else np.empty(size, np.uint8)
+        # In pieces, so that a GPU need not hold the whole.
+        for start in range(0, size, PIECE_BYTES):
+            piece = torch.from_numpy(whole[start : start + PIECE_BYTES].copy()).to(self.device)
+            dist.broadcast(piece, src=0)
+            if not self.is_main:
+                whole[start : start + PIECE_BYTES] = piece.cpu().numpy()
+        return whole.tobytes()
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The picklable `value` of each rank, in order, on every rank. Waits without a time-out."""
         if self.size == 1:
@@ -94,11 +112,11 @@ class World:
 
     def variables(self) -> dict[str, str]:
         """This rank's place as torchrun would state it, for libraries that read the environment."""
-        # As torchrun would set them.
+        # Libraries take the local rank for the number of a GPU: that of this rank's, among those it sees.
         names = {
             "RANK": self.rank,
             "WORLD_SIZE": self.size,
-            "LOCAL_RANK": self.local_rank,
+            "LOCAL_RANK": self.local_rank if self.device.index is None else self.device.index,
             "LOCAL_WORLD_SIZE": self.local_size,
         }
         return {name: str(value) for name, value in names.items()} | {
@@ -144,6 +162,9 @@ class World:
         if dist.is_initialized():
             gc.collect()
             dist.destroy_process_group()
+
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))  # of a process without a launcher
 
 
 def connect(runtime: Runtime) -> World:

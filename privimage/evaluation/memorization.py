@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from privimage.storage.array_file import Images
+
 
 @dataclass(frozen=True)
 class Nearest:
@@ -25,7 +27,7 @@ def _flat(images: np.ndarray, device: torch.device | str) -> Tensor:
 
 @torch.inference_mode()
 def nearest(
-    images: np.ndarray, reference: np.ndarray, device: torch.device | str = "cpu", chunk: int = 2000
+    images: np.ndarray, reference: Images, device: torch.device | str = "cpu", chunk: int = 2000
 ) -> Nearest:
     """The nearest of reference uint8 (M, C, H, W) to each of images uint8 (N, C, H, W), by RMS pixel
     distance.
@@ -45,7 +47,7 @@ def nearest(
 
 
 def check(
-    synthetic: np.ndarray, train: np.ndarray, held_out: np.ndarray, device: torch.device | str = "cpu"
+    synthetic: np.ndarray, train: Images, held_out: Images, device: torch.device | str = "cpu"
 ) -> tuple[dict, Nearest]:
     """Find the nearest real image of each synthetic one; all sets uint8 (N, C, H, W).
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privimage.config import Config
-from privimage.data.sources import ImageSet
+from privimage.data.private_store import ImageSet
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.privacy import keys

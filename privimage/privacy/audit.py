@@ -13,9 +13,9 @@ References: Steinke, Nasr and Jagielski 2023 (one run, many canaries); Mahloujif
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from privimage.config import Config
+from privimage.data.sensitive import StepData
 from privimage.distributed.world import World
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
@@ -33,7 +33,7 @@ SHARES = (0.2, 0.8)
 LENGTH = 1000.0  # of a canary's gradient, in clipping bounds
 
 
-class Canaries(Dataset):
+class Canaries(StepData):
     """Indices of the canaries that take part: int64 (m,); batches may be empty."""
 
     def __init__(self, present: Tensor):

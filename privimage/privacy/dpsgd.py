@@ -9,8 +9,9 @@ from typing import Protocol, cast
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from privimage.data.sensitive import StepData
 from privimage.distributed.agreement import Ranks, gathered, require_equal
 from privimage.privacy.account import charge_name
 from privimage.privacy.gradients import PerImageGradients, trained_parameters
@@ -62,7 +63,7 @@ class PrivateSteps:
         gradients: PerImageGradients,
         losses: Losses,
         optimizer: torch.optim.Optimizer,
-        data: Dataset,
+        data: StepData,
         ranks: Ranks,
         randomness: Randomness,
         *,
@@ -149,7 +150,9 @@ class PrivateSteps:
             key = randomness.root.derive("poisson sampling", self.name)
             count = len(self.data)  # type: ignore[arg-type]
             sample = poisson_sample(randomness.source, key, count, self.plan.sample_rate)
-            yield share(sample, self.ranks.rank, self.ranks.size)
+            indices = share(sample, self.ranks.rank, self.ranks.size)
+            self.data.begin(indices, self.physical)
+            yield indices
 
     def _may_begin(self) -> bool:
         """Name the next step and charge it, before anything of it is computed; equal on all ranks."""

@@ -106,7 +106,9 @@ def _in_short(error: BaseException) -> str:
 
 
 def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None:
-    if world.broadcast_object(run_dir.record(name) is not None):
+    # The main rank tells which stages are finished: another node may not see their records yet.
+    run_dir.records = world.broadcast_object(run_dir.read_records() if world.is_main else None)
+    if run_dir.record(name) is not None:
         if world.is_main:
             say(f"{name}: done before")
         return
@@ -121,6 +123,7 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
     memory.reset_peak(world.device)
     with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
         record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)
+        world.barrier()  # of no time limit: the main rank may be writing what the others need
         taken = seconds()
     measured = {
         "seconds": taken,

@@ -222,7 +222,7 @@ def _whole_set(visit: Visit) -> None:
     """
     if not visit.opens_account or not visit.needs(PUBLIC):
         return
-    sensitive = open_sensitive(visit.config, "train", visit.world)
+    sensitive = open_sensitive(visit.config, "train", visit.world, visit.run.sensitive)
     if visit.world.is_main:
         account.check(visit.config, visit.run, sensitive)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from privimage.config import Config
-from privimage.data.store import PAGE_BYTES
+from privimage.data.writers import PAGE_BYTES
 from privimage.families.base import image_shape
 from privimage.models import parameters
 from privimage.models.resnet import classifier

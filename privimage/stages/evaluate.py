@@ -11,7 +11,9 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.config.effects import settings_of
-from privimage.data.sources import ImageSet, has_test_split, open_sensitive
+from privimage.data.private_store import ImageSet
+from privimage.data.sources import has_test_split, open_sensitive
+from privimage.distributed import told
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.evaluation import extractor, report, semantics
@@ -55,16 +57,18 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     network = extractor.choose(settings.features, settings.inception_weights, run_dir.private)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
     # Read on all ranks, which compare their copies.
-    train = open_sensitive(config, "train", world)
-    test = open_sensitive(config, "test", world) if has_test_split(config) else None
+    train = open_sensitive(config, "train", world, run_dir.sensitive)
+    test = open_sensitive(config, "test", world, run_dir.sensitive) if has_test_split(config) else None
     n_classes = len(train.classes) if config.data.sensitive.labelled else 1
 
     after = before = None
     if config.spec.generator != "none":
         run_dir.require("synthesize")
-        after = _read(run_dir.release / "synthetic.npz", train, n_classes)
+        after = _read(run_dir.release / "synthetic.npz", train, n_classes, world)
         path = run_dir.stage("synthesize") / "before.npz"
-        before = _read(path, train, n_classes, lowest=-1) if settings.before and path.exists() else None
+        before = None
+        if settings.before and told.exists(path, world):
+            before = _read(path, train, n_classes, world, lowest=-1)
 
     figures = run_dir.stage("evaluate") / "figures"
     partial = run_dir.private / "evaluate_partial.json"
@@ -76,14 +80,14 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     )
 
 
-def _read(path: Path, train: ImageSet, n_classes: int, lowest: int = 0) -> Labelled:
+def _read(path: Path, train: ImageSet, n_classes: int, world: World, lowest: int = 0) -> Labelled:
     """A synthetic set as uint8 N,C,H,W, its labels from `lowest` to n_classes - 1.
 
     Raises UserError that names a missing, damaged or misfitting file.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
-            images, labels = data["images"], data["labels"]
+        data = told.arrays(path, world)
+        images, labels = data["images"], data["labels"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `privimage synthesize` first") from None
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
+from privimage.data.private_store import ImageSet
 from privimage.data.sensitive import ImageDraws
-from privimage.data.sources import ImageSet, open_sensitive
+from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.preemption import stop
@@ -38,7 +39,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     from which `synthesize` draws. The mean distance of a vote goes to private/tensorboard. Raises UserError
     if the run has used up its histograms, and what they made is lost.
     """
-    sensitive = open_sensitive(config, "train", world)
+    sensitive = open_sensitive(config, "train", world, run_dir.sensitive)
     account = open_account(config, run_dir, sensitive, world)
     plan = account.plan.the(NearestHistogram)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
@@ -48,7 +49,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
 
     # Go on from the last generation that was voted for, with the charges that made it.
     file, step, charges = run_dir.stage("evolve") / "checkpoint.pt", 0, []
-    if (state := checkpoint.load(file, world.device)) is not None:
+    if (state := checkpoint.load(file, world)) is not None:
         population.load_state_dict(population.state_dict() | state["population"])
         step, charges = state["step"], state["charges"]
         account.require_known({plan.stage: charges}, file, world)
@@ -147,7 +148,7 @@ class _Curves:
 
 def _population(config: Config, run_dir: RunDir, world: World, rows: int) -> Population:
     run_dir.require("pretrain")
-    state = checkpoint.required(run_dir.stage("pretrain") / "weights.pt", "pretrain", world.device)
+    state = checkpoint.required(run_dir.stage("pretrain") / "weights.pt", "pretrain", world)
     population = Population(config, state["n_classes"], rows).to(world.device)
     population.denoiser.load_state_dict(state["ema"])
     return population.eval()

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from privimage.config import Config
-from privimage.data.sensitive import SensitiveSet
-from privimage.data.sources import ImageSet, open_sensitive
+from privimage.data.private_store import ImageSet
+from privimage.data.sensitive import SensitiveSet, residence
+from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -35,7 +36,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     Losses and clipping rates go to private/tensorboard. Raises UserError if the run has used up its steps,
     and what they made is lost.
     """
-    sensitive = open_sensitive(config, "train", world)
+    sensitive = open_sensitive(config, "train", world, run_dir.sensitive)
     account = open_account(config, run_dir, sensitive, world)
     plan = account.plan.the(DPSGD)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
@@ -93,7 +94,7 @@ def _resumed(
     file: Path, training: PrivateTraining, account: Account, behind: Behind, world: World
 ) -> tuple[int, Behind]:
     """Load the last checkpoint, if there is one; returns the steps made, and all charges behind."""
-    state = checkpoint.load(file, world.device)
+    state = checkpoint.load(file, world)
     if state is None:
         return 0, behind
     behind = merged(behind, state["charges"])
@@ -128,7 +129,7 @@ def _training(
         return kind.private_training(config, n_classes, world, None), {}
     run_dir.require("pretrain")
     path = run_dir.stage("pretrain") / "weights.pt"
-    pretrained = checkpoint.required(path, "pretrain", world.device)
+    pretrained = checkpoint.required(path, "pretrain", world)
     try:
         return kind.private_training(config, n_classes, world, pretrained), dict(pretrained["charges"])
     except ValueError as error:
@@ -162,7 +163,12 @@ def _steps(
         gradients,
         losses,
         training.optimizer,
-        SensitiveSet(sensitive.images, sensitive.labels, world.device),
+        SensitiveSet(
+            sensitive.images,
+            sensitive.labels,
+            world.device,
+            residence(config.data.sensitive.residence, sensitive.images, world.device, world.local_size),
+        ),
         world,
         Randomness(account.root, config.privacy.noise_source, digest),
         physical=physical,

@@ -10,8 +10,9 @@ import torch
 
 from privimage.config import Config
 from privimage.config.seeds import public_seed
-from privimage.data.sources import ImageSet, open_sensitive
-from privimage.distributed import checkpoint
+from privimage.data.private_store import ImageSet
+from privimage.data.sources import open_sensitive
+from privimage.distributed import checkpoint, told
 from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -37,7 +38,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     have, or if the embedding was drawn before and is lost.
     """
     settings = config.match
-    sensitive = open_sensitive(config, "train", world)
+    sensitive = open_sensitive(config, "train", world, run_dir.sensitive)
     n_classes = len(sensitive.classes) if config.data.sensitive.labelled else 0
     # A generator that cannot make the resolution is refused before anything is charged.
     size = family(config).sizes(config, n_classes)["generator"]
@@ -83,7 +84,7 @@ def _embedding(
     name of its charge.
     """
     path, plan = run_dir.stage("match") / "embedding.npz", account.plan.the(MeanEmbedding)
-    if not world.broadcast_object(path.exists()):
+    if not told.exists(path, world):
         # The charge is named by public inputs and the set as a whole, the noise also by the sum that it
         # hides: two different sums can never have the same noise.
         stage_values = {"plan": account.plan.to_dict(), "rows": rows}
@@ -99,8 +100,8 @@ def _embedding(
             write_arrays(path, {"embedding": embedding, "charge": np.array(name)})
         world.barrier()
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["embedding"], str(file["charge"])
+        file = told.arrays(path, world)
+        return file["embedding"], str(file["charge"])
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         raise UserError(f"{path}: damaged, and charged already; choose another run.dir") from None
 

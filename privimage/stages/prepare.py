@@ -23,11 +23,9 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     else:
         place = f"public.{_format(config, world)}"
         path = run_dir.stage("prepare") / place
-        if world.is_main:
-            store.write(public_source(config), path, data.resolution, data.channels, data.workers)
-        # The main rank may write for hours; the others wait without a time-out.
-        world.barrier()
-        sidecar = store.verify(path)
+        sidecar = store.write(
+            public_source(config), path, data.resolution, data.channels, data.workers, world=world
+        )
     classes = sidecar.classes if data.public.labelled else ONE_CLASS
     return {"images": sidecar.count, "count": sidecar.count, "store": place, "classes": list(classes)}
 

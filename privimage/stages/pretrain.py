@@ -8,7 +8,7 @@ import numpy as np
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.stream import PublicStream
-from privimage.distributed import checkpoint
+from privimage.distributed import checkpoint, told
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import pretrained_family
@@ -26,7 +26,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     behind the selection.
     """
     settings, seed = config.pretrain, public_seed(config, "pretraining stream")
-    path, indices, labels, n_classes = pretraining_set(config, run_dir)
+    path, indices, labels, n_classes = pretraining_set(config, run_dir, world)
     behind = _charges(config, run_dir, world)
     batch_size = -(-settings.batch_size // world.size)
     training = pretrained_family(config).public_training(config, n_classes, world)
@@ -74,11 +74,12 @@ def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:
                 before, {"select": np.load(run_dir.stage("select") / "selection.npz")["charges"].tolist()}
             ),
         )
-    world.barrier()
-    return read_json(path)
+    return world.broadcast_object(read_json(path) if world.is_main else None)
 
 
-def pretraining_set(config: Config, run_dir: RunDir) -> tuple[Path, np.ndarray, np.ndarray, int]:
+def pretraining_set(
+    config: Config, run_dir: RunDir, world: World
+) -> tuple[Path, np.ndarray, np.ndarray, int]:
     """The store, indices int64 (n,) to train on, their labels int64 (n,), and the number of classes (0: no
     labels).
 
@@ -94,8 +95,8 @@ def pretraining_set(config: Config, run_dir: RunDir) -> tuple[Path, np.ndarray, 
             len(public.names) if len(public.names) > 1 else 0,
         )
     run_dir.require("select")
-    selection = np.load(run_dir.stage("select") / "selection.npz")
-    labels = selection["assignment"][public_semantics(config, run_dir).of_images]
+    selection = told.arrays(run_dir.stage("select") / "selection.npz", world)
+    labels = selection["assignment"][public_semantics(config, run_dir, world).of_images]
     indices = np.flatnonzero(labels >= 0)
     if not len(indices):
         raise UserError(

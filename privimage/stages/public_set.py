@@ -9,7 +9,7 @@ import torch
 
 from privimage.config import Config
 from privimage.data import store
-from privimage.distributed import checkpoint
+from privimage.distributed import checkpoint, told
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.models.resnet import Classifier, classifier
@@ -36,14 +36,14 @@ def public_labels(run: RunDir) -> Semantics:
     return Semantics(tuple(classes), labels if len(classes) > 1 else np.zeros_like(labels), "public classes")
 
 
-def public_semantics(config: Config, run: RunDir) -> Semantics:
+def public_semantics(config: Config, run: RunDir, world: World) -> Semantics:
     """What sensitive images vote for: the public labels, or the clusters that `query` has made.
 
-    Raises UserError if a stage that it needs is not finished.
+    All ranks call it together. Raises UserError if a stage that it needs is not finished.
     """
     if config.query.semantics == "labels":
         return public_labels(run)
-    return Semantics(tuple(run.require("query")["clusters"]), _clusters(run)["clusters"], "clusters")
+    return Semantics(tuple(run.require("query")["clusters"]), _clusters(run, world)["clusters"], "clusters")
 
 
 def clusters_path(run: RunDir) -> Path:
@@ -69,7 +69,7 @@ def load_query(config: Config, run: RunDir, world: World) -> SemanticQuery:
     """The trained query function, without centroids. Raises UserError if it is not there."""
     path = run.stage("query") / "network.pt"
     network = query_network(config, public_labels(run))
-    network.load_state_dict(checkpoint.required(path, "query", world.device)["network"])
+    network.load_state_dict(checkpoint.required(path, "query", world)["network"])
     return SemanticQuery(network).to(world.device).eval()
 
 
@@ -81,15 +81,15 @@ def load_scores(config: Config, run: RunDir, world: World) -> SemanticQuery:
     # With clusters, scores are similarities to their centres.
     query = load_query(config, run, world)
     if config.query.semantics == "clusters":
-        query.centroids = torch.from_numpy(_clusters(run)["centroids"]).to(world.device)
+        query.centroids = torch.from_numpy(_clusters(run, world)["centroids"]).to(world.device)
     return query
 
 
-def _clusters(run: RunDir) -> dict[str, np.ndarray]:
+def _clusters(run: RunDir, world: World) -> dict[str, np.ndarray]:
     path = clusters_path(run)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in ("centroids", "clusters")}
+        file = told.arrays(path, world)
+        return {name: file[name] for name in ("centroids", "clusters")}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         raise UserError(
             f"{path}: missing or damaged; delete the folder {path.parent} to have it made again"

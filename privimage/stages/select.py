@@ -8,7 +8,8 @@ from torch import Tensor
 
 from privimage.config import Config
 from privimage.config.seeds import public_seed
-from privimage.data.sources import ImageSet, open_sensitive
+from privimage.data.private_store import ImageSet
+from privimage.data.sources import open_sensitive
 from privimage.distributed.blocks import in_blocks
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -19,6 +20,7 @@ from privimage.privacy.identity import computation, digest_of_tensors
 from privimage.privacy.mechanisms import SemanticHistogram
 from privimage.privacy.mechanisms.histogram import noisy_histogram
 from privimage.stages.public_set import Semantics, load_scores, public_semantics
+from privimage.storage.array_file import Images
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
@@ -32,8 +34,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     `charges`, the names of those in the ledger that the histogram has cost. Raises UserError if k1 or k2
     exceed the public classes, or if the run has asked before and the answer is lost.
     """
-    settings, public = config.select, public_semantics(config, run_dir)
-    sensitive = open_sensitive(config, "train", world)
+    settings, public = config.select, public_semantics(config, run_dir, world)
+    sensitive = open_sensitive(config, "train", world, run_dir.sensitive)
     # One row of the histogram per sensitive class, one column per public class.
     rows = len(sensitive.classes) if config.data.sensitive.labelled else 1
     columns = len(public.names)
@@ -115,7 +117,7 @@ def _asked(
 
 
 @torch.no_grad()
-def top_votes(query: SemanticQuery, images: np.ndarray, per_image: int, world: World) -> np.ndarray:
+def top_votes(query: SemanticQuery, images: Images, per_image: int, world: World) -> np.ndarray:
     """The `per_image` classes or clusters with the largest scores of each image uint8 (N, C, H, W), all
     different: int64 (N, per_image).
 

@@ -38,7 +38,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """
     settings = config.synthesize
     run_dir.require(config.spec.training)
-    weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world.device)
+    weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world)
     assert weights is not None  # the stage is finished
     # The statement comes first: what cannot be released is not sampled.
     said = _statement(config, run_dir, world, weights)
@@ -50,6 +50,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     world.barrier()
     if said is not None:
         _release(config, run_dir, weights, said)
+    # Writing a large release takes longer than ranks wait for each other in a collective operation.
+    world.barrier()
     return {"images": count}
 
 
@@ -58,7 +60,7 @@ def _statement(config: Config, run_dir: RunDir, world: World, weights: dict) -> 
 
     Raises UserError if the ledger does not hold what made the weights.
     """
-    account = open_account(config, run_dir, open_sensitive(config, "train", world), world)
+    account = open_account(config, run_dir, open_sensitive(config, "train", world, run_dir.sensitive), world)
     if not world.is_main:
         return None
     versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -73,7 +75,7 @@ def _pretrained(config: Config, run_dir: RunDir, world: World) -> dict | None:
     """The weights before private fine-tuning, if there are any and they are evaluated."""
     if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).releases_model:
         return None
-    return checkpoint.load(run_dir.stage("pretrain") / "weights.pt", world.device)
+    return checkpoint.load(run_dir.stage("pretrain") / "weights.pt", world)
 
 
 def _sample_before(config: Config, run_dir: RunDir, world: World, pretrained: dict) -> None:

@@ -59,7 +59,7 @@ def train(
     """
     # Go on from the last checkpoint; curves drop points that a killed run has written beyond it.
     file, first = run.stage(stage) / "checkpoint.pt", 0
-    if (state := checkpoint.load(file, world.device)) is not None:
+    if (state := checkpoint.load(file, world)) is not None:
         trained.load(state)
         first = state["step"]
     curves = Curves(run.tensorboard, stage, first, world.is_main)

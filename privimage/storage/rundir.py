@@ -31,11 +31,17 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self.records: dict[str, dict] | None = None  # as the main rank has told them; None: read from disk
 
     @property
     def private(self) -> Path:
         """Keys, plan, losses of fine-tuning, metrics on sensitive data: never shared."""
         return self._folder(self.path / "private")
+
+    @property
+    def sensitive(self) -> Path:
+        """The decoded sensitive set, one folder per split."""
+        return self._folder(self.private / "sensitive")
 
     @property
     def release(self) -> Path:
@@ -76,6 +82,8 @@ class RunDir:
 
     def record(self, stage: str) -> dict | None:
         """What a finished stage wrote down (seconds, memory, figures); None while it is not finished."""
+        if self.records is not None:
+            return self.records.get(stage)
         path = self.path / stage / "done.json"
         return read_json(path) if path.exists() else None
 
@@ -92,6 +100,13 @@ class RunDir:
     def finish(self, stage: str, record: dict) -> None:
         """Mark a stage as finished; the last thing that it writes."""
         write_json(self.stage(stage) / "done.json", record)
+        if self.records is not None:
+            self.records[stage] = record
+
+    def read_records(self) -> dict[str, dict]:
+        """The records of all finished stages, from the disk."""
+        files = {stage: self.path / stage / "done.json" for stage in STAGES}
+        return {stage: read_json(file) for stage, file in files.items() if file.exists()}
 
     @property
     def public_store(self) -> Path:

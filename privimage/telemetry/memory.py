@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +37,30 @@ def reset_peak(device: torch.device) -> None:
 def peak(device: torch.device) -> int:
     """The most bytes in use since `reset_peak`: of the GPU, or resident."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def available() -> int:
+    """Bytes that processes of this node may still take, within the limits of this process's control group."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    # Every group from this process's own to the root may have a limit; containers see theirs as the root.
+    for limit, used in _limits():
+        left.append(max(0, limit - used))
+    return min(left)
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use of memory of the control groups (version 2) that this process is in."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().split("::")[-1].lstrip("/")
+    except OSError:
+        return
+    for folder in (root / own, *(root / own).parents):
+        if not folder.is_relative_to(root):
+            return
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or "max"
+            yield int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
 
 
 def resident(key: str = "VmRSS") -> int:

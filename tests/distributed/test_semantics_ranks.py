@@ -24,7 +24,7 @@ SCRIPT = """
 import sys, numpy as np, torch
 from pathlib import Path
 from privimage.config import load
-from privimage.data.sources import read_sensitive
+from privimage.data.sources import open_sensitive
 from privimage.distributed.world import connect
 from privimage.stages.public_set import load_scores, public_labels
 from privimage.storage.rundir import RunDir
@@ -38,7 +38,8 @@ world.barrier()
 if world.is_main:
     run.finish("query", {"images": 1, "clusters": names})
 world.barrier()
-votes = select.top_votes(load_scores(config, run, world), read_sensitive(config, "train").images, 3, world)
+images = open_sensitive(config, "train", world, run.sensitive).images
+votes = select.top_votes(load_scores(config, run, world), images, 3, world)
 np.save(f"{folder}/votes-{world.rank}.npy", votes)
 select.run(config, run, world)
 world.close()

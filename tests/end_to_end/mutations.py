@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import spy
 import torch
+from data_sets import read as read_images
 
 from privimage.config import Config, load
 from privimage.data.readers import open_source
-from privimage.data.sources import read as read_images
 from privimage.distributed import checkpoint
 from privimage.distributed.launch import free_port
 from privimage.privacy import identity

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import spy
+from data_sets import read
 from ranks import TINY, run_ranks
 
 from privimage.config import Config, load
 from privimage.data.readers import open_source
-from privimage.data.sources import read
 from privimage.distributed import checkpoint
 from privimage.families.denoising import DiffusionPrivate
 from privimage.privacy.accounting import epsilon

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_sets import read_sensitive
 from ranks import TINY, charges, run_ranks
 from scipy import stats
 
 from privimage.config import Config, load
 from privimage.config.seeds import public_seed
-from privimage.data.sources import read_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
 from privimage.families.matching import MatchedGenerator

@@ -4,11 +4,11 @@ The same set everywhere and always, in the style of the digits, good enough to l
 """
 
 import numpy as np
+from data_sets import read
 from sklearn.linear_model import LogisticRegression
 
 from privimage.data.glyphs import character_classes, glyph_source
 from privimage.data.readers import open_source
-from privimage.data.sources import read
 
 
 def test_characters_of_one_shape_share_a_class_and_none_is_forgotten() -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_sets import numbered, save_folder, save_npz, source_of
+from data_sets import numbered, read, read_sensitive, save_folder, save_npz, source_of
 from PIL import Image
 
 from privimage import torchvision_operators
 from privimage.config import Config
 from privimage.data import store
 from privimage.data.decode import Source
+from privimage.data.private_store import ImageSet
 from privimage.data.readers import open_source
-from privimage.data.sources import ImageSet, has_test_split, read, read_sensitive
+from privimage.data.sources import has_test_split
 from privimage.errors import UserError
 
 LABELS = np.arange(30) % 3
@@ -121,7 +122,7 @@ def test_the_order_is_that_of_the_content_then_of_the_label() -> None:
         and first.content == other.content
     )
     relabelled = np.where(np.arange(30) == 7, (LABELS + 1) % 3, LABELS)
-    renamed = dataclasses.replace(first, classes=("u", "v", "w"))
+    renamed = read(dataclasses.replace(source_of(images, LABELS), classes=("u", "v", "w")), 8, 1, 0)
     contents = {
         first.content,
         read(source_of(images, relabelled), 8, 1, 0).content,
@@ -408,12 +409,14 @@ def test_16_bit_images_are_not_cut_off_without_a_word(tmp_path: Path) -> None:
     assert "not 8 bits" in told("folder", path)
 
 
-def test_a_worker_that_is_killed_ends_the_reading() -> None:
-    def deadly(index: int) -> Image.Image:
-        if index == 100:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return Image.new("L", (8, 8))
+def deadly(number: int) -> Image.Image:
+    """An image; the process that opens number 100 is killed."""
+    if number == 100:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Image.new("L", (8, 8))
 
-    source = Source(deadly, ["image"] * 300, np.zeros(300, int), ("all",))
+
+def test_a_worker_that_is_killed_ends_the_reading() -> None:
+    source = Source(list(range(300)), deadly, ["image"] * 300, np.zeros(300, int), ("all",))
     with pytest.raises(UserError, match="killed"):
         read(source, 8, 1, 2)

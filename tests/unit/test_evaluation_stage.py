@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_sets import read_sensitive
 
 from privimage.config import Config, load
-from privimage.data.sources import read_sensitive
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError

@@ -170,7 +170,7 @@ def test_an_unlabelled_public_set_is_clustered_by_a_network_that_learnt_without_
     settings, run = clustered
     assert run.require("prepare")["classes"] == ["all"]
     assert not store.labels(run.public_store).any()
-    semantics = public_semantics(settings, run)
+    semantics = public_semantics(settings, run, ALONE)
     assert semantics.names == tuple(f"cluster {i}" for i in range(20))
     assert len(semantics.of_images) == 480
     assert len(set(semantics.of_images.tolist())) > 15
@@ -185,7 +185,7 @@ def test_an_unlabelled_public_set_is_clustered_by_a_network_that_learnt_without_
 def test_clusters_of_a_labelled_set_are_named_by_their_most_frequent_labels(tmp_path: Path) -> None:
     settings = config(tmp_path, *CLUSTERS)
     run = queried(settings)
-    semantics, labels = public_semantics(settings, run), public_labels(run)
+    semantics, labels = public_semantics(settings, run, ALONE), public_labels(run)
     assert semantics.kind == "clusters"
     for number in (0, 7, 19):
         held = np.bincount(labels.of_images[semantics.of_images == number], minlength=len(labels.names))
@@ -200,8 +200,8 @@ def test_pretraining_takes_the_images_of_the_kept_clusters(clustered: tuple[Conf
     run.stage("select")
     np.savez(run.stage("select") / "selection.npz", counts=np.zeros((10, 20)), assignment=assignment)
     run.finish("select", {"images": 1})
-    path, indices, labels, n_classes = pretrain.pretraining_set(settings, run)
-    clusters = public_semantics(settings, run).of_images
+    path, indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
+    clusters = public_semantics(settings, run, ALONE).of_images
     assert path == run.public_store and n_classes == 10
     assert indices.tolist() == np.flatnonzero(np.isin(clusters, [3, 8, 11])).tolist()
     assert labels.tolist() == [{3: 2, 8: 0, 11: 2}[c] for c in clusters[indices]]
@@ -287,7 +287,7 @@ def test_a_method_that_needs_labels_says_so_in_one_line(
 def test_without_public_labels_all_images_are_pretrained_on_unconditionally(tmp_path: Path) -> None:
     settings = config(tmp_path, "data.public.labelled=false", "method=pdp-diffusion", "pretrain.steps=2")
     run = prepared(settings)
-    _, indices, labels, n_classes = pretrain.pretraining_set(settings, run)
+    _, indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
     assert (len(indices), labels.any(), n_classes) == (480, False, 0)
     assert pretrain.run(settings, run, ALONE)["n_classes"] == 0
 
@@ -352,4 +352,4 @@ def test_a_damaged_file_of_clusters_is_named(clustered: tuple[Config, RunDir], t
     for content in (b"", b"PK hello", path.read_bytes()[:-300]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"clusters\.npz: missing or damaged"):
-            public_semantics(settings, copy)
+            public_semantics(settings, copy, ALONE)

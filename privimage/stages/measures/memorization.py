@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from privimage.data.sources import ImageSet
+from privimage.data.private_store import ImageSet
 from privimage.evaluation import memorization
 from privimage.evaluation.utility import Labelled
 from privimage.stages.measures.subject import Measure, Subject

@@ -11,23 +11,24 @@ NOT_MEASURED = {"sds": None, "sds_all_public": None, "covered": None}
 
 
 def _take(subject: Subject) -> dict:
-    if not subject.world.is_main:
-        return {}
     if subject.config.spec.pretraining == "none":
         return {"selection": None, "semantics": NOT_MEASURED}
-    # Methods without a query have used all public images.
-    public = public_labels(subject.run)
-    used, chosen = np.ones(len(public.of_images), bool), None
+    public, columns = public_labels(subject.run), None
     if subject.config.spec.pretraining in ("selected", "random"):
-        used, chosen = _chosen(subject)
+        columns = public_semantics(subject.config, subject.run, subject.world)
+    if not subject.world.is_main:
+        return {}
+    # Methods without a query have used all public images.
+    used, chosen = np.ones(len(public.of_images), bool), None
+    if columns is not None:
+        used, chosen = _chosen(subject, columns)
     return {"selection": chosen, "semantics": _similarity(subject, public, used)}
 
 
-def _chosen(subject: Subject) -> tuple[np.ndarray, dict]:
+def _chosen(subject: Subject, columns: Semantics) -> tuple[np.ndarray, dict]:
     """Which public images were used, bool (M,), and what the report says of it."""
     selection = np.load(subject.run.stage("select") / "selection.npz")
     counts, assignment = selection["counts"], selection["assignment"]
-    columns = public_semantics(subject.config, subject.run)
     rows = list(subject.train.classes) if subject.config.data.sensitive.labelled else ["all images"]
     by_vote = subject.config.spec.pretraining == "selected"
     if by_vote:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from privimage.config import Config
-from privimage.data.sources import ImageSet
+from privimage.data.private_store import ImageSet
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped

@@ -27,7 +27,7 @@ def _take(subject: Subject) -> dict:
 
     # A method without a generator trains them on the sensitive images: the ceiling for all others. Labels of
     # public classes teach nothing about the sensitive ones.
-    source = subject.after or Labelled(subject.train.images, subject.train.labels)
+    source = subject.after or Labelled(subject.train.images[:], subject.train.labels)
     before = subject.before if subject.before and subject.before.labels.min() >= 0 else None
     after = _scores(subject, source, "after")
     earlier = _scores(subject, before, "before") if before else None
@@ -57,7 +57,7 @@ def _scores(subject: Subject, training: Labelled, name: str) -> Scores:
         if subject.world.is_main:
             say(
                 f"evaluate: {key} trained on {len(training)} images ({name}): {scores[key]:.1f} % of "
-                f"{len(_held_out(subject))} real test images"
+                f"{len(subject.test.labels) if subject.test else 0} real test images"
             )
     return scores
 
@@ -105,7 +105,7 @@ def _cnn(subject: Subject, training: Labelled, name: str) -> float:
 
 def _held_out(subject: Subject) -> Labelled:
     assert subject.test is not None  # `_take` has looked
-    return Labelled(subject.test.images, subject.test.labels)
+    return Labelled(subject.test.images[:], subject.test.labels)
 
 
 def _seed(subject: Subject) -> int:

@@ -1,0 +1,169 @@
+"""The sensitive set of a run, decoded once and kept under `private/` for all its stages and restarts.
+
+All ranks decode shards, on their own nodes; the main rank puts them in order into one array file, with the
+digest that names the set's ledger and the one that identifies its content. Every rank reads that file, so two
+ranks cannot have different copies.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from privimage.data import shards
+from privimage.data.decode import Decoder, Source
+from privimage.distributed import told
+from privimage.distributed.world import World
+from privimage.storage import owner_only
+from privimage.storage.array_file import ArrayFile, Images
+from privimage.storage.files import read_json, write_array, write_json
+
+ROWS = 4096  # images that are read, hashed and written at once
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A decoded set: images uint8 (N, C, H, W), read from a file, and labels int64 (N,).
+
+    `fingerprint` is a digest of the images before crop and resize, independent of order, resolution, file
+    format and labels; it names the ledger of the set. `content` is the SHA-256 of pixels, labels and class
+    names, in order: whatever is computed from the set is a function of it.
+    """
+
+    images: Images
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    fingerprint: str
+    content: bytes
+
+
+def open_set(
+    folder: Path,
+    key: dict,
+    source: Callable[[], Source],
+    resolution: int,
+    channels: int,
+    workers: int,
+    world: World,
+    label: str,
+) -> ImageSet:
+    """The set that is kept in `folder` under `key`; decoded from `source()` if it is not there yet.
+
+    `key`, of plain values, says what the set is made from; what was made from anything else is made again.
+    Its `stamp` changes with the original, and is empty where that is not at hand: what is kept stays then.
+    All ranks call it together. Raises UserError that names an image which does not decode, and Stopped.
+    """
+    # The main rank decides whether the set is there: other nodes may see an older state of the folder.
+    if not world.broadcast_object(_holds(folder, key) if world.is_main else None):
+        decoded = source()
+        parts = folder.with_name(f"{folder.name}.parts")
+        if world.is_main:
+            owner_only.folder(folder)
+        decoder = Decoder(decoded, resolution, channels)
+        shards.decode(decoded, parts, decoder, workers, world, label)
+        if world.is_main:
+            _assemble(decoded, parts, folder, key)
+            shutil.rmtree(parts)
+        world.barrier()
+    told.wait_until_seen(folder / "images.npy", world)
+    known = world.broadcast_object(read_json(folder / "set.json") if world.is_main else None)
+    labels = np.load(io.BytesIO(told.content(folder / "labels.npy", world) or b""), allow_pickle=False)
+    return ImageSet(
+        ArrayFile(folder / "images.npy"),
+        labels,
+        tuple(known["classes"]),
+        known["fingerprint"],
+        bytes.fromhex(known["content"]),
+    )
+
+
+def _holds(folder: Path, key: dict) -> bool:
+    """Whether a folder holds the set of `key`, unaltered."""
+    path = folder / "set.json"
+    if not path.exists():
+        return False
+    known = read_json(path)
+    if known["key"] != (key if key["stamp"] else key | {"stamp": known["key"]["stamp"]}):
+        return False
+    if known["stamps"] == _stamps(folder):
+        return True
+    # Copied, moved or touched since: what identifies the set is its content.
+    try:
+        content = _content(folder, tuple(known["classes"]))
+    except (OSError, ValueError):
+        return False
+    if content.hex() != known["content"]:
+        return False
+    write_json(path, known | {"stamps": _stamps(folder)})
+    return True
+
+
+def _stamps(folder: Path) -> list:
+    """What changes with every change of the files, as far as a file system notices."""
+    files = [folder / name for name in ("images.npy", "labels.npy")]
+    if not all(file.exists() for file in files):
+        return []
+    states = [file.stat() for file in files]
+    return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for state in states]
+
+
+def _assemble(source: Source, parts: Path, folder: Path, key: dict) -> None:
+    """Write the images in the order of their contents, then of their labels.
+
+    The order is the same for any names of files, and for any order in which a file system lists them.
+    """
+    digests = np.concatenate([shard.digests for shard in shards.read(source, parts)])
+    labels = np.asarray(source.labels, np.int64)
+    order = sorted(range(len(source)), key=lambda index: (digests[index].tobytes(), labels[index]))
+    fingerprint = hashlib.sha256(digests[order].tobytes()).hexdigest()
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+
+    # Written beside and renamed: set.json, which comes last, vouches for both files.
+    (folder / "set.json").unlink(missing_ok=True)
+    part = folder / ".images.part.npy"
+    file = None
+    for shard in shards.read(source, parts):
+        if file is None:
+            shape = (len(source), *shard.images.shape[1:])
+            file = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        file[place[shard.indices]] = shard.images
+    assert file is not None  # a source has at least one image
+    file.flush()
+    del file
+    part.replace(folder / "images.npy")
+    write_array(folder / "labels.npy", labels[order])
+    content = _content(folder, source.classes)
+    known = {
+        "key": key,
+        "classes": list(source.classes),
+        "fingerprint": fingerprint,
+        "content": content.hex(),
+    }
+    write_json(folder / "set.json", known | {"stamps": _stamps(folder)})
+
+
+def _content(folder: Path, classes: tuple[str, ...]) -> bytes:
+    """See `ImageSet.content`."""
+    images, labels = ArrayFile(folder / "images.npy"), np.load(folder / "labels.npy", allow_pickle=False)
+    digest = hashlib.sha256(json.dumps([images.shape, classes]).encode())
+    for start in range(0, len(images), ROWS):
+        digest.update(images[start : start + ROWS].data)
+    digest.update(np.ascontiguousarray(labels).data)
+    return digest.digest()
+
+
+def stamp(path: Path | None) -> list:
+    """Modification times and sizes of a file, or of a folder and its sub-folders: changes with every added or
+    removed image.
+    """
+    if path is None or not path.exists():
+        return []
+    inside = sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+    states = [place.stat() for place in (path, *inside)]
+    return [[state.st_mtime_ns, state.st_size] for state in states]

@@ -1,0 +1,123 @@
+"""A set decoded in shards: files of a few hundred images that several ranks write, and that survive a kill.
+
+A shard is written whole or not at all. What is there already is not decoded again, whatever number of ranks
+wrote it, and the shards in order are the set in order.
+"""
+
+import hashlib
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from privimage.data.decode import Decoder, Decoders, Source
+from privimage.distributed.preemption import stop
+from privimage.distributed.world import World
+from privimage.errors import Stopped, UserError
+from privimage.storage.files import read_json, write_json, write_whole
+from privimage.telemetry.progress import Progress
+
+SHARD = 512  # images: a few seconds of work, so that a stop does not wait for long
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some images in order: uint8 (n, C, H, W), their indices int64 (n,), digests uint8 (n, 32 or 0).
+
+    `problems` has a line for each image that did not decode and is left out.
+    """
+
+    images: np.ndarray
+    indices: np.ndarray
+    digests: np.ndarray
+    problems: tuple[str, ...]
+
+
+def decode(
+    source: Source,
+    folder: Path,
+    decoder: Decoder,
+    workers: int,
+    world: World,
+    label: str,
+    skip_bad: bool = False,
+) -> None:
+    """Decode all images of a source into shards below `folder`; all ranks of `world` call it together.
+
+    Shards of another set, or of another shape, that lie there are removed first. Raises UserError that names
+    an image which does not decode, unless `skip_bad`; Stopped when a stop was requested, with the finished
+    shards kept.
+    """
+    starts = range(0, len(source), SHARD)
+    if world.is_main:
+        _claim(source, folder, decoder, skip_bad)
+    # The main rank tells what is there: another node's view of a shared folder may be older.
+    there = world.broadcast_object({path.name for path in folder.iterdir()} if world.is_main else None)
+    left = [start for start in starts if _name(start) not in there]
+    with (
+        Decoders(source, decoder, workers) as decoders,
+        Progress(label, len(source), len(source) - len(left) * SHARD, world.is_main) as bar,
+    ):
+        # In turns of a shard per rank, after which all ranks know whether one of them was asked to stop.
+        for turn in range(0, len(left), world.size):
+            if turn + world.rank < len(left):
+                start = left[turn + world.rank]
+                _write(folder / _name(start), decoders, start, min(start + SHARD, len(source)), skip_bad)
+            if stop.agreed(world):
+                raise Stopped(
+                    f"{label}: {turn + world.size} of {len(left)} parts are kept; run again to go on"
+                )
+            bar.advance(min(SHARD * world.size, len(source) - bar.done))
+    world.barrier()
+
+
+def read(source: Source, folder: Path) -> Iterator[Shard]:
+    """The shards of a set that was decoded, in order."""
+    for start in range(0, len(source), SHARD):
+        with np.load(folder / _name(start), allow_pickle=False) as file:
+            yield Shard(file["images"], file["indices"], file["digests"], tuple(map(str, file["problems"])))
+
+
+def _name(start: int) -> str:
+    return f"{start:09d}.npz"
+
+
+def _claim(source: Source, folder: Path, decoder: Decoder, skip_bad: bool) -> None:
+    """Make the folder of the shards, and empty it if they are of another set."""
+    names = hashlib.sha256("\0".join(source.names).encode()).hexdigest()
+    labels = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes()).hexdigest()
+    shape = [decoder.channels, decoder.resolution, decoder.draft, skip_bad]
+    told = {"names": names, "labels": labels, "classes": list(source.classes), "shape": shape, "shard": SHARD}
+    identity = folder / "source.json"
+    if folder.exists() and (not identity.exists() or read_json(identity) != told):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(identity, told)
+
+
+def _write(path: Path, decoders: Decoders, start: int, end: int, skip_bad: bool) -> None:
+    decoder = decoders.decoder
+    images = np.empty((end - start, decoder.channels, decoder.resolution, decoder.resolution), np.uint8)
+    indices: list[int] = []
+    digests: list[np.ndarray] = []
+    problems: list[str] = []
+    for result in decoders.images(start, end):
+        if result.image is not None:
+            images[len(indices)] = result.image
+            indices.append(result.index)
+            digests.append(np.frombuffer(result.digest, np.uint8))
+        elif skip_bad:
+            problems.append(result.problem)
+        else:
+            raise UserError(result.problem)
+    np.savez(
+        buffer := io.BytesIO(),
+        images=images[: len(indices)],
+        indices=np.array(indices, np.int64),
+        digests=np.stack(digests) if digests else np.zeros((0, 0), np.uint8),
+        problems=np.array(problems, np.str_),
+    )
+    write_whole(path, buffer.getvalue())
