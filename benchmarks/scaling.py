@@ -64,7 +64,7 @@ def pretraining(world: World, batch: int):
     )
 
     def step() -> None:
-        engine.backward_and_step(edm.loss(engine.forward, images, labels, sigma, noise).mean())
+        engine.update(lambda _: edm.loss(engine.forward, images, labels, sigma, noise).mean())
 
     return step
 

@@ -1,7 +1,7 @@
 """The sections `run` and `data` of the settings: where a run lives, and its two image sets."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -98,10 +98,13 @@ class Data(Section):
         description="format of the prepared public set; npy needs no FFCV; auto: beton if FFCV is installed",
         json_schema_extra=on("prepare"),
     )
-    workers: int = Field(
-        2,
-        ge=0,
-        le=64,
-        description="processes per rank that prepare and decode public images",
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        "auto",
+        description="processes per rank that decode images; 0: the rank itself; auto: one per core",
+        json_schema_extra=on(),
+    )
+    scratch: Path | None = Field(
+        None,
+        description="folder on each node to copy the prepared set to, as ${oc.env:SLURM_TMPDIR}",
         json_schema_extra=on(),
     )

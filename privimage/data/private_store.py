@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def open_set(
     source: Callable[[], Source],
     resolution: int,
     channels: int,
-    workers: int,
+    workers: int | Literal["auto"],
     world: World,
     label: str,
 ) -> ImageSet:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def decode(
     source: Source,
     folder: Path,
     decoder: Decoder,
-    workers: int,
+    workers: int | Literal["auto"],
     world: World,
     label: str,
     skip_bad: bool = False,
@@ -52,6 +53,7 @@ def decode(
     shards kept.
     """
     starts = range(0, len(source), SHARD)
+    workers = world.cores if workers == "auto" else workers
     if world.is_main:
         _claim(source, folder, decoder, skip_bad)
     # The main rank tells what is there: another node's view of a shared folder may be older.

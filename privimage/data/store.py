@@ -9,10 +9,12 @@ error.
 
 import hashlib
 import importlib.util
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -77,7 +79,7 @@ def write(
     path: Path,
     resolution: int,
     channels: int,
-    workers: int,
+    workers: int | Literal["auto"],
     skip_bad: bool = False,
     world: World = ALONE,
 ) -> Sidecar:
@@ -176,6 +178,34 @@ def verify(path: Path) -> Sidecar:
         raise UserError(f"{path}: altered (its SHA-256 is not the one in its sidecar); prepare it again")
     _need_ffcv(path)
     return sidecar
+
+
+def at_hand(path: Path, scratch: Path | None, world: World) -> Path:
+    """A verified store for training: the one at `path`, or its copy in the folder `scratch` of this node.
+
+    It is read and compared with its digest once per node. All ranks call it together. Raises UserError for a
+    missing, truncated or altered store, and for a folder without room.
+    """
+    copy = None if scratch is None else scratch / f"{described(path).sha256[:16]}{path.suffix}"
+    if world.is_first_of_node:
+        if copy is not None and not copy.exists():
+            _copy(path, copy)
+        verify(copy or path)
+    world.barrier()
+    return copy or path
+
+
+def _copy(path: Path, copy: Path) -> None:
+    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, part)
+        shutil.copyfile(_sidecar_path(path), _sidecar_path(copy))
+        part.replace(copy)
+    except OSError as error:
+        raise UserError(f"data.scratch: {copy.parent}: no copy could be made ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def labels(path: Path) -> np.ndarray:

@@ -42,10 +42,9 @@ class PublicStream:
     ):
         """`labels` int64 has one label for each of `indices`; `batch_size` is that of one rank.
 
-        Raises UserError for a store that is missing, truncated or altered, and for indices that it does not
-        hold.
+        Raises UserError for a store that is missing or truncated, and for indices that it does not hold.
         """
-        count = store.verify(path).count
+        count = store.described(path).count
         if len(indices) == 0 or np.min(indices) < 0 or np.max(indices) >= count:
             raise UserError(
                 f"{path}: holds {count} images, and {len(indices)} were asked for that are not all among them"

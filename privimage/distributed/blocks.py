@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
@@ -34,9 +35,7 @@ def filled(images: Tensor, size: int) -> Tensor:
     return torch.cat([images, images[-1:].expand(size - len(images), *images.shape[1:])])
 
 
-def blockwise(
-    compute: Callable[..., Tensor], *tensors: Tensor, size: int = BLOCK
-) -> Iterator[tuple[slice, Tensor]]:
+def blockwise(compute: Callable[..., Tensor], *tensors: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the slice of each block of `tensors` (n, ...) and `compute` of it, (size, ...) to (size, ...)."""
     for start in range(0, len(tensors[0]), size):
         parts = [tensor[start : start + size] for tensor in tensors]
@@ -47,6 +46,7 @@ def blockwise(
 
 def in_blocks(
     count: int,
+    shape: tuple[int, ...],
     width: int,
     dtype: torch.dtype,
     read: Callable[[int, int], Tensor],
@@ -54,20 +54,21 @@ def in_blocks(
     world: World,
     stopped: str,
 ) -> Tensor:
-    """What `compute` gives for the images from 0 to `count`, (count, width), on every rank.
+    """What `compute` gives for `count` images of a shape (C, H, W), as (count, width) on every rank.
 
-    `read(start, stop)` gives the images from start to stop (stop - start, ...), and `compute` takes `BLOCK`
-    images, always as many, to (BLOCK, width). Rank r takes every W-th block. Raises Stopped with the message
-    `stopped` when a stop was requested.
+    `read(start, stop)` gives the images from start to stop (stop - start, C, H, W), and `compute` takes a
+    block of them, always as many, to (block, width). Rank r takes every W-th block. Raises Stopped with the
+    message `stopped` when a stop was requested.
     """
     # Every rank fills its own blocks; the others are zero, so that a sum puts them together.
     found = torch.zeros(count, width, dtype=dtype, device=world.device)
-    for first in range(0, count, BLOCK * world.size):
-        start = first + BLOCK * world.rank
+    size = block_size(shape, BLOCK)
+    for first in range(0, count, size * world.size):
+        start = first + size * world.rank
         if start < count:
-            images = read(start, min(start + BLOCK, count)).to(world.device)
-            for own, results in blockwise(compute, images):
-                found[start + own.start : start + own.stop] = results
+            images = read(start, min(start + size, count)).to(world.device)
+            for place, results in blockwise(compute, images, size=size):
+                found[start + place.start : start + place.stop] = results
         # All ranks make the same number of turns, so that they can agree here.
         if stop.agreed(world):
             raise Stopped(stopped)

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from privimage.config import Config
+from privimage.distributed.microbatch import pieces
 from privimage.distributed.world import World
 from privimage.errors import UserError
 
@@ -27,17 +30,40 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Engine(ABC):
     """Forward, backward, update and state of one module that all ranks train together."""
 
-    def __init__(self, module: nn.Module, learning_rate: float, betas: tuple[float, float] = BETAS):
-        self.module, self.learning_rate = module, learning_rate
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas)
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
+        self.module, self.optimizer = module, optimizer
 
     @abstractmethod
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's forward pass, through the wrapper that averages gradients over the ranks."""
 
+    def update(self, loss: Callable[[slice], Tensor], count: int = 1, at_once: int = 1) -> Tensor:
+        """One update by the mean loss of this rank's `count` images, averaged over the ranks.
+
+        `loss(piece)` is the mean loss (a scalar) of the images in a slice, by way of `forward`; there are at
+        most `at_once` in one. Their gradients add up, and the ranks exchange them once. Returns the mean
+        loss, detached.
+        """
+        total = torch.zeros((), device=next(self.module.parameters()).device)
+        for piece in pieces(count, at_once):
+            with self._synchronised(piece.stop == count):
+                part = loss(piece) * ((piece.stop - piece.start) / count)
+                self._backward(part)
+            total += part.detach()
+        self._step()
+        return total
+
     @abstractmethod
-    def backward_and_step(self, loss: Tensor) -> None:
-        """Backward pass of this rank's mean loss (scalar), mean of the gradients over ranks, one update."""
+    def _synchronised(self, last: bool) -> AbstractContextManager:
+        """A context of forward and backward passes, of which only the last one exchanges gradients."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Update the module by its gradients, and forget them."""
 
     @abstractmethod
     def state(self) -> dict:
@@ -57,37 +83,42 @@ class Engine(ABC):
         ]
 
 
+def adam(
+    module: nn.Module, learning_rate: float, betas: tuple[float, float] = BETAS
+) -> torch.optim.Optimizer:
+    """Adam without weight decay, in one kernel where the module is on a GPU."""
+    fused = next(module.parameters()).is_cuda
+    return torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas, fused=fused or None)
+
+
 class DDPEngine(Engine):
     """torch DistributedDataParallel; with one rank the bare module."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        learning_rate: float,
-        world: World,
-        bf16: bool,
-        betas: tuple[float, float] = BETAS,
-    ):
-        super().__init__(module, learning_rate, betas)
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, bf16: bool):
+        super().__init__(module, optimizer)
         self.bf16, self.device = bf16, world.device
-        # Gradients live in the buckets that are reduced: one copy less.
         devices = [world.device.index] if world.device.type == "cuda" else None
-        self.wrapped = (
+        # Gradients live in the buckets that are reduced: one copy less.
+        self.parallel = (
             DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
             if world.size > 1
-            else module
+            else None
         )
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """See `Engine.forward`; in bf16 by autocast where runtime.precision asks for it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.wrapped(*inputs, **named)
+            return (self.parallel or self.module)(*inputs, **named)
 
-    def backward_and_step(self, loss: Tensor) -> None:
-        """See `Engine.backward_and_step`."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def _synchronised(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
+
+    def _backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def _step(self) -> None:
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict:
         """See `Engine.state`."""
@@ -115,8 +146,8 @@ class DDPEngine(Engine):
 class DeepSpeedEngine(Engine):
     """DeepSpeed's ZeRO 0, 1 or 2 around torch's Adam; bf16 is by autocast, so that the weights stay fp32."""
 
-    def __init__(self, module: nn.Module, learning_rate: float, world: World, settings: dict):
-        super().__init__(module, learning_rate)
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, settings: dict):
+        super().__init__(module, optimizer)
         os.environ.update(
             world.variables() | {"DS_ACCELERATOR": world.device.type}
         )  # which DeepSpeed reads, whatever the launcher
@@ -140,9 +171,14 @@ class DeepSpeedEngine(Engine):
         """See `Engine.forward`."""
         return self.wrapped(*inputs, **named)
 
-    def backward_and_step(self, loss: Tensor) -> None:
-        """See `Engine.backward_and_step`."""
+    def _synchronised(self, last: bool) -> AbstractContextManager:
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
         self.wrapped.backward(loss)
+
+    def _step(self) -> None:
         self.wrapped.step()
 
     def state(self) -> dict:
@@ -168,9 +204,7 @@ class DeepSpeedEngine(Engine):
         if state["step"] and self.sharded:
             # The shards of the moments exist after the first update: this one has zero gradients and changes
             # nothing.
-            self.backward_and_step(
-                0.0 * torch.stack([parameter.sum() for _, parameter in self._named()]).sum()
-            )
+            self.update(lambda _: 0.0 * torch.stack([p.sum() for _, p in self._named()]).sum())
         self.module.load_state_dict(state["module"])
         self.wrapped.global_steps = state["step"]
         step = torch.tensor(float(state["step"]))
@@ -246,10 +280,13 @@ def make_engine(config: Config, module: nn.Module, world: World) -> Engine:
     settings = config.pretrain
     bf16 = config.runtime.precision == "bf16"
     if settings.engine == "ddp":
-        return DDPEngine(module, settings.learning_rate, world, bf16)
+        return DDPEngine(module, adam(module, settings.learning_rate), world, bf16)
     # DeepSpeed wants the batch of one rank.
     images = -(-settings.batch_size // world.size)
     bf16 = bf16 or world.device.type == "cuda"
     return DeepSpeedEngine(
-        module, settings.learning_rate, world, deepspeed_settings(settings.deepspeed_config, images, bf16)
+        module,
+        adam(module, settings.learning_rate),
+        world,
+        deepspeed_settings(settings.deepspeed_config, images, bf16),
     )

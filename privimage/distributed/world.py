@@ -38,6 +38,7 @@ class World:
     size: int
     local_size: int
     device: torch.device
+    cores: int = 1  # of the CPU, for this rank
     address: str = "127.0.0.1"
     port: int = 0
     store: dist.Store | None = field(default=None, repr=False, compare=False)
@@ -48,6 +49,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
+
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this rank does what is done once per node."""
+        return self.local_rank == 0
 
     @property
     def backend(self) -> str:
@@ -175,11 +181,12 @@ def connect(runtime: Runtime) -> World:
     """
     place = find_place()
     device = _device(runtime, place)
-    torch.set_num_threads(runtime.threads or _threads(place))
+    cores = _cores(place)
+    torch.set_num_threads(runtime.threads or cores)
     if device.type == "cpu":
         memory.keep_freed()
     if place.size == 1:
-        return World(0, 0, 1, 1, device)
+        return World(0, 0, 1, 1, device, cores)
     # torch's rendezvous reads the address from the environment, whatever launcher has set it.
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     timeout = timedelta(minutes=runtime.timeout_minutes)
@@ -212,6 +219,7 @@ def connect(runtime: Runtime) -> World:
         place.size,
         place.local_size,
         device,
+        cores,
         place.address,
         place.port,
         shared,
@@ -238,7 +246,7 @@ def _device(runtime: Runtime, place: Place) -> torch.device:
     return device
 
 
-def _threads(place: Place) -> int:
+def _cores(place: Place) -> int:
     # SLURM says how many CPUs a task has; elsewhere the ranks of a node share those that this process may
     # use.
     given = os.environ.get("SLURM_CPUS_PER_TASK", "") if place.launcher == "SLURM" else ""

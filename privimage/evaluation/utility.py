@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
@@ -196,11 +197,10 @@ def _add_up(parameters: list[nn.Parameter], world: World) -> None:
 
 
 @torch.inference_mode()
-def predict(
-    network: nn.Module, images: np.ndarray, device: torch.device, batch_size: int = 1000
-) -> Predictions:
+def predict(network: nn.Module, images: np.ndarray, device: torch.device) -> Predictions:
     """Labels and penultimate features of images uint8 (N, C, H, W) under a trained CNN."""
     labels, features = [], []
+    batch_size = block_size(images.shape, 1000)
     for start in range(0, len(images), batch_size):
         inputs = to_unit(torch.from_numpy(images[start : start + batch_size]).to(device))
         # Features are kept for the pictures of the report, labels for the accuracy.

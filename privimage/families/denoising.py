@@ -9,6 +9,7 @@ from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import dropped
 from privimage.distributed.engine import make_engine
+from privimage.distributed.microbatch import fitting
 from privimage.distributed.world import World
 from privimage.families.base import (
     ImageLosses,
@@ -34,15 +35,28 @@ class DiffusionPublic(PublicTraining):
         self.engine = make_engine(config, self.denoiser, world)
         self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
         self.loss_sum, self.steps = torch.zeros((), device=world.device), 0
+        batch_size, shape = -(-config.pretrain.batch_size // world.size), image_shape(config)
+
+        def of_nothing(images: int) -> Tensor:
+            x, sigma = (
+                torch.zeros(images, *shape, device=world.device),
+                torch.ones(images, device=world.device),
+            )
+            labels = torch.zeros(images, dtype=torch.int64, device=world.device)
+            return edm.loss(self.denoiser, x, labels, sigma, x).mean()
+
+        self.at_once = fitting(batch_size, of_nothing, config.runtime.precision, world, "pretrain")
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""
-        # Through the engine, which averages the gradients over the ranks.
-        losses = edm.loss(self.engine.forward, *self._noised(images, labels, step))
-        self.engine.backward_and_step(losses.mean())
-        self.ema.update()
+        noised = self._noised(images, labels, step)
+
+        def loss(piece: slice) -> Tensor:
+            return edm.loss(self.engine.forward, *(part[piece] for part in noised)).mean()
+
         # Summed on the device; reading it would wait for the GPU at every step.
-        self.loss_sum += losses.detach().mean()
+        self.loss_sum += self.engine.update(loss, len(images), self.at_once)
+        self.ema.update()
         self.steps += 1
 
     def _noised(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
+from privimage.distributed.microbatch import activations
 from privimage.distributed.world import World
 from privimage.families.base import (
     Family,
@@ -21,7 +22,7 @@ from privimage.families.base import (
     image_shape,
 )
 from privimage.families.denoising import DiffusionPrivate, DiffusionPublic
-from privimage.families.work import Work, activations, seconds_of_a_pass
+from privimage.families.work import Work, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.mechanisms import DPSGD

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
-from privimage.distributed.engine import DDPEngine
+from privimage.distributed.engine import DDPEngine, adam
+from privimage.distributed.microbatch import activations
 from privimage.distributed.world import World
 from privimage.families.adversary import AdversarialLosses, Adversary
 from privimage.families.base import (
@@ -20,7 +21,7 @@ from privimage.families.base import (
     load_pretrained,
 )
 from privimage.families.generator import BETAS, GeneratorFamily
-from privimage.families.work import Work, activations, seconds_of_a_pass
+from privimage.families.work import Work, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
 from privimage.models.biggan import Discriminator, d_loss_fake, d_loss_real
 from privimage.privacy.batching import cpu_batch_size
@@ -124,7 +125,9 @@ class GanPublic(PublicTraining):
             settings.ema_decay,
             self.bf16,
         )
-        self.discriminator = DDPEngine(discriminator, settings.learning_rate, world, self.bf16, BETAS)
+        self.discriminator = DDPEngine(
+            discriminator, adam(discriminator, settings.learning_rate, BETAS), world, self.bf16
+        )
         self.draws = ImageDraws(world.device)
         # Losses of the discriminator and the generator since the last log, on the device: no synchronisation
         # per step.
@@ -148,8 +151,7 @@ class GanPublic(PublicTraining):
             fake = network(normal[:, :-1], labels).float()
         scores = self.discriminator.forward(torch.cat([real, fake]), labels.repeat(2)).float()
         loss = (d_loss_real(scores[:count]) + d_loss_fake(scores[count:])).mean()
-        self.discriminator.backward_and_step(loss)
-        self._count(0, loss.detach())
+        self._count(0, self.discriminator.update(lambda _: loss))
         # The generator follows, against the updated discriminator.
         if (step + 1) % self.config.pretrain.discriminator_steps == 0:
             self._count(1, self.generator.step(self.discriminator.module, step))

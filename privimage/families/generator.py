@@ -9,10 +9,11 @@ from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed.batch_norm import over_ranks
-from privimage.distributed.engine import DDPEngine
+from privimage.distributed.engine import DDPEngine, adam
+from privimage.distributed.microbatch import activations
 from privimage.distributed.world import World
 from privimage.families.base import Family
-from privimage.families.work import Work, activations, seconds_of_a_pass
+from privimage.families.work import Work, seconds_of_a_pass
 from privimage.models import build_generator, edm, parameters
 from privimage.models.biggan import Generator, recalibrate
 from privimage.models.ema import EMA
@@ -61,7 +62,7 @@ class TrainedGenerator:
         # Statistics over the global batch: otherwise the function trained would change with the number of
         # ranks.
         over_ranks(network, world)
-        self.engine = DDPEngine(network, learning_rate, world, bf16, BETAS)
+        self.engine = DDPEngine(network, adam(network, learning_rate, BETAS), world, bf16)
         self.ema = EMA(network, decay)
         self.draws = ImageDraws(world.device)
 
@@ -79,9 +80,9 @@ class TrainedGenerator:
 
     def update(self, loss: Tensor) -> Tensor:
         """One update by the mean of all ranks' scalar losses; returns this rank's, detached."""
-        self.engine.backward_and_step(loss)
+        mean = self.engine.update(lambda _: loss)
         self.ema.update()
-        return loss.detach()
+        return mean
 
     def frozen(self, averaged: bool) -> Generator:
         """An eval-mode copy with the current or averaged weights and recomputed batch-norm statistics."""

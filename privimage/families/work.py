@@ -41,23 +41,6 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) ->
     return best / images
 
 
-def activations(forward: Callable[[int], Tensor], device: torch.device, precision: str) -> float:
-    """Bytes per image kept for the backward pass; `forward` and `precision` as for `seconds_of_a_pass`."""
-    # Autograd's own list of what it keeps: exact for any network.
-    held: list[int] = []
-
-    def hold(tensor: Tensor) -> Tensor:
-        held.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
-    ):
-        forward(FEW)
-    return sum(held) / FEW
-
-
 def _seconds(run: Callable[[int], Tensor], images: int) -> float:
     start = time.perf_counter()
     run(images).sum().item()

@@ -1,6 +1,7 @@
 """The semantic query function, which scores public classes or clusters, and the tasks that train it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from privimage.models.resnet import Classifier
 FITTED = 100_000  # images that k-means sees at most; all are then given to the nearest centroid
 PROJECTION = 64  # outputs of the head where there are no classes
 TEMPERATURE = 0.2
+Network = Callable[[Tensor], Tensor]
 
 
 class SemanticQuery(nn.Module):
@@ -55,7 +57,7 @@ class Task(ABC):
         self.flip = flip
 
     @abstractmethod
-    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, network: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch (B, C, H, W); `generator` draws the augmentation."""
 
     @abstractmethod
@@ -70,7 +72,7 @@ class Labels(Task):
         super().__init__(flip)
         self.outputs = classes
 
-    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, network: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of images (B, C, H, W) with labels (B,); each is flipped with probability 0.5."""
         # Characters and digits are not flipped (`query.flip`): a mirrored letter is another one.
         if self.flip:
@@ -88,7 +90,7 @@ class Views(Task):
 
     outputs = PROJECTION
 
-    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, network: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """NT-Xent over two views of each image of the batch (B, C, H, W)."""
         # Row i and row i + B show the same image, as `contrastive_loss` expects.
         views = torch.cat([varied(images, self.flip, generator), varied(images, self.flip, generator)])

@@ -19,6 +19,7 @@ from privimage.config import Config
 from privimage.config.effects import settings_of
 from privimage.config.stages import upstream
 from privimage.data import store
+from privimage.data.private_store import stamp
 from privimage.distributed.world import World
 from privimage.storage.files import write_json
 from privimage.storage.rundir import RunDir
@@ -95,17 +96,15 @@ def _place(stage: str, config: Config, run: RunDir, world: World) -> Path | None
         "torch": torch.__version__,
         "privimage": __version__,
     }
-    images = _stamps(config.data.public.path) if stage == "prepare" else store.verify(run.public_store).sha256
+    images = (
+        _original(config.data.public.path) if stage == "prepare" else store.verify(run.public_store).sha256
+    )
     return config.run.shared / name_of(stage, config, made=made, images=images)
 
 
-def _stamps(path: Path | None) -> list:
-    """Modification times of the public set and its sub-folders, enough to notice added or removed images."""
-    if path is None:
-        return []
-    # The class folders are enough: adding or removing a file changes the time of its folder.
-    places = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else [path]
-    return [[str(place.resolve()), place.stat().st_mtime_ns] for place in places if place.exists()]
+def _original(path: Path | None) -> list:
+    """The public set as it lies on disk, as far as it can be told without reading it."""
+    return [] if path is None else [str(path.resolve()), stamp(path)]
 
 
 def _link_tree(source: Path, destination: Path) -> None:

@@ -14,6 +14,7 @@ from privimage.data.sensitive import ImageDraws
 from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.blocks import BLOCK, blockwise
+from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
@@ -190,7 +191,7 @@ class Voters:
 
     def __init__(self, config: Config, run_dir: RunDir, world: World, sensitive: ImageSet):
         self.world, self.count = world, len(sensitive.images)
-        self.rows = sensitive.labels
+        self.rows, self.block = sensitive.labels, block_size(sensitive.images.shape, BLOCK)
         run_dir.require("query")
         self.network = load_query(config, run_dir, world).network
         self.own = [
@@ -201,14 +202,14 @@ class Voters:
     def _blocks(self, count: int) -> list[slice]:
         """This rank's blocks of `count` images."""
         # self.world.size] :: Blocks in turn, so that ranks finish together.
-        starts = range(0, count, BLOCK)[self.world.rank :: self.world.size]
-        return [slice(start, min(start + BLOCK, count)) for start in starts]
+        starts = range(0, count, self.block)[self.world.rank :: self.world.size]
+        return [slice(start, min(start + self.block, count)) for start in starts]
 
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
-        """Features (n, F) of up to `BLOCK` images, each a function of its image alone."""
+        """Features (n, F) of a block of images, each a function of its image alone."""
         ((_, features),) = blockwise(
-            lambda block: self.network.features(to_unit(block)), images.to(self.world.device)
+            lambda block: self.network.features(to_unit(block)), images.to(self.world.device), size=self.block
         )
         return features
 

@@ -14,6 +14,7 @@ from privimage.data.private_store import ImageSet
 from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint, told
 from privimage.distributed.blocks import BLOCK, blockwise
+from privimage.distributed.microbatch import block_size
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
@@ -110,12 +111,13 @@ def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int
     features = _features(config, world, torch.float64)
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
     # Blocks of one size, and sums of integers: the total is the same to the bit for any number of ranks.
-    for start in range(world.rank * BLOCK, len(sensitive.images), world.size * BLOCK):
+    size = block_size(sensitive.images.shape, BLOCK)
+    for start in range(world.rank * size, len(sensitive.images), world.size * size):
         images, labels = (
-            torch.from_numpy(array[start : start + BLOCK]).to(world.device)
+            torch.from_numpy(array[start : start + size]).to(world.device)
             for array in (sensitive.images, sensitive.labels)
         )
-        for _, embedded in blockwise(lambda block: features(to_unit(block)), images):
+        for _, embedded in blockwise(lambda block: features(to_unit(block)), images, size=size):
             total += embedding_sum(embedded, labels, rows)
     return world.all_reduce_(total).cpu().numpy()
 

@@ -1,19 +1,16 @@
 """Pretrain the generator on the selected public images, labelled by sensitive class, or on all of them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from privimage.config import Config
-from privimage.config.seeds import public_seed
-from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint, told
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import pretrained_family
 from privimage.privacy.account import Behind, merged
-from privimage.stages.public_set import public_labels, public_semantics
+from privimage.stages.public_set import public_labels, public_semantics, public_stream
 from privimage.stages.training import Schedule, train
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
@@ -25,14 +22,12 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     Writes pretrain/weights.pt with `raw` and `ema` weights, the number of classes they know, and the charges
     behind the selection.
     """
-    settings, seed = config.pretrain, public_seed(config, "pretraining stream")
-    path, indices, labels, n_classes = pretraining_set(config, run_dir, world)
+    settings = config.pretrain
+    indices, labels, n_classes = pretraining_set(config, run_dir, world)
     behind = _charges(config, run_dir, world)
     batch_size = -(-settings.batch_size // world.size)
     training = pretrained_family(config).public_training(config, n_classes, world)
-    stream = PublicStream(
-        path, indices, labels, batch_size, world.rank, world.size, world.device, seed, config.data.workers
-    )
+    stream = public_stream(config, run_dir, world, indices, labels, batch_size, "pretraining stream")
 
     def steps(first: int) -> Iterator[None]:
         for step, batch in enumerate(stream.batches(first), first):
@@ -77,19 +72,15 @@ def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:
     return world.broadcast_object(read_json(path) if world.is_main else None)
 
 
-def pretraining_set(
-    config: Config, run_dir: RunDir, world: World
-) -> tuple[Path, np.ndarray, np.ndarray, int]:
-    """The store, indices int64 (n,) to train on, their labels int64 (n,), and the number of classes (0: no
-    labels).
+def pretraining_set(config: Config, run_dir: RunDir, world: World) -> tuple[np.ndarray, np.ndarray, int]:
+    """Indices int64 (n,) of the public images to train on, their labels int64 (n,), and the number of classes
+    (0: no labels).
 
     Raises UserError if the selection kept no image.
     """
-    path = run_dir.public_store
     if config.spec.pretraining == "all":
         public = public_labels(run_dir)
         return (
-            path,
             np.arange(len(public.of_images)),
             public.of_images,
             len(public.names) if len(public.names) > 1 else 0,
@@ -103,4 +94,4 @@ def pretraining_set(
             f"{run_dir.stage('select') / 'selection.npz'}: the selection kept no public image; raise "
             "select.per_class"
         )
-    return path, indices, labels[indices], len(selection["counts"]) if config.data.sensitive.labelled else 0
+    return indices, labels[indices], len(selection["counts"]) if config.data.sensitive.labelled else 0

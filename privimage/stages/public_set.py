@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from privimage.config import Config
+from privimage.config.seeds import public_seed
 from privimage.data import store
+from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint, told
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -24,6 +26,28 @@ class Semantics:
     names: tuple[str, ...]
     of_images: np.ndarray
     kind: str  # what the names are, for messages
+
+
+def public_stream(
+    config: Config,
+    run: RunDir,
+    world: World,
+    indices: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    purpose: str,
+) -> PublicStream:
+    """Batches of `batch_size` images per rank at `indices` of the prepared set, with `labels`.
+
+    The order follows from `runtime.seed` and the `purpose`. All ranks call it together. Raises UserError for
+    a store that is missing or altered.
+    """
+    workers = world.cores if config.data.workers == "auto" else config.data.workers
+    path = store.at_hand(run.public_store, config.data.scratch, world)
+    seed = public_seed(config, purpose)
+    return PublicStream(
+        path, indices, labels, batch_size, world.rank, world.size, world.device, seed, workers
+    )
 
 
 def public_labels(run: RunDir) -> Semantics:

@@ -4,21 +4,23 @@ Its features are then clustered where that is asked for. SGD, cosine schedule, t
 validation accuracy (paper, Table 7).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data import store
-from privimage.data.stream import PublicStream
 from privimage.distributed import checkpoint
 from privimage.distributed.blocks import in_blocks
+from privimage.distributed.engine import DDPEngine
+from privimage.distributed.microbatch import block_size, fitting
 from privimage.distributed.world import World
+from privimage.families.base import image_shape
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
 from privimage.stages.public_set import (
@@ -26,6 +28,7 @@ from privimage.stages.public_set import (
     clusters_path,
     load_query,
     public_labels,
+    public_stream,
     query_network,
     query_task,
 )
@@ -58,16 +61,8 @@ def _trained(config: Config, run_dir: RunDir, world: World, public: Semantics) -
     training = QueryTraining(config, run_dir, world, public, held_out)
     # The global batch is shared out, rounded up.
     batch_size = -(-min(settings.batch_size, len(train_indices)) // world.size)
-    stream = PublicStream(
-        run_dir.public_store,
-        train_indices,
-        labels[train_indices],
-        batch_size,
-        world.rank,
-        world.size,
-        world.device,
-        public_seed(config, "query stream"),
-        config.data.workers,
+    stream = public_stream(
+        config, run_dir, world, train_indices, labels[train_indices], batch_size, "query stream"
     )
 
     def steps(first: int) -> Iterator[None]:
@@ -95,16 +90,27 @@ class QueryTraining:
             self.network.parameters(), lr=config.query.learning_rate, momentum=0.9, weight_decay=5e-4
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.query.steps)
-        # Gradients are averaged over the ranks by DDP; a single rank needs no wrapper.
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        self.wrapped = (
-            DistributedDataParallel(self.network, device_ids=devices) if world.size > 1 else self.network
-        )
+        bf16 = config.runtime.precision == "bf16"
+        self.engine = DDPEngine(self.network, self.optimizer, world, bf16)
+        self.at_once = self._fitting(-(-config.query.batch_size // world.size))
         # Each rank validates on its share of the held-out images, which stay in memory.
         share = held_out[world.rank :: world.size]
         self.validation, self.labels = store.read(run_dir.public_store, share), public.of_images[share]
         self.best_file, self.best = run_dir.stage("query") / "network.pt", -1.0
         self.loss = torch.zeros((), device=world.device)
+
+    def _fitting(self, wanted: int) -> int:
+        """How many images have room at once. Batch statistics are then those of as many images."""
+        shape, device = image_shape(self.config), self.world.device
+        # Of a copy: in training mode a pass changes the network's running statistics.
+        network = copy.deepcopy(self.network).train()
+        generator = torch.Generator().manual_seed(0)
+
+        def loss(images: int) -> Tensor:
+            labels = torch.zeros(images, dtype=torch.int64, device=device)
+            return self.task.loss(network, torch.zeros(images, *shape, device=device), labels, generator)
+
+        return fitting(wanted, loss, self.config.runtime.precision, self.world, "query")
 
     def step(self, images: Tensor, targets: Tensor, step: int) -> None:
         """One update by this rank's images uint8 (B, C, H, W) and their labels (B,)."""
@@ -113,14 +119,12 @@ class QueryTraining:
         generator = torch.Generator().manual_seed(
             public_seed(self.config, "query augmentation", step, self.world.rank)
         )
-        bf16 = self.config.runtime.precision == "bf16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            loss = self.task.loss(self.wrapped, to_unit(images), targets, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+
+        def loss(piece: slice) -> Tensor:
+            return self.task.loss(self.engine.forward, to_unit(images[piece]), targets[piece], generator)
+
+        self.loss = self.engine.update(loss, len(images), self.at_once)
         self.schedule.step()
-        self.loss = loss.detach()
 
     def scalars(self) -> dict[str, float]:
         """Validate, and keep the network if it is the best so far."""
@@ -170,9 +174,10 @@ def _accuracy(task: Task, network: nn.Module, images: np.ndarray, labels: np.nda
     network.eval()
     right = 0.0
     # Blocks bound the memory of validation.
-    for start in range(0, len(images), 512):
-        batch = to_unit(torch.from_numpy(images[start : start + 512]).to(world.device))
-        right += task.right(network, batch, torch.from_numpy(labels[start : start + 512]).to(world.device))
+    size = block_size(images.shape, 512)
+    for start in range(0, len(images), size):
+        batch = to_unit(torch.from_numpy(images[start : start + size]).to(world.device))
+        right += task.right(network, batch, torch.from_numpy(labels[start : start + size]).to(world.device))
     # The number of images differs between ranks, so sums are added, not percentages.
     totals = world.all_reduce_(torch.tensor([right, float(len(images))], device=world.device))
     return round((100 * totals[0] / totals[1]).item(), 3)
@@ -197,17 +202,31 @@ def _clustered(config: Config, run_dir: RunDir, world: World, public: Semantics)
     def nearest_to(block: Tensor) -> Tensor:
         return query(to_unit(block)).argmax(1, keepdim=True)
 
-    width = query.network.head.in_features
+    width, shape = query.network.head.in_features, image_shape(config)
     # K-means sees a sample of the set; every image is then assigned to its nearest centroid.
     features = in_blocks(
-        len(seen), width, torch.float32, lambda start, end: pixels(seen[start:end]), embed, world, stopped
+        len(seen),
+        shape,
+        width,
+        torch.float32,
+        lambda start, end: pixels(seen[start:end]),
+        embed,
+        world,
+        stopped,
     )
     centroids = world.broadcast_object(
         centroids_of(features.cpu().numpy(), config.query.clusters, seed) if world.is_main else None
     )
     query.centroids = torch.from_numpy(centroids).to(world.device)
     nearest = in_blocks(
-        count, 1, torch.int64, lambda start, end: pixels(np.arange(start, end)), nearest_to, world, stopped
+        count,
+        shape,
+        1,
+        torch.int64,
+        lambda start, end: pixels(np.arange(start, end)),
+        nearest_to,
+        world,
+        stopped,
     )
     clusters = nearest.flatten().cpu().numpy()
     if world.is_main:

@@ -131,7 +131,8 @@ def top_votes(query: SemanticQuery, images: Images, per_image: int, world: World
         return query(to_unit(block)).topk(per_image, dim=1).indices
 
     stopped = "select: nothing was drawn yet"
-    return in_blocks(len(images), per_image, torch.int64, read, best, world, stopped).cpu().numpy()
+    votes = in_blocks(len(images), images.shape[1:], per_image, torch.int64, read, best, world, stopped)
+    return votes.cpu().numpy()
 
 
 def exclusive_top(counts: np.ndarray, per_class: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import nn
 
 from privimage.config import load
 from privimage.distributed import checkpoint
-from privimage.distributed.engine import DDPEngine, deepspeed_settings, make_engine
+from privimage.distributed.engine import DDPEngine, adam, deepspeed_settings, make_engine
 from privimage.distributed.world import World
 from privimage.errors import UserError
 
@@ -30,7 +30,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.engine import make_engine
 from privimage.distributed.world import connect
 
-def train(config, world, begin, end, state=None):
+def train(config, world, begin, end, state=None, at_once=12):
     torch.manual_seed(7)
     first, last = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 1, 3, padding=1)
     module = nn.Sequential(first, nn.GroupNorm(2, 6), nn.SiLU(), last)
@@ -40,7 +40,9 @@ def train(config, world, begin, end, state=None):
     for step in range(begin, end):
         random = torch.Generator().manual_seed(step)
         images = torch.randn(12, 1, 8, 8, generator=random)[world.rank :: world.size]
-        engine.backward_and_step((engine.forward(images) - images.roll(1, 3)).square().mean())
+        def loss(piece):
+            return (engine.forward(images[piece]) - images[piece].roll(1, 3)).square().mean()
+        engine.update(loss, len(images), at_once)
     return engine.state()
 """
 MANY = """
@@ -51,9 +53,9 @@ def config(engine):
         else ["pretrain.engine=deepspeed", f"pretrain.deepspeed_config={folder}/{engine}.json"]))
 world = connect(config("ddp").runtime)
 for job in jobs:
-    engine, begin, end, start_from, result = job.split(":")
+    engine, begin, end, start_from, result, *at_once = job.split(":")
     start = checkpoint.load(folder / start_from) if start_from else None
-    state = train(config(engine), world, int(begin), int(end), start)
+    state = train(config(engine), world, int(begin), int(end), start, int(at_once[0]) if at_once else 12)
     if world.is_main:
         checkpoint.save(folder / result, state)
     del state
@@ -76,13 +78,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     halves = [f"{engine}:0:3::half-{engine}" for engine in ENGINES]
     resumed = [f"{engine}:3:6:half-{engine}:{engine}" for engine in ENGINES]
+    in_pieces = [f"{engine}:0:6::pieces-{engine}:4" for engine in ENGINES]
     moved = [
         f"{to}:3:6:half-{engine}:{engine}-{to}"
         for engine, to in (("ddp", "zero2"), ("zero1", "ddp"), ("zero2", "zero0"), ("zero0", "zero1"))
     ]
     for size, jobs in (
         (1, ["ddp:0:6::alone"]),
-        (2, [*halves, *resumed, *moved, "bf16:0:6::bf16"]),
+        (2, [*halves, *resumed, *moved, *in_pieces, "bf16:0:6::bf16"]),
         (3, ["zero2:3:6:half-ddp:ddp-zero2-3", "ddp:3:6:half-zero1:zero1-ddp-3"]),
     ):
         for ended in run_ranks(TRAINING + MANY, size, str(path), *jobs):
@@ -91,7 +94,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "result", [*ENGINES, "ddp-zero2", "zero1-ddp", "zero2-zero0", "zero0-zero1", "ddp-zero2-3", "zero1-ddp-3"]
+    "result",
+    [*ENGINES, "ddp-zero2", "zero1-ddp", "zero2-zero0", "zero0-zero1", "ddp-zero2-3", "zero1-ddp-3"]
+    + [f"pieces-{engine}" for engine in ENGINES],
 )
 def test_a_resumed_training_ends_like_an_undisturbed_one_on_one_rank(folder: Path, result: str):
     state, expected = checkpoint.load(folder / result), checkpoint.load(folder / "alone")
@@ -111,7 +116,7 @@ def test_the_weights_stay_fp32_in_bf16_training(folder: Path):
 
 
 def test_a_fresh_engine_has_done_no_updates():
-    engine = DDPEngine(nn.Linear(2, 2), 1e-3, ALONE, bf16=False)
+    engine = DDPEngine(module := nn.Linear(2, 2), adam(module, 1e-3), ALONE, bf16=False)
     state = engine.state()
     assert (state["step"], state["exp_avg"]) == (0, {})
     engine.load(state)

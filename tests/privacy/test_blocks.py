@@ -148,7 +148,9 @@ def test_a_block_is_filled_up_and_the_fill_is_dropped() -> None:
     for count in (0, 5):
         with pytest.raises(ValueError, match=f"{count} images do not fill a block of 4"):
             filled(torch.zeros(count), 4)
-    found = in_blocks(BLOCK + 3, 1, torch.int64, torch.arange, lambda block: block[:, None], ALONE, "stopped")
+    found = in_blocks(
+        BLOCK + 3, EIGHT, 1, torch.int64, torch.arange, lambda block: block[:, None], ALONE, "stopped"
+    )
     assert found.flatten().tolist() == list(range(BLOCK + 3))
 
 

@@ -200,9 +200,9 @@ def test_pretraining_takes_the_images_of_the_kept_clusters(clustered: tuple[Conf
     run.stage("select")
     np.savez(run.stage("select") / "selection.npz", counts=np.zeros((10, 20)), assignment=assignment)
     run.finish("select", {"images": 1})
-    path, indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
+    indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
     clusters = public_semantics(settings, run, ALONE).of_images
-    assert path == run.public_store and n_classes == 10
+    assert n_classes == 10
     assert indices.tolist() == np.flatnonzero(np.isin(clusters, [3, 8, 11])).tolist()
     assert labels.tolist() == [{3: 2, 8: 0, 11: 2}[c] for c in clusters[indices]]
 
@@ -287,7 +287,7 @@ def test_a_method_that_needs_labels_says_so_in_one_line(
 def test_without_public_labels_all_images_are_pretrained_on_unconditionally(tmp_path: Path) -> None:
     settings = config(tmp_path, "data.public.labelled=false", "method=pdp-diffusion", "pretrain.steps=2")
     run = prepared(settings)
-    _, indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
+    indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
     assert (len(indices), labels.any(), n_classes) == (480, False, 0)
     assert pretrain.run(settings, run, ALONE)["n_classes"] == 0
 
