@@ -78,7 +78,7 @@ def finetuning(world: World, batch: int):
     network = edm.Denoiser(DDPMpp(32, 3, 10)).to(world.device)
     count = COUNT * batch // BATCH
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8).numpy()
-    data = SensitiveSet(images, torch.arange(count).numpy() % 10, world.device)
+    data = SensitiveSet(images, torch.arange(count).numpy() % 10, world.device, "device")
     steps = PrivateSteps(
         DPSGD(
             count=count,

@@ -68,7 +68,7 @@ plan = DPSGD(
     count=60, logical_batch_size=5, steps=4, noise_multiplier=0.0, max_grad_norm=0.5, noise_copies=1
 )
 pictures = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=random).numpy()
-data = SensitiveSet(pictures, (torch.arange(60) % 10).numpy(), world.device)
+data = SensitiveSet(pictures, (torch.arange(60) % 10).numpy(), world.device, "device")
 steps = PrivateSteps(plan, FoldedGradients(private.module), private.losses, private.optimizer, data, world,
     Randomness(insecure_fixed(5), "aes-ctr", b"test"), physical=2, charge=lambda name: True, state=lambda: [])
 for _ in steps:

@@ -53,7 +53,7 @@ def charge(name):
 def state(): return [] if mode == "update" else [module[0].weight]
 steps_made = PrivateSteps(
     plan, FoldedGradients(module), Losses(), torch.optim.SGD(module.parameters(), lr=1.0),
-    SensitiveSet(images, torch.zeros(count, dtype=torch.int64).numpy(), world.device), world,
+    SensitiveSet(images, torch.zeros(count, dtype=torch.int64).numpy(), world.device, "device"), world,
     Randomness(insecure_fixed(5), "aes-ctr", b"test"), physical=3, charge=charge, state=state,
     stop_requested=lambda: world.rank == world.size - 1 and steps_made.step == steps - 1,
     noise_factor=0.0 if mode == "update" else 1.0)

@@ -284,7 +284,7 @@ def private_steps(module: nn.Module, optimizer: torch.optim.Optimizer) -> Privat
         FoldedGradients(module),
         Squares(),
         optimizer,
-        SensitiveSet(images, np.zeros(20, np.int64), torch.device("cpu")),
+        SensitiveSet(images, np.zeros(20, np.int64), torch.device("cpu"), "device"),
         World(0, 0, 1, 1, torch.device("cpu")),
         Randomness(insecure_fixed(5), "aes-ctr", b"test"),
         physical=4,
