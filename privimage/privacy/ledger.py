@@ -15,7 +15,6 @@ A run knows the ledger that it has written to by its `Head`. A file that is miss
 run knows it, is refused.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.spent import Reader, Spent
 from privimage.storage import owner_only
 from privimage.storage.files import fsync_folder
+from privimage.storage.lock import Lock
 
 Plans = Mapping[str, SampledGaussian]  # what a run is going to do, by part
 
@@ -90,9 +90,9 @@ class Ledger:
             ) from None
         try:
             # Runs on several nodes may share the file: every reading and writing is under this lock.
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            self._catch_up(handle)
-            yield handle
+            with Lock(self.path, handle, wait=True):
+                self._catch_up(handle)
+                yield handle
         finally:
             os.close(handle)
 

@@ -68,8 +68,7 @@ def _claimed(config: Config, world: World) -> Iterator[RunDir]:
     # The main rank holds the directory and answers for its settings; where it fails, the others end in this
     # barrier.
     run_dir = RunDir(config.run.dir)
-    lock = run_dir.lock() if world.is_main else contextlib.nullcontext()
-    with lock:
+    with run_dir.lock() if world.is_main else contextlib.nullcontext():
         try:
             if world.is_main:
                 run_dir.close_to_others()

@@ -1,8 +1,8 @@
 """The run directory: one folder per stage, `private/` that never leaves, `release/` that may."""
 
 import contextlib
-import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from privimage.config.stages import STAGES, upstream
 from privimage.errors import UserError
 from privimage.storage import owner_only
 from privimage.storage.files import read_json, write_json, write_whole
+from privimage.storage.lock import HeldError, Lock
 
 
 class Clash(NamedTuple):
@@ -132,31 +133,33 @@ class RunDir:
         if not (self.path / ".lock").exists():
             return False
         try:
-            self.lock().close()
+            with self.lock():
+                pass
         except UserError:
             return True
         return False
 
-    def lock(self):
-        """Lock the run directory against a second run.
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory against a second run.
 
         Raises UserError when it is held, or cannot be written.
         """
         try:
             self._whole()
-            # The lock goes with the process: nothing has to be cleaned up after a kill.
-            handle = open(self.path / ".lock", "w")
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except UserError as error:
             raise UserError(f"run.dir: {error}") from None
         except OSError as error:
             raise UserError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{self.path}: another run is using this directory; wait for it, or choose another run.dir"
-            ) from None
-        return handle
+            with Lock(self.path / ".lock", handle, wait=False):
+                yield
+        except HeldError as error:
+            used = f"another run is using this directory{f' ({error})' if str(error) else ''}"
+            raise UserError(f"{self.path}: {used}; wait for it, or choose another run.dir") from None
+        finally:
+            os.close(handle)
 
     def reconcile(self, config: Config) -> None:
         """Write `config.yaml`, or compare with the one that is there.

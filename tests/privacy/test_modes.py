@@ -94,7 +94,8 @@ def test_what_was_there_before_is_restricted(tmp_path: Path) -> None:
     (folder / "notes").mkdir()  # not ours
     (folder / "notes").chmod(0o755)
     run = RunDir(folder)
-    run.lock().close()
+    with run.lock():
+        pass
     run.close_to_others()
     assert (
         readable_by_others(*(folder / name for name in ("private", "evaluate", "finetune", "config.yaml")))
@@ -121,7 +122,8 @@ def test_a_link_in_place_of_a_folder_is_refused_in_one_line(tmp_path: Path, name
 def test_a_run_directory_may_be_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir(mode=0o755)
     (tmp_path / "run").symlink_to(tmp_path / "scratch")
-    RunDir(tmp_path / "run").lock().close()
+    with RunDir(tmp_path / "run").lock():
+        pass
     assert stat.S_IMODE((tmp_path / "scratch").stat().st_mode) == 0o700
 
 

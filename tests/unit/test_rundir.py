@@ -121,11 +121,10 @@ def test_private_is_private(tmp_path: Path) -> None:
 
 def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    held = run.lock()
-    with pytest.raises(UserError, match="another run is using this directory"):
-        run.lock()
-    held.close()
-    run.lock().close()
+    with run.lock(), pytest.raises(UserError, match="another run is using this directory"), run.lock():
+        pass
+    with run.lock():
+        pass
 
 
 def changed(config: Config, section: str, **values: object) -> Config:
