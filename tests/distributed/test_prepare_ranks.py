@@ -1,0 +1,107 @@
+"""The public set is prepared by several ranks, to the same bytes however often it is interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import numbered, save_folder
+from ranks import REPOSITORY, clean_environment, run_ranks
+
+from privimage.data import store
+
+PREPARE = """
+import sys
+from pathlib import Path
+from privimage.config.settings import Runtime
+from privimage.data import store
+from privimage.data.readers import open_source
+from privimage.distributed.world import connect
+world = connect(Runtime(device="cpu"))
+source = open_source("folder", Path(sys.argv[1]), "train")
+store.write(source, Path(sys.argv[2]), 8, 3, 1, world=world)
+world.close()
+"""
+DECODE = """
+import os, time
+from PIL import Image
+import numpy as np
+from privimage.data.decode import Decoder, Decoders, Source
+import forever
+source = Source(list(range(100)), forever.slow, ["image"] * 100, np.zeros(100, int), ("all",))
+with Decoders(source, Decoder(source, 8, 3), 2) as decoders:
+    for _ in decoders.images():
+        pass
+"""
+SLOW = """
+import os, time
+from pathlib import Path
+def slow(item):
+    Path(os.environ["STARTED"], str(os.getpid())).touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_makes_the_same_store(tmp_path: Path, ranks: int) -> None:
+    """2,000 images in four parts."""
+    images = numbered(2000, channels=3)
+    folder = save_folder(tmp_path / "set", images, np.arange(2000) % 3)
+    for size in (1, ranks):
+        for ended in run_ranks(PREPARE, size, str(folder), str(tmp_path / f"{size}.npy")):
+            assert ended.status == 0, ended.err
+    assert store.verify(tmp_path / "1.npy").sha256 == store.verify(tmp_path / f"{ranks}.npy").sha256
+    assert not list(tmp_path.glob(".*.parts"))
+
+
+def test_decoders_end_when_the_process_that_they_work_for_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "forever.py").write_text(SLOW)
+    (tmp_path / "started").mkdir()
+    env = clean_environment(STARTED=str(tmp_path / "started"))
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    process = subprocess.Popen([sys.executable, "-c", DECODE], env=env)
+    deadline = time.monotonic() + 60
+    while len(started := list((tmp_path / "started").iterdir())) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [int(path.name) for path in started]
+    # What a batch system sends to all processes of a job is for the rank to act on.
+    for pid in workers:
+        for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+    time.sleep(1.5)
+    assert all(alive(pid) for pid in workers)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "decoders outlive the process that they work for"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_kills_and_a_stop_change_no_byte() -> None:
+    """`benchmarks/prepare.py --images 100000 --kills 10` is the long form, its table in docs/results.md."""
+    command = [
+        sys.executable,
+        str(REPOSITORY / "benchmarks" / "prepare.py"),
+        "--images",
+        "5000",
+        "--kills",
+        "3",
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=clean_environment(), check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "USR2: ended with status 75" in ended.stdout and "equal byte for byte" in ended.stdout
