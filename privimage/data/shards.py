@@ -22,6 +22,7 @@ from privimage.storage.files import read_json, write_json, write_whole
 from privimage.telemetry.progress import Progress
 
 SHARD = 512  # images: a few seconds of work, so that a stop does not wait for long
+SHOWN = 4  # shards from which on progress is shown; fewer are done before anyone looks
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def decode(
     # The main rank tells what is there: another node's view of a shared folder may be older.
     there = world.broadcast_object({path.name for path in folder.iterdir()} if world.is_main else None)
     left = [start for start in starts if _name(start) not in there]
+    shown = world.is_main and len(left) >= SHOWN
     with (
         Decoders(source, decoder, workers) as decoders,
-        Progress(label, len(source), len(source) - len(left) * SHARD, world.is_main) as bar,
+        Progress(label, len(source), max(0, len(source) - len(left) * SHARD), shown) as bar,
     ):
         # In turns of a shard per rank, after which all ranks know whether one of them was asked to stop.
         for turn in range(0, len(left), world.size):

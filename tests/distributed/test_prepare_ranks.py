@@ -98,7 +98,7 @@ def test_kills_and_a_stop_change_no_byte() -> None:
         "--images",
         "5000",
         "--kills",
-        "3",
+        "2",
     ]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=clean_environment(), check=False
