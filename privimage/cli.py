@@ -63,6 +63,15 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check everything that a run needs, for all its stages; status 2 if something is amiss."""
+    from privimage.commands.doctor import run
+    from privimage.config import load
+
+    sys.exit(run(load(config, overrides or ())))
+
+
+@app.command()
 def submit(
     words: Annotated[
         list[str],
@@ -74,11 +83,12 @@ def submit(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="several files, or several values separated by commas")
     ] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="also if `doctor` finds mistakes")] = False,
 ) -> None:
     """Queue a run, a sweep or an experiment as jobs of a SLURM cluster."""
     from privimage.cluster.jobs import submit as submit_jobs
 
-    submit_jobs(words, sweep)
+    submit_jobs(words, sweep, not unchecked)
 
 
 @app.command()

@@ -8,35 +8,49 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from privimage.cluster import SCHEDULER
 from privimage.cluster.scheduler import Submission, job_request
 from privimage.config import Config, load
+from privimage.distributed.world import ALONE
 from privimage.errors import UserError
 from privimage.experiments.settings import is_experiment
 from privimage.experiments.settings import load as load_experiment
 from privimage.runs import sharing
+from privimage.runs.doctor import diagnose
 from privimage.storage.rundir import RunDir
 
 
-def submit(words: Sequence[str], sweeps: bool = False) -> None:
+def submit(words: Sequence[str], sweeps: bool = False, checked: bool = True) -> None:
     """Submit what the words of a command name: an experiment, a sweep, or one pipeline.
 
-    Raises UserError where they name no configuration.
+    `checked`: only if `privimage doctor` finds no mistake. Raises UserError where they name no configuration.
     """
     paths = [Path(word) for word in words if "=" not in word]
     if not paths:
         raise UserError("usage: privimage submit CONFIG [section.key=value ...]")
     if sweeps or len(paths) > 1 or is_experiment(paths[0]):
-        sweep(words)
+        sweep(words, checked)
     else:
-        pipeline(paths[0], [word for word in words if "=" in word])
+        pipeline(paths[0], [word for word in words if "=" in word], checked)
 
 
-def pipeline(path: Path, overrides: Sequence[str]) -> None:
+def require_health(config: Config) -> None:
+    """Raise UserError, with the table of what is amiss printed, before anything is queued."""
+    found = diagnose(config, ALONE)
+    if found.mistakes:
+        found.render(Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        raise UserError(f"{config.run.dir}: nothing was submitted; see above, or submit with --unchecked")
+
+
+def pipeline(path: Path, overrides: Sequence[str], checked: bool = True) -> None:
     """Submit the stages that are not finished as a chain of jobs and print their ids, and a last job that
     prints a summary.
     """
     config = load(path, tuple(overrides))
+    if checked:
+        require_health(config)
     run = RunDir(config.run.dir)
     logs, jobs = _logs(run), list[str]()
     # Each job waits for the one before it, and is cancelled if that fails.
@@ -56,7 +70,7 @@ def pipeline(path: Path, overrides: Sequence[str]) -> None:
     _submit_summary(config, jobs, logs, [run])
 
 
-def sweep(words: Sequence[str]) -> None:
+def sweep(words: Sequence[str], checked: bool = True) -> None:
     """Submit an array of whole pipelines.
 
     All runs of an experiment, or each configuration with each combination of comma-separated values. Runs
@@ -70,6 +84,8 @@ def sweep(words: Sequence[str]) -> None:
             "run.dir: several runs of the sweep would share a directory; give configurations of different "
             "run.dir"
         )
+    if checked:
+        require_health(configs[0])
     logs = _logs(RunDir(runs[0].path.parent))
     jobs: list[str] = []
     # The first wave makes the public stages that the second one shares.

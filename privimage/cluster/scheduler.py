@@ -38,7 +38,8 @@ class Scheduler(ABC):
 def job_request(config: Config, stage: str, environ: Mapping[str, str]) -> Job:
     """What the job of a stage asks for.
 
-    STAGE_NODES and the like in the environment, then NODES, then the configuration.
+    STAGE_NODES and the like in the environment, then what the configuration says of the stage, then NODES,
+    then what it says of all stages: what is said of one stage goes before what is said of all.
 
     Raises UserError that names a variable whose value cannot be.
     """
@@ -47,8 +48,8 @@ def job_request(config: Config, stage: str, environ: Mapping[str, str]) -> Job:
     for name in Job.model_fields:
         wanted = [
             environ.get(f"{stage}_{name}".upper()),
-            environ.get(name.upper()),
             getattr(single, name, None),
+            environ.get(name.upper()),
             getattr(config.slurm, name),
         ]
         fields[name] = next((value for value in wanted if value not in (None, "")), None)

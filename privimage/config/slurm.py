@@ -53,6 +53,12 @@ class Slurm(Job):
         {}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}"
     )
 
+    def of(self, stage: str) -> Job:
+        """What the job of a stage asks for: its own values, and the general ones where it has none."""
+        single = self.stages.get(stage)
+        both = {name: getattr(self, name) for name in Job.model_fields}
+        return Job(**(both | (single.model_dump(exclude_none=True) if single else {})))
+
     @field_validator("stages")
     @classmethod
     def _are_known(cls, stages: dict[str, Job]) -> dict[str, Job]:

@@ -71,9 +71,7 @@ def decode(
                 start = left[turn + world.rank]
                 _write(folder / _name(start), decoders, start, min(start + SHARD, len(source)), skip_bad)
             if stop.agreed(world):
-                raise Stopped(
-                    f"{label}: {turn + world.size} of {len(left)} parts are kept; run again to go on"
-                )
+                raise Stopped(f"{label}: what was decoded is kept; run again to go on")
             bar.advance(min(SHARD * world.size, len(source) - bar.done))
     world.barrier()
 

@@ -84,7 +84,7 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
         data.channels,
         data.workers,
         world,
-        f"read {split} images",
+        f"read {split}",
     )
 
 

@@ -151,6 +151,8 @@ def described(path: Path, shape: tuple[int, int, int] | None = None) -> Sidecar:
 
     Raises UserError for a missing or truncated one, or another `shape`.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a prepared store; kind folder reads it")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not _sidecar_path(path).is_file():

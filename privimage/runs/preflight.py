@@ -28,8 +28,10 @@ from privimage.errors import Mistakes, UserError
 from privimage.evaluation import extractor, semantics
 from privimage.families import family, pretrained_family
 from privimage.privacy import account
+from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import make_plan
 from privimage.runs import room
+from privimage.runs.devices import devices
 from privimage.runs.visit import CHARGED, Check, Visit, together
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
@@ -61,6 +63,9 @@ def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> N
     visit = Visit(config, run, world, world.broadcast_object(unfinished))
     for each in (*EVERYWHERE, *(ONCE if world.is_main else ())):
         visit.attempt(each)
+    device = devices(config, world, visit.stages)
+    if device.state == "mistake":
+        visit.mistakes.append(device.text)
     # All mistakes of all ranks at once, so that a user does not find them one by one.
     if mistakes := together(world.gather_objects(visit.mistakes)):
         raise Mistakes(mistakes)
@@ -79,7 +84,7 @@ def _run_directory(visit: Visit) -> Iterator[str]:
             yield f"run.dir: {folder} cannot be written"
 
 
-def _packages(visit: Visit) -> Iterator[str]:
+def packages(visit: Visit) -> Iterator[str]:
     """What is imported later is installed; it is not imported here, since that takes seconds."""
     config, stages = visit.config, visit.stages
     # Which stages need which package.
@@ -108,13 +113,15 @@ def _packages(visit: Visit) -> Iterator[str]:
         yield "data.store: beton needs FFCV, which is not installed; tools/install_ffcv.sh, or data.store=npy"
 
 
-def _sensitive_set(visit: Visit) -> None:
+def sensitive_set(visit: Visit) -> None:
+    """The sensitive set can be opened, and has as many images and classes as were stated."""
     if visit.needs(SENSITIVE):
         visit.sensitive = sensitive_source(visit.config, "train")
         _sample(visit, visit.sensitive)
 
 
-def _held_out_images(visit: Visit) -> None:
+def held_out_images(visit: Visit) -> None:
+    """The held-out images can be opened, and have the classes of the training images."""
     if "evaluate" not in visit.stages:
         return
     if has_test_split(visit.config):
@@ -124,7 +131,7 @@ def _held_out_images(visit: Visit) -> None:
         say("evaluate: data.sensitive.test_path names no held-out images: no accuracy will be measured")
 
 
-def _public_set(visit: Visit) -> None:
+def public_set(visit: Visit) -> None:
     """Ranks open a given store each, anything else is prepared by the main rank."""
     data = visit.config.data
     if "prepare" not in visit.stages:
@@ -148,28 +155,28 @@ def _sample(visit: Visit, source: Source) -> None:
         source.image(int(index), data.resolution, data.channels)
 
 
-def _engine_settings(visit: Visit) -> None:
+def engine_settings(visit: Visit) -> None:
     """DeepSpeed's settings are there and may be used."""
     settings = visit.config.pretrain
     if "pretrain" in visit.stages and settings.engine == "deepspeed":
         deepspeed_settings(settings.deepspeed_config, 1, bf16=False)
 
 
-def _features(visit: Visit) -> None:
+def feature_weights(visit: Visit) -> None:
     """The weights of the fidelity measures are there and what they should be."""
     settings = visit.config.evaluate
     if "evaluate" in visit.stages:
         extractor.weights_for(settings.features, settings.inception_weights)
 
 
-def _word_vectors(visit: Visit) -> None:
+def word_vectors(visit: Visit) -> None:
     """The word vectors are there and what they should be."""
     path = visit.config.evaluate.word_vectors
     if "evaluate" in visit.stages and path is not None:
         semantics.check_vectors(path)
 
 
-def _votes(visit: Visit) -> Iterator[str]:
+def votes(visit: Visit) -> Iterator[str]:
     """There are enough public classes or clusters, and images for them."""
     settings, method, rows, columns = visit.config.select, visit.config.spec, visit.rows, visit.columns
     clusters = visit.config.query.semantics == "clusters"
@@ -191,7 +198,7 @@ def _votes(visit: Visit) -> Iterator[str]:
         yield f"select.per_class: {reason}"
 
 
-def _networks(visit: Visit) -> Iterator[str]:
+def networks(visit: Visit) -> Iterator[str]:
     """The settings of the networks fit together, and the engine can train them."""
     config = visit.config
     if not visit.needs(NETWORKS):
@@ -201,15 +208,21 @@ def _networks(visit: Visit) -> Iterator[str]:
     visit.sizes = family(config).sizes(config, visit.rows or 0)
 
 
-def _plan(visit: Visit) -> None:
-    """The promise can be kept. What is found is cached: the stages that follow do not search again."""
+def privacy_plan(visit: Visit) -> Iterator[str]:
+    """The promise can be kept, within the budget that is named.
+
+    What is found is cached: the stages that follow do not search again.
+    """
     count = len(visit.sensitive) if visit.sensitive else visit.config.data.sensitive.count
     begun = (visit.run.path / "private" / "account.json").exists()  # with a plan of its own
-    if count and visit.config.spec.private and visit.opens_account and not begun:
-        make_plan(visit.config, count)
+    if not (count and visit.config.spec.private and visit.opens_account) or begun:
+        return
+    plan, budget = make_plan(visit.config, count), visit.config.privacy.budget
+    if budget and (needed := epsilon(plan.compositions, budget.delta, plan.accountant)) > budget.epsilon:
+        yield f"privacy.budget: this run alone needs epsilon {needed:.4g}, more than {budget.epsilon:g}"
 
 
-def _account(visit: Visit) -> None:
+def ledger(visit: Visit) -> None:
     """The ledger can be written, and is the one that a run has written to."""
     if visit.opens_account:
         account.check(visit.config, visit.run)
@@ -227,9 +240,9 @@ def _whole_set(visit: Visit) -> None:
         account.check(visit.config, visit.run, sensitive)
 
 
-def _room(visit: Visit) -> Iterator[str]:
+def disk_space(visit: Visit) -> Iterator[str]:
     """The disk has room for what will be written."""
-    about = room.written(visit.config, visit.public, visit.sizes, visit.rows or 0)
+    about = room.written(visit.config, visit.public, visit.sizes, visit.rows or 0, len(visit.sensitive or ()))
     if reason := room.missing(visit.run, {stage: about.get(stage, 0) for stage in visit.stages}):
         yield reason
 
@@ -237,13 +250,13 @@ def _room(visit: Visit) -> Iterator[str]:
 # On every rank: what may differ from node to node.
 EVERYWHERE: tuple[Check, ...] = (
     _run_directory,
-    _packages,
-    _sensitive_set,
-    _held_out_images,
-    _public_set,
-    _engine_settings,
-    _features,
-    _word_vectors,
+    packages,
+    sensitive_set,
+    held_out_images,
+    public_set,
+    engine_settings,
+    feature_weights,
+    word_vectors,
 )
 # On the main rank: what is the same for all.
-ONCE: tuple[Check, ...] = (_votes, _networks, _plan, _account, _room)
+ONCE: tuple[Check, ...] = (votes, networks, privacy_plan, ledger, disk_space)

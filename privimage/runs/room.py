@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from privimage.config import Config
+from privimage.config.stages import STAGES
 from privimage.data.writers import PAGE_BYTES
 from privimage.families.base import image_shape
 from privimage.models import parameters
@@ -24,16 +25,20 @@ TRAINING, QUERY = 2 * 16 + 8, 2 * 8 + 2 * 4
 Facts = tuple[int, tuple[str, ...]]  # of the public set: number of images, classes
 
 
-def written(config: Config, public: Facts | None, sizes: Mapping[str, int], rows: int) -> dict[str, int]:
+def written(
+    config: Config, public: Facts | None, sizes: Mapping[str, int], rows: int, sensitive: int = 0
+) -> dict[str, int]:
     """Upper estimate of the bytes that each stage writes; what is not known counts as nothing.
 
-    `sizes`: parameters of each network of the generator; `rows`: classes of the sensitive set.
+    `sizes`: parameters of each network of the generator; `rows` and `sensitive`: classes and images of the
+    sensitive set.
     """
     pixels, weights, samples = prod(image_shape(config)), sum(sizes.values()), config.synthesize.samples
     count, classes = public or (0, ())
     found = {
-        "prepare": count * (pixels + 16) + PAGE_BYTES,
+        "prepare": 2 * count * (pixels + 16) + PAGE_BYTES,  # in parts, then put together
         "query": 0,
+        "select": 0,
         "pretrain": TRAINING * weights,
         "finetune": TRAINING * weights,
         "match": TRAINING * weights + 8 * config.match.features * max(rows, 1),
@@ -42,11 +47,20 @@ def written(config: Config, public: Facts | None, sizes: Mapping[str, int], rows
     }
     if config.data.public.kind == "beton":
         found["prepare"] = 0
+    # The decoded set, once in parts and once in order, by the first stage that reads it.
+    first = next((stage for stage in config.spec.stages if STAGES[stage].sensitive), None)
+    if first in found:
+        found[first] += 2 * sensitive * (pixels + 64)
     if "query" in config.spec.stages:
         with torch.device("meta"):
             network = parameters(classifier(config.query.network, config.data.channels, max(len(classes), 1)))
         found["query"] = QUERY * network + 8 * count
     return found
+
+
+def standing(path: Path) -> Path:
+    """The nearest folder at or above `path` that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def missing(run: RunDir, about: Mapping[str, int]) -> str:
@@ -55,7 +69,7 @@ def missing(run: RunDir, about: Mapping[str, int]) -> str:
     `about`: bytes by stage. What a stage has written already, before a restart, is not counted again.
     """
     parts = {stage: max(0, bytes_ - held(run.path / stage)) for stage, bytes_ in about.items()}
-    needed, free = sum(parts.values()) + LOGS, shutil.disk_usage(run.path).free
+    needed, free = sum(parts.values()) + LOGS, shutil.disk_usage(standing(run.path)).free
     if needed <= free:
         return ""
     largest = sorted(parts, key=lambda stage: -parts[stage])[:3]

@@ -39,7 +39,8 @@ def test_a_stage_asks_for_what_all_stages_do_unless_it_says_otherwise():
 
 
 def test_the_environment_goes_before_the_configuration_and_a_stage_before_all():
-    assert {"--nodes=3", "--gpus-per-node=1"} <= set(options("pretrain", NODES="3", PRETRAIN_GPUS="1"))
+    assert {"--nodes=8", "--gpus-per-node=1"} <= set(options("pretrain", NODES="3", PRETRAIN_GPUS="1"))
+    assert "--nodes=3" in options("finetune", NODES="3")
     assert {"--nodes=5", "--gpus-per-node=4"} <= set(
         options("finetune", NODES="3", FINETUNE_NODES="5", PRETRAIN_GPUS="1")
     )
