@@ -97,9 +97,10 @@ class Preparation:
                 for pid, words in self.processes().items()
                 if words[1:2] and words[1].endswith("/privimage")
             ]
-        return [
+        servers = {
             pid for pid, words in self.processes().items() if "multiprocessing.forkserver" in " ".join(words)
-        ]
+        }
+        return [pid for pid in servers if _parent(pid) in servers]  # the server itself decodes nothing
 
     @property
     def memory(self) -> int:
@@ -112,6 +113,13 @@ class Preparation:
                 continue
             total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
         return total
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _path() -> str:
@@ -154,7 +162,7 @@ def disturbed(folder: Path, config: Path, ranks: int, kills: int, seconds: float
             for pid in rng.sample(victims, min(1, len(victims))):
                 os.kill(pid, signal.SIGKILL)
             # Torchrun starts all ranks again; a killed decoder ends the run with a line, to be run again.
-            while what == "a rank" and set(running.of("a rank")) & old and running.process.poll() is None:
+            while (what == "a decoder" or set(running.of("a rank")) & old) and running.process.poll() is None:
                 time.sleep(0.1)
             before = parts(folder)
             while parts(folder) <= before and running.process.poll() is None:
@@ -165,7 +173,9 @@ def disturbed(folder: Path, config: Path, ranks: int, kills: int, seconds: float
         if running.process.poll():
             done += left_by(running)
             running = Preparation(folder, config, ranks)
-    running.process.wait()
+    if running.process.wait():
+        running = Preparation(folder, config, ranks)
+        running.process.wait()
     return done + left_by(running)
 
 

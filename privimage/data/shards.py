@@ -7,7 +7,7 @@ wrote it, and the shards in order are the set in order.
 import hashlib
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from privimage.data.decode import Decoder, Decoders, Source
+from privimage.distributed.agreement import gathered
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
@@ -61,18 +62,23 @@ def decode(
     there = world.broadcast_object({path.name for path in folder.iterdir()} if world.is_main else None)
     left = [start for start in starts if _name(start) not in there]
     shown = world.is_main and len(left) >= SHOWN
+    # Shards are counted in the main rank's list of images. Where a node lists its copy otherwise, its ranks
+    # leave the work to the others: their shards would hold other images.
+    lists = gathered(world, _digest(source.names))
+    at_work = [rank for rank, digest in enumerate(lists) if digest == lists[0]]
+    place = at_work.index(world.rank) if world.rank in at_work else len(left)
     with (
         Decoders(source, decoder, workers) as decoders,
         Progress(label, len(source), max(0, len(source) - len(left) * SHARD), shown) as bar,
     ):
         # In turns of a shard per rank, after which all ranks know whether one of them was asked to stop.
-        for turn in range(0, len(left), world.size):
-            if turn + world.rank < len(left):
-                start = left[turn + world.rank]
+        for turn in range(0, len(left), len(at_work)):
+            if turn + place < len(left):
+                start = left[turn + place]
                 _write(folder / _name(start), decoders, start, min(start + SHARD, len(source)), skip_bad)
             if stop.agreed(world):
                 raise Stopped(f"{label}: what was decoded is kept; run again to go on")
-            bar.advance(min(SHARD * world.size, len(source) - bar.done))
+            bar.advance(min(SHARD * len(at_work), len(source) - bar.done))
     world.barrier()
 
 
@@ -87,9 +93,13 @@ def _name(start: int) -> str:
     return f"{start:09d}.npz"
 
 
+def _digest(names: Sequence[str]) -> bytes:
+    return hashlib.sha256("\0".join(names).encode()).digest()
+
+
 def _claim(source: Source, folder: Path, decoder: Decoder, skip_bad: bool) -> None:
     """Make the folder of the shards, and empty it if they are of another set."""
-    names = hashlib.sha256("\0".join(source.names).encode()).hexdigest()
+    names = _digest(source.names).hex()
     labels = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes()).hexdigest()
     shape = [decoder.channels, decoder.resolution, decoder.draft, skip_bad]
     told = {"names": names, "labels": labels, "classes": list(source.classes), "shape": shape, "shard": SHARD}

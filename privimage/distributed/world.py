@@ -190,10 +190,9 @@ def connect(runtime: Runtime) -> World:
     # torch's rendezvous reads the address from the environment, whatever launcher has set it.
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     timeout = timedelta(minutes=runtime.timeout_minutes)
+    patience = min(timeout, timedelta(minutes=CONNECT_MINUTES))
     try:
-        meeting = dist.rendezvous(
-            "env://", place.rank, place.size, timeout=min(timeout, timedelta(minutes=CONNECT_MINUTES))
-        )
+        meeting = dist.rendezvous("env://", place.rank, place.size, timeout=patience)
         store, *_ = next(meeting)
         watch = Watch(dist.PrefixStore("privimage/watch", store.clone()), place.rank, place.size)
         store.set_timeout(timeout)
@@ -213,18 +212,8 @@ def connect(runtime: Runtime) -> World:
         ) from None
     watch.start()
     shared = dist.PrefixStore("privimage/world", store)
-    return World(
-        place.rank,
-        place.local_rank,
-        place.size,
-        place.local_size,
-        device,
-        cores,
-        place.address,
-        place.port,
-        shared,
-        watch,
-    )
+    ranks = (place.rank, place.local_rank, place.size, place.local_size)
+    return World(*ranks, device, cores, place.address, place.port, shared, watch)
 
 
 def _device(runtime: Runtime, place: Place) -> torch.device:

@@ -38,23 +38,31 @@ class Account:
     ledger: Ledger | None = None
     path: Path | None = None  # account.json
 
-    def charge(self, part: Mechanism, name: str, behind: Collection[str] = ()) -> bool:
+    def charge(self, part: Mechanism, name: str, behind: Collection[str] = (), later: bool = False) -> bool:
         """Charge one use of a mechanism, before its output is used, on the main rank.
 
         False if the run has used up what was planned.
 
         `name` is `charge_name` of all that the output depends on: the same again costs nothing. `behind` are
-        the charges of this part that made what the run goes on from.
+        the charges of this part that made what the run goes on from. With `later` the charge is on the disk
+        after `settle`, without which nothing that follows from the output may leave the process.
         """
         # Methods without noise are marked in the ledger as a whole; single uses mean nothing.
         if not part.noise_multiplier:
             return True
         assert self.ledger is not None  # the main rank charges
         allowed = self.ledger.charge(
-            self.run, part.stage, part.composition.single, name, part.composition.count, behind
+            self.run, part.stage, part.composition.single, name, part.composition.count, behind, later
         )
-        self.keep_head()
+        if not later:
+            self.keep_head()
         return allowed
+
+    def settle(self) -> None:
+        """Bring all charges to the disk; on ranks without the ledger there is nothing to do."""
+        if self.ledger is not None:
+            self.ledger.settle()
+            self.keep_head()
 
     def charge_once(self, part: Mechanism, name: str, world: World, directory: Path) -> None:
         """Charge the only use of a mechanism; all ranks call it together.

@@ -105,7 +105,7 @@ class PrivateSteps:
             raise ValueError("the optimizer updates other parameters than those that require gradients")
         self.optimizer = PrivateOptimizer(optimizer, plan, ranks, None, stop_requested)
         if deviation := plan.rank_deviation(ranks.size) * noise_factor:
-            self.optimizer.noise = NoiseStream(randomness.source, self.optimizer.size, deviation)
+            self.optimizer.noise = _noise(ranks, randomness.source, self.optimizer.size, deviation)
         self.name = ""  # of the step that is going on
 
     def __iter__(self) -> Iterator[StepStatistics]:
@@ -174,6 +174,11 @@ class PrivateSteps:
 
     def _derived_seed(self) -> int:
         return int.from_bytes(self.randomness.root.derive("dp-sgd draws", self.name, length=8), "big")
+
+
+def _noise(ranks: Ranks, source: str, size: int, deviation: float) -> NoiseStream:
+    # Beside a GPU the cores of a rank are free to draw; on a CPU they compute the gradients.
+    return NoiseStream(source, size, deviation, ranks.cores if ranks.device.type == "cuda" else 1)
 
 
 class _Batches:

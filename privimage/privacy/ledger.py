@@ -60,6 +60,7 @@ class Ledger:
         owner_only.folder(folder.resolve())
         self.path = folder / f"{fingerprint[:32]}.jsonl"
         self._head, self._reader = head, Reader()
+        self._pending: dict[str, dict] = {}  # charges that are not on the disk yet, by name
         with self._locked(create=head is None) as handle:
             if self._reader.spent.identity is None:
                 self._append(handle, {"ledger": secrets.token_hex(8)})
@@ -218,6 +219,7 @@ class Ledger:
         name: str,
         limit: int,
         behind: Collection[str] = (),
+        later: bool = False,
     ) -> bool:
         """Charge one use of `mechanism` before its output is used.
 
@@ -225,23 +227,34 @@ class Ledger:
 
         `name` is derived from everything that the output depends on: a name that is here already is the same
         output, and costs nothing. A new one is written if the run has fewer than `limit` charges of this
-        part, counting those `behind` its present state.
+        part, counting those `behind` its present state. With `later` it is written by `settle`, which the
+        caller must call before anything that follows from the output leaves this process.
         """
-        with self._locked() as handle:
-            charges = self._reader.spent.charges
-            if name in charges:
-                return True
-            # A run that was restored from an older state may have charges that its weights do not know, and a
-            # copy has weights from charges of another run: both count towards the limit.
-            counted = {
-                known for known, charge in charges.items() if charge.run == run and charge.part == part
-            }
-            if len(counted | set(behind)) >= limit:
-                return False
-            self._append(
-                handle, {"run": run, "charge": name, "part": part, "mechanism": mechanism.to_entry()}
-            )
+        charges = self._reader.spent.charges if self._pending else self.spent.charges
+        if name in charges or name in self._pending:
             return True
+        # A run that was restored from an older state may have charges that its weights do not know, and a
+        # copy has weights from charges of another run: both count towards the limit.
+        counted = {known for known, charge in charges.items() if charge.run == run and charge.part == part}
+        counted |= {known for known, entry in self._pending.items() if entry["part"] == part}
+        if len(counted | set(behind)) >= limit:
+            return False
+        self._pending[name] = {"run": run, "charge": name, "part": part, "mechanism": mechanism.to_entry()}
+        if not later:
+            self.settle()
+        return True
+
+    def settle(self) -> None:
+        """Bring the charges to the disk that were to be written later. Raises UserError for a full disk."""
+        if not self._pending:
+            return
+        with self._locked() as handle:
+            known = self._reader.spent.charges
+            lines = [json.dumps(entry) for name, entry in self._pending.items() if name not in known]
+            if lines:
+                self._write(handle, ("\n".join(lines) + "\n").encode())
+                self._catch_up(handle)
+        self._pending.clear()
 
     def not_private(self, run: str) -> None:
         """Write down that `run` uses the set without noise: what it makes must not be shared."""

@@ -1,5 +1,6 @@
 """Fine-tune the generator on the sensitive set by DP-SGD."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
 from privimage.telemetry.progress import Progress
 
+FLUSH_SECONDS = 1.0  # between two writes of charges and curves
+
 
 def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Fine-tune the pretrained networks on the sensitive set by DP-SGD.
@@ -48,8 +51,9 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     file = run_dir.stage("finetune") / "checkpoint.pt"
     first, behind = _resumed(file, training, account, behind, world)
 
-    # Each step of this loop is one use of the sensitive set, charged before anything of it is computed. What
-    # follows the step (averages, a GAN's generator) depends on the noised weights alone.
+    # Each step of this loop is one use of the sensitive set, charged before anything of it is computed; the
+    # charge is on the disk before anything that follows from the step is. What follows the step (averages, a
+    # GAN's generator) depends on the noised weights alone.
     steps = _steps(config, run_dir, world, account, training, sensitive, behind, first)
     curves = _Curves(config, run_dir, world, account, first)
     with Progress("finetune", plan.steps, first, world.is_main) as bar:
@@ -61,8 +65,10 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
 
             # All ranks take part in the state of a checkpoint, the main rank writes it. A stop that any rank
             # has seen arrives on all of them with the sum of the gradients.
-            if step % config.finetune.checkpoint_every == 0 or step == plan.steps or statistics.stop:
+            saved = step % config.finetune.checkpoint_every == 0 or step == plan.steps or statistics.stop
+            if saved or curves.due:
                 curves.flush()
+            if saved:
                 _save(file, training, step, behind, world)
             if statistics.stop and step < plan.steps:
                 curves.close()
@@ -156,7 +162,7 @@ def _steps(
     gradients, digest = _gradients(config, run_dir, world, account, training, sensitive, physical)
 
     def charge(name: str) -> bool:
-        return account.charge(plan, name, behind.get(plan.stage, ()))
+        return account.charge(plan, name, behind.get(plan.stage, ()), later=True)
 
     return PrivateSteps(
         plan,
@@ -219,7 +225,10 @@ def _gradients(
 
 
 class _Curves:
-    """Public curves, which show what the plan alone determines, and private ones."""
+    """Public curves, which show what the plan alone determines, and private ones.
+
+    Points wait in memory until `flush` has brought the charges of their steps to the disk.
+    """
 
     def __init__(self, config: Config, run_dir: RunDir, world: World, account: Account, first: int):
         self.account, self.plan, self.learning_rate = (
@@ -227,7 +236,8 @@ class _Curves:
             account.plan.the(DPSGD),
             config.finetune.learning_rate,
         )
-        self.shown = world.is_main
+        self.shown, self.flushed = world.is_main, time.monotonic()
+        self.waiting: list[tuple[int, dict[str, float], dict[str, float]]] = []
         self.public = Curves(run_dir.tensorboard, "finetune", first, world.is_main, timed=False)
         self.private = Curves(run_dir.private / "tensorboard", "finetune", first, world.is_main)
 
@@ -249,7 +259,6 @@ class _Curves:
                 for part in self.account.plan.mechanisms
             ]
             shown["epsilon"] = epsilon(parts, self.account.plan.delta, self.account.plan.accountant, 1e-3)
-        self.public.scalars(step, shown)
         # What follows was computed on sensitive images without noise, and goes to private/ only.
         images = max(sensitive.images, 1)
         private = {
@@ -260,14 +269,25 @@ class _Curves:
             "mean norm": sensitive.norm_sum / images,
             "images per second": rate * self.plan.logical_batch_size,
         }
-        self.private.scalars(step, private)
+        self.waiting.append((step, shown, private))
+
+    @property
+    def due(self) -> bool:
+        """Whether the last points were written some time ago: one write covers many fast steps."""
+        return time.monotonic() - self.flushed >= FLUSH_SECONDS
 
     def flush(self) -> None:
-        """Bring all points to the disk."""
+        """Bring first the charges, then all points to the disk."""
+        self.account.settle()
+        for step, shown, private in self.waiting:
+            self.public.scalars(step, shown)
+            self.private.scalars(step, private)
+        self.waiting, self.flushed = [], time.monotonic()
         self.public.flush()
         self.private.flush()
 
     def close(self) -> None:
         """Finish the files."""
+        self.flush()
         self.public.close()
         self.private.close()

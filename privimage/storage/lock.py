@@ -15,13 +15,12 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
-
-from privimage.telemetry.progress import say
 
 MISSING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # of flock where there is none
 BEAT_SECONDS, DEAD_SECONDS = 15.0, 180.0  # between two touches of a lock file; without one it counts as left
@@ -128,7 +127,8 @@ class Lock:
             return
         try:
             if _read(self.beside) == owner:  # nobody was faster
-                say(f"{self.path}: taken over from {owner}, which has ended without giving it back")
+                told = f"{self.path}: taken over from {owner}, which has ended without giving it back"
+                print(told, file=sys.stderr, flush=True)
                 self.beside.unlink(missing_ok=True)
         finally:
             guard.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The public set is prepared by several ranks, to the same bytes however often it is interrupted."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,19 @@ from privimage.distributed.world import connect
 world = connect(Runtime(device="cpu"))
 source = open_source("folder", Path(sys.argv[1]), "train")
 store.write(source, Path(sys.argv[2]), 8, 3, 1, world=world)
+world.close()
+"""
+OTHERWISE = """
+import sys
+from pathlib import Path
+from privimage.config.settings import Runtime
+from privimage.data.private_store import open_set
+from privimage.data.readers import open_source
+from privimage.distributed.world import connect
+world = connect(Runtime(device="cpu"))
+source = open_source("folder", Path(sys.argv[1], str(world.rank)), "train")
+found = open_set(Path(sys.argv[1], "set"), {"stamp": []}, lambda: source, 8, 3, 0, world, "read")
+print(found.content.hex())
 world.close()
 """
 DECODE = """
@@ -56,6 +70,20 @@ def test_any_number_of_ranks_makes_the_same_store(tmp_path: Path, ranks: int) ->
             assert ended.status == 0, ended.err
     assert store.verify(tmp_path / "1.npy").sha256 == store.verify(tmp_path / f"{ranks}.npy").sha256
     assert not list(tmp_path.glob(".*.parts"))
+
+
+def test_a_node_that_lists_its_copy_otherwise_puts_no_image_twice_into_the_set(tmp_path: Path) -> None:
+    """1,500 images in three parts, of which a second rank would decode one, in an order of its own."""
+    images, labels = numbered(1500, channels=3), np.zeros(1500, int)
+    save_folder(tmp_path / "0", images, labels)
+    save_folder(tmp_path / "1", images[::-1], labels)
+    contents = set()
+    for size in (1, 2):
+        ended = run_ranks(OTHERWISE, size, str(tmp_path))
+        assert [rank.status for rank in ended] == [0] * size, ended[0].err
+        contents |= {rank.out for rank in ended}
+        shutil.rmtree(tmp_path / "set")
+    assert len(contents) == 1
 
 
 def test_decoders_end_when_the_process_that_they_work_for_is_killed(tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ def test_a_rank_whose_copy_differs_is_named_before_anything_is_drawn(folders: Pa
     assert [rank.status for rank in ended] == [2, 2]
     told = [line for rank in ended for line in rank.err.splitlines() if "error" in line]
     assert told and all("not the same on all ranks: rank 1 differ from rank 0" in line for line in told)
-    assert not (folders / "run" / "private").exists()
+    assert not (folders / "run" / "private" / "account.json").exists()
 
 
 def test_on_two_ranks_a_run_that_moves_states_all_its_steps_and_a_lost_ledger_releases_nothing(

@@ -3,13 +3,16 @@
 All keys are fixed.
 """
 
+import hmac
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from privimage.privacy.keys import RootKey, destroy, insecure_fixed, open_root
-from privimage.privacy.noise import NoiseStream, gaussian
+from privimage.privacy.noise import CHUNK, NoiseStream, gaussian
 
 KEY = insecure_fixed(3)
 SOURCES = ["aes-ctr", "chacha20", "insecure-philox"]
@@ -31,9 +34,22 @@ def test_four_draws_are_combined() -> None:
     import randomgen
 
     key = KEY.derive("test")
-    generator = np.random.Generator(randomgen.AESCounter(key=int.from_bytes(key[:16], "big")))
+    first = hmac.digest(key, b"privimage noise" + bytes(8), "sha256")
+    generator = np.random.Generator(randomgen.AESCounter(key=int.from_bytes(first[:16], "big")))
     parts = [generator.standard_normal(10) for _ in range(4)]
     assert np.allclose(gaussian("aes-ctr", key, 10, 2.0), sum(parts), rtol=1e-15)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_threads_do_not_change_the_noise(source: str) -> None:
+    size = 3 * CHUNK + 17
+    with ThreadPoolExecutor(3) as threads:
+        shared = gaussian(source, KEY.derive("test"), size, 1.0, threads)
+    alone = gaussian(source, KEY.derive("test"), size, 1.0)
+    assert (shared == alone).all()
+    # No part repeats another one.
+    parts = alone[: 3 * CHUNK].reshape(3, CHUNK)
+    assert np.abs(np.corrcoef(parts) - np.eye(3)).max() < 0.012  # false-alarm rate about 1e-4
 
 
 def test_no_two_numbers_of_a_long_stream_are_equal() -> None:
