@@ -5,7 +5,6 @@ Preconditioning, loss, and both samplers on a Gaussian, whose denoiser is known.
 
 import math
 from itertools import pairwise
-from typing import Literal
 
 import pytest
 import torch
@@ -144,10 +143,10 @@ def test_euler_follows_its_closed_form_on_a_gaussian() -> None:
     assert torch.allclose(images, 0.2 + expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("sampler", "steps", "tolerance"), [("euler", 1000, 0.01), ("heun", 50, 0.01)])
-def test_samplers_converge_to_the_exact_flow(
-    sampler: Literal["euler", "heun"], steps: int, tolerance: float
-) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "steps", "tolerance"), [("euler", 1000, 0.01), ("heun", 50, 0.01), ("dpm++", 50, 0.01)]
+)
+def test_samplers_converge_to_the_exact_flow(sampler: edm.Sampler, steps: int, tolerance: float) -> None:
     # d(x - mean)/d sigma = sigma (x - mean) / (deviation^2 + sigma^2), so x - mean shrinks like
     # sqrt(deviation^2 + sigma^2).
     denoiser, latents = GaussianDenoiser(-0.1, 0.4), torch.randn(4, 1, 2, 2)
@@ -156,18 +155,28 @@ def test_samplers_converge_to_the_exact_flow(
     assert (images - exact).abs().max() < tolerance * exact.abs().max()
 
 
-def test_halving_the_steps_halves_euler_s_error_and_quarters_heun_s() -> None:
+def test_twice_the_steps_halve_euler_s_error_and_quarter_that_of_the_second_order() -> None:
     latents = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     exact = latents * 80 * 0.4 / math.hypot(0.4, 80)
 
-    def error(sampler: Literal["euler", "heun"], steps: int) -> float:
+    def error(sampler: edm.Sampler, steps: int) -> float:
         denoiser = GaussianDenoiser(0.0, 0.4)
         images = edm.sample(denoiser, latents, None, sampler, steps)
-        assert denoiser.calls == (steps if sampler == "euler" else 2 * steps - 1)
+        assert denoiser.calls == (2 * steps - 1 if sampler == "heun" else steps)
         return (images - exact).abs().max().item()
 
     assert error("euler", 72) / error("euler", 144) == pytest.approx(2, abs=0.2)
     assert error("heun", 72) / error("heun", 144) == pytest.approx(4, abs=0.5)
+    assert error("dpm++", 72) / error("dpm++", 144) == pytest.approx(4, abs=0.6)
+
+
+def test_two_steps_of_dpm_are_its_closed_form() -> None:
+    """The first step is of first order, the last one is the denoised image."""
+    denoiser, latents = GaussianDenoiser(0.0, 0.5), torch.randn(4, 1, 2, 2)
+    highest, lowest, _ = levels(2)
+    images, share = 80 * latents, [0.25 / (0.25 + level**2) for level in (highest, lowest)]
+    images = images * lowest / highest + (1 - lowest / highest) * share[0] * images
+    assert torch.allclose(edm.sample(denoiser, latents, None, "dpm++", 2), share[1] * images, rtol=1e-5)
 
 
 def test_the_stochastic_sampler_keeps_mean_and_variance_and_asks_for_noise_only_between_s_min_and_s_max() -> (
