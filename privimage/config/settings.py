@@ -43,6 +43,9 @@ class Runtime(Section):
         description="of public training and of synthesis; auto: bf16 where the device is faster in it",
         json_schema_extra=on(*RANDOM),
     )
+    profile: tuple[int, int] | None = Field(
+        None, description="first and last step of public trainings to profile, for TensorBoard"
+    )
     timeout_minutes: float = Field(
         30, gt=0, description="how long a rank waits for the others before it gives up"
     )

@@ -1,5 +1,6 @@
 """Batches of public images for training on any number of ranks, resumable at any step."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,12 +66,16 @@ class PublicStream:
             workers,
         )
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+        self.waited = 0.0  # seconds that training has waited for images
 
     def batches(self, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches from `step` on, forever: images uint8 (B, C, H, W), labels int64 (B,), on device."""
         # Labels are looked up here, not read from the file: the caller has replaced them (selected classes).
         images = self._from_npy(step) if self.path.suffix == ".npy" else self._from_beton(step)
-        for at, batch in enumerate(images, step):
+        for at in itertools.count(step):
+            asked = time.perf_counter()
+            batch = next(images)
+            self.waited += time.perf_counter() - asked
             yield batch.to(self.device), self.labels[self.positions(at)].to(self.device)
 
     def positions(self, step: int) -> np.ndarray:

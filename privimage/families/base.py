@@ -19,6 +19,8 @@ from privimage.privacy.plan import PrivacyPlan
 class PublicTraining(ABC):
     """Pretraining of a family's networks, by all ranks together."""
 
+    operations: float = 0.0  # floating-point operations per image of a step; 0: not counted
+
     @abstractmethod
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """Take in this rank's part of the batch of a step: images uint8 (B, C, H, W), labels int64 (B,).

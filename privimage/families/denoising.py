@@ -21,6 +21,7 @@ from privimage.families.base import (
 from privimage.models import build_diffusion, edm
 from privimage.models.ema import EMA
 from privimage.privacy.gradients import trained_parameters
+from privimage.telemetry import flops
 
 LABEL = "network.label.weight"
 
@@ -46,6 +47,7 @@ class DiffusionPublic(PublicTraining):
             return edm.loss(self.denoiser, x, labels, sigma, x).mean()
 
         self.at_once = fitting(batch_size, of_nothing, config.runtime.precision, world, "pretrain")
+        self.operations = flops.of_training(of_nothing)
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""

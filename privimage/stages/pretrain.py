@@ -11,7 +11,7 @@ from privimage.errors import UserError
 from privimage.families import pretrained_family
 from privimage.privacy.account import Behind, merged
 from privimage.stages.public_set import public_labels, public_semantics, public_stream
-from privimage.stages.training import Schedule, train
+from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 
@@ -37,7 +37,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     schedule = Schedule(
         settings.steps, batch_size * world.size, settings.log_every, settings.checkpoint_every
     )
-    train("pretrain", schedule, training, steps, run_dir, world, text=config.to_yaml())
+    watched = Watched(config.to_yaml(), config.runtime.profile, lambda: stream.waited, training.operations)
+    train("pretrain", schedule, training, steps, run_dir, world, watched)
     if world.is_main:
         checkpoint.save(
             run_dir.stage("pretrain") / "weights.pt",

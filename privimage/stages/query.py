@@ -32,7 +32,7 @@ from privimage.stages.public_set import (
     query_network,
     query_task,
 )
-from privimage.stages.training import Schedule, train
+from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
 
@@ -70,9 +70,10 @@ def _trained(config: Config, run_dir: RunDir, world: World, public: Semantics) -
             training.step(images, targets, step)
             yield
 
+    watched = Watched(profile=config.runtime.profile, waited=lambda: stream.waited)
     # Validation and checkpoints coincide, so that the best network and its accuracy are never out of step.
     every, images = settings.checkpoint_every, batch_size * world.size
-    train("query", Schedule(settings.steps, images, every, every), training, steps, run_dir, world)
+    train("query", Schedule(settings.steps, images, every, every), training, steps, run_dir, world, watched)
     return {"images": settings.steps * images, "validation_accuracy": training.best}
 
 

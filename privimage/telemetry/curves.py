@@ -1,13 +1,18 @@
 """TensorBoard, continued in the same folder after a restart without double points."""
 
+import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from privimage import torchvision_operators
+
+LINES = "scalars.jsonl"  # beside the event files: the same scalars, a line of JSON per step
 
 
 class Curves:
@@ -23,12 +28,15 @@ class Curves:
         self.timed = timed
         # What a killed run wrote of later steps is replaced; the point of `step` itself is kept.
         self.writer = SummaryWriter(str(folder / stage), purge_step=step + 1) if shown else None
+        self.lines: TextIO | None = _lines_up_to(folder / stage / LINES, step) if shown else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points of several curves at `step`."""
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step, walltime=self._time(step))
+        if self.lines:
+            self.lines.write(json.dumps({"step": step, **values}) + "\n")
 
     def images(self, step: int, name: str, images: Tensor) -> None:
         """A grid of uint8 images (N, C, H, W)."""
@@ -55,11 +63,28 @@ class Curves:
         """Write all points to the disk."""
         if self.writer:
             self.writer.flush()
+        if self.lines:
+            self.lines.flush()
 
     def close(self) -> None:
         """Finish the file."""
         if self.writer:
             self.writer.close()
+        if self.lines:
+            self.lines.close()
+
+
+def _lines_up_to(path: Path, step: int) -> TextIO:
+    """The file of JSON lines, open to be continued after `step`."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(ValueError, KeyError):  # a line that a kill has cut off
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+    file = path.open("w")
+    file.writelines(kept)
+    return file
 
 
 def points(folder: Path, name: str) -> tuple[list[int], list[float]]:
