@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -92,12 +93,8 @@ def train(
                 curves.scalars(step, shown | trained.scalars())
             # All ranks take part in collecting the state; the main rank writes it.
             if step % schedule.checkpoint_every == 0 or wanted or last:
-                state = trained.state() | {"step": step}
                 curves.flush()
-                if world.is_main:
-                    checkpoint.save(file, state)
-                    if (samples := trained.samples()) is not None:
-                        curves.images(step, "samples", samples)
+                _save(file, trained, step, curves, world)
             # All ranks have agreed to stop, and the state is saved: end here, to be started again.
             if wanted and not last:
                 break
@@ -105,6 +102,15 @@ def train(
     curves.close()
     if step < schedule.steps:
         raise Stopped(f"{stage}: saved at step {step} of {schedule.steps}")
+
+
+def _save(file: Path, trained: Trained, step: int, curves: Curves, world: World) -> None:
+    """Write a checkpoint, and show samples of what it holds; all ranks call it together."""
+    state = trained.state() | {"step": step}
+    if world.is_main:
+        checkpoint.save(file, state)
+        if (samples := trained.samples()) is not None:
+            curves.images(step, "samples", samples)
 
 
 class _Speed:
