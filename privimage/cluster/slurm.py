@@ -24,6 +24,7 @@ class SlurmScheduler(Scheduler):
             "PRIVIMAGE_HOME": HOME,
             "SETUP": config.slurm.setup,
             "CONTAINER": config.slurm.container,
+            "SRUN_OPTIONS": shlex.join(config.slurm.srun),
             "STATUS_FOLDER": job.log.parent.resolve(),
         }
         command = [

@@ -42,6 +42,10 @@ class Slurm(Job):
     options: tuple[str, ...] = Field(
         (), description="more options of sbatch, as --partition=gpu --account=NAME --constraint=a100"
     )
+    srun: tuple[str, ...] = Field(
+        (),
+        description="more options of srun, as --mpi=none; of pyxis, as --container-image=privimage.sqsh",
+    )
     setup: str = Field(
         "",
         description="shell commands before a stage, on its first node: module load ..., source .../activate",

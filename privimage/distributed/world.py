@@ -205,6 +205,11 @@ def connect(runtime: Runtime) -> World:
         )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            # Another job of this node has the port. No final status: scripts start the ranks again, which
+            # then derive another one.
+            tell(f"{place.address}:{place.port} is in use; the ranks must be started again", None)
+            raise SystemExit(1) from None
         raise UserError(
             f"{place.launcher}: rank {place.rank} of {place.size} could not connect to the others at "
             f"{place.address}:{place.port} ({first});"

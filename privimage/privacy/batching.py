@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config.settings import Finetune
+from privimage.errors import UserError
 from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_, trained_parameters
+from privimage.telemetry import memory
 
 CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
 CPU_UNIT = (
     16  # images: in a multiple of it every place of a batch was rounded alike on the CPUs that were measured
 )
+OF_MEMORY = 0.6  # of a machine, for the private steps of its ranks
 GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 
 
@@ -33,7 +36,7 @@ def filled_size(images: int, device: torch.device) -> int:
     """To how many images a physical batch of at most `images` is filled up, so that each gradient is a
     function of its image alone.
     """
-    return images if device.type == "cuda" else math.ceil(images / CPU_UNIT) * CPU_UNIT
+    return images if device.type == "cuda" or images == 1 else math.ceil(images / CPU_UNIT) * CPU_UNIT
 
 
 def physical_batch_size(
@@ -54,13 +57,31 @@ def physical_batch_size(
     """
     given = settings.physical_batch_size
     if device.type != "cuda":
-        most = CPU_IMAGES if given == "auto" else given
+        most = _on_a_cpu(module, ranks) if given == "auto" else given
     else:
         most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
     # The expected share of a rank, and room for the random size of Poisson samples.
     share = settings.logical_batch_size / ranks
     largest = share + 3 * math.sqrt(share)  # of a thousand Poisson samples; the one beyond takes a batch more
     return filled_size(math.ceil(largest / math.ceil(largest / most)), device)
+
+
+def _on_a_cpu(module: nn.Module, ranks: int) -> int:
+    """At most 32 images; fewer for networks whose per-image gradients would not fit, and 1 at worst.
+
+    By all of the memory, not by what is free: the size is part of what a step is named by, so that another
+    one would be charged again. Raises UserError where not even one gradient has room.
+    """
+    size = sum(parameter.numel() for parameter in trained_parameters(module))
+    # Beside the gradients in float32, in two copies at the peak, there are the sums in float64.
+    room = OF_MEMORY * memory.total() / ranks - 5 * 8 * size
+    most = int(room // (2 * 4 * max(size, 1)))
+    if most < 1:
+        raise UserError(
+            f"finetune: the gradient of one image has {size:,} numbers, for which {ranks} ranks have no room "
+            f"in {memory.total() / 2**30:.0f} GiB; use fewer ranks, or a smaller model"
+        )
+    return CPU_IMAGES if most >= CPU_IMAGES else CPU_UNIT if most >= CPU_UNIT else 1
 
 
 def _fitting(

@@ -49,6 +49,13 @@ def available() -> int:
     return min(left)
 
 
+def total() -> int:
+    """Bytes of memory of this machine, within the limits of this process's control group."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    whole = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    return min([*whole, *(limit for limit, _ in _limits())])
+
+
 def _limits() -> Iterator[tuple[int, int]]:
     """Limit and use of memory of the control groups (version 2) that this process is in."""
     root = Path("/sys/fs/cgroup")

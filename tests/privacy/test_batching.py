@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from privimage.config.settings import Finetune
+from privimage.errors import UserError
 from privimage.privacy.batching import physical_batch_size
+from privimage.telemetry import memory
 
 
 def size(device: str, ranks: int, **settings) -> int:
@@ -24,12 +26,35 @@ def test_on_a_cpu_it_is_small_and_a_multiple_of_16(logical: int, ranks: int, exp
 
 @pytest.mark.parametrize(
     ("logical", "given", "expected"),
-    [(862, 64, 64), (16_384, 100, 112), (64, 16, 16), (512, 128, 128), (30, 64, 48), (5, 1, 16)],
+    [(862, 64, 64), (16_384, 100, 112), (64, 16, 16), (512, 128, 128), (30, 64, 48), (5, 1, 1)],
 )
 def test_on_a_cpu_it_is_at_most_the_next_multiple_of_what_was_asked_for(
     logical: int, given: int, expected: int
 ) -> None:
     assert size("cpu", 1, logical_batch_size=logical, physical_batch_size=given) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ranks", "expected"),
+    [(1_750_000, 1, 32), (80_000_000, 1, 16), (300_000_000, 1, 1), (80_000_000, 8, 1)],
+)
+def test_on_a_cpu_the_gradients_of_large_networks_have_room(
+    monkeypatch: pytest.MonkeyPatch, numbers: int, ranks: int, expected: int
+) -> None:
+    """In 24 GiB; at worst image by image."""
+    monkeypatch.setattr(memory, "total", lambda: 24 << 30)
+    module = nn.Linear(numbers // 1000, 1000, bias=False, device="meta")
+    found = physical_batch_size(
+        Finetune(), module, lambda *t: t[0], lambda count: (), torch.device("cpu"), ranks
+    )
+    assert found == expected
+
+
+def test_a_network_of_which_not_one_gradient_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "total", lambda: 24 << 30)
+    module = nn.Linear(300_000, 1000, bias=False, device="meta")
+    with pytest.raises(UserError, match=r"one image has 300,000,000 numbers, for which 8 ranks"):
+        physical_batch_size(Finetune(), module, lambda *t: t[0], lambda count: (), torch.device("cpu"), 8)
 
 
 @pytest.mark.parametrize(("ranks", "batches"), [(1, 17), (4, 5), (16, 2), (64, 1)])

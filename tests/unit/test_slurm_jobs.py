@@ -1,10 +1,12 @@
 """What the jobs of a pipeline and of a sweep ask for, without a cluster."""
 
+import shlex
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import TINY
+from ranks import REPOSITORY, TINY, clean_environment
 
 from privimage import cli
 from privimage.cluster import jobs
@@ -94,6 +96,41 @@ def sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "sbatch").write_text(f"#!/bin/sh\n{text}\n")
     (folder / "sbatch").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_words_of_a_container_and_of_srun_arrive_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real script: what is quoted stays together."""
+    for name, text in (
+        ("srun", 'printf "%s\\n" "$@" >"$WORDS"; echo 0 >"$PRIVIMAGE_STATUS_FILE"'),
+        ("scontrol", "echo JobState=RUNNING"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    settings = {
+        "CONTAINER": "apptainer exec --bind '/my data:/data' x.sif",
+        "SRUN_OPTIONS": shlex.join(["--mpi=none", "--container-image=a b.sqsh"]),
+        "PRIVIMAGE_HOME": str(REPOSITORY),
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "here",
+        "WORDS": str(tmp_path / "words"),
+        "STATUS_FOLDER": str(tmp_path),
+    }
+    script = str(REPOSITORY / "slurm" / "stage.sbatch")
+    env = clean_environment(**settings)
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    # The script puts the repository's own environment first; these commands are in none.
+    subprocess.run(
+        ["bash", script, "prepare", "my config.yaml", "a=b c"], env=env, check=True, capture_output=True
+    )
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words == [
+        *("--kill-on-bad-exit=1", "--mpi=none", "--container-image=a b.sqsh"),
+        *("apptainer", "exec", "--bind", "/my data:/data", "x.sif"),
+        *("privimage", "prepare", "my config.yaml", "a=b c"),
+    ]
 
 
 def test_what_sbatch_refuses_is_told_in_one_line_with_its_reason(
