@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from privimage.storage import owner_only
 from privimage.storage.array_file import ArrayFile, Images
 from privimage.storage.files import read_json, write_array, write_json
 
-ROWS = 4096  # images that are read, hashed and written at once
+READ_BYTES = 1 << 26  # that are read and hashed at once
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def open_set(
         decoder = Decoder(decoded, resolution, channels)
         shards.decode(decoded, parts, decoder, workers, world, label)
         if world.is_main:
-            _assemble(decoded, parts, folder, key)
+            _assemble(decoded, parts, resolution, folder, key)
             shutil.rmtree(parts)
         world.barrier()
     told.wait_until_seen(folder / "images.npy", world)
@@ -113,12 +114,12 @@ def _stamps(folder: Path) -> list:
     return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for state in states]
 
 
-def _assemble(source: Source, parts: Path, folder: Path, key: dict) -> None:
+def _assemble(source: Source, parts: Path, resolution: int, folder: Path, key: dict) -> None:
     """Write the images in the order of their contents, then of their labels.
 
     The order is the same for any names of files, and for any order in which a file system lists them.
     """
-    digests = np.concatenate([shard.digests for shard in shards.read(source, parts)])
+    digests = np.concatenate([shard.digests for shard in shards.read(source, parts, resolution)])
     labels = np.asarray(source.labels, np.int64)
     order = sorted(range(len(source)), key=lambda index: (digests[index].tobytes(), labels[index]))
     fingerprint = hashlib.sha256(digests[order].tobytes()).hexdigest()
@@ -129,7 +130,7 @@ def _assemble(source: Source, parts: Path, folder: Path, key: dict) -> None:
     (folder / "set.json").unlink(missing_ok=True)
     part = folder / ".images.part.npy"
     file = None
-    for shard in shards.read(source, parts):
+    for shard in shards.read(source, parts, resolution):
         if file is None:
             shape = (len(source), *shard.images.shape[1:])
             file = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
@@ -153,8 +154,9 @@ def _content(folder: Path, classes: tuple[str, ...]) -> bytes:
     """See `ImageSet.content`."""
     images, labels = ArrayFile(folder / "images.npy"), np.load(folder / "labels.npy", allow_pickle=False)
     digest = hashlib.sha256(json.dumps([images.shape, classes]).encode())
-    for start in range(0, len(images), ROWS):
-        digest.update(images[start : start + ROWS].data)
+    rows = max(1, READ_BYTES // max(1, prod(images.shape[1:])))
+    for start in range(0, len(images), rows):
+        digest.update(images[start : start + rows].data)
     digest.update(np.ascontiguousarray(labels).data)
     return digest.digest()
 

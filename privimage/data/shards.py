@@ -16,13 +16,14 @@ import numpy as np
 
 from privimage.data.decode import Decoder, Decoders, Source
 from privimage.distributed.agreement import gathered
+from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.storage.files import read_json, write_json, write_whole
 from privimage.telemetry.progress import Progress
 
-SHARD = 512  # images: a few seconds of work, so that a stop does not wait for long
+SHARD = 512  # images, fewer of large ones: a few seconds of work, so that a stop does not wait for long
 SHOWN = 4  # shards from which on progress is shown; fewer are done before anyone looks
 
 
@@ -54,7 +55,8 @@ def decode(
     an image which does not decode, unless `skip_bad`; Stopped when a stop was requested, with the finished
     shards kept.
     """
-    starts = range(0, len(source), SHARD)
+    size = shard_size(decoder.resolution)
+    starts = range(0, len(source), size)
     workers = world.cores if workers == "auto" else workers
     if world.is_main:
         _claim(source, folder, decoder, skip_bad)
@@ -69,24 +71,29 @@ def decode(
     place = at_work.index(world.rank) if world.rank in at_work else len(left)
     with (
         Decoders(source, decoder, workers) as decoders,
-        Progress(label, len(source), max(0, len(source) - len(left) * SHARD), shown) as bar,
+        Progress(label, len(source), max(0, len(source) - len(left) * size), shown) as bar,
     ):
         # In turns of a shard per rank, after which all ranks know whether one of them was asked to stop.
         for turn in range(0, len(left), len(at_work)):
             if turn + place < len(left):
                 start = left[turn + place]
-                _write(folder / _name(start), decoders, start, min(start + SHARD, len(source)), skip_bad)
+                _write(folder / _name(start), decoders, start, min(start + size, len(source)), skip_bad)
             if stop.agreed(world):
                 raise Stopped(f"{label}: what was decoded is kept; run again to go on")
-            bar.advance(min(SHARD * len(at_work), len(source) - bar.done))
+            bar.advance(min(size * len(at_work), len(source) - bar.done))
     world.barrier()
 
 
-def read(source: Source, folder: Path) -> Iterator[Shard]:
-    """The shards of a set that was decoded, in order."""
-    for start in range(0, len(source), SHARD):
+def read(source: Source, folder: Path, resolution: int) -> Iterator[Shard]:
+    """The shards of a set that was decoded to a resolution, in order."""
+    for start in range(0, len(source), shard_size(resolution)):
         with np.load(folder / _name(start), allow_pickle=False) as file:
             yield Shard(file["images"], file["indices"], file["digests"], tuple(map(str, file["problems"])))
+
+
+def shard_size(resolution: int) -> int:
+    """How many images a shard has."""
+    return block_size((resolution, resolution), SHARD)
 
 
 def _name(start: int) -> str:
@@ -132,4 +139,4 @@ def _write(path: Path, decoders: Decoders, start: int, end: int, skip_bad: bool)
         digests=np.stack(digests) if digests else np.zeros((0, 0), np.uint8),
         problems=np.array(problems, np.str_),
     )
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getbuffer())

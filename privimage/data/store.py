@@ -114,7 +114,7 @@ def _assemble(source: Source, parts: Path, path: Path, shape: tuple[int, int, in
     bad: list[str] = []
     try:
         with writer(temporary, path.suffix, len(source), shape) as put:
-            for shard in shards.read(source, parts):
+            for shard in shards.read(source, parts, shape[1]):
                 for image, index in zip(shard.images, shard.indices.tolist(), strict=True):
                     put(image, int(source.labels[index]))
                 kept += shard.indices.tolist()

@@ -45,6 +45,7 @@ class Engine(ABC):
         loss, detached.
         """
         total = torch.zeros((), device=next(self.module.parameters()).device)
+        self._clear()
         for piece in pieces(count, at_once):
             with self._synchronised(piece.stop == count):
                 part = loss(piece) * ((piece.stop - piece.start) / count)
@@ -62,8 +63,12 @@ class Engine(ABC):
         """Add the gradients of a loss."""
 
     @abstractmethod
+    def _clear(self) -> None:
+        """Forget the gradients of the update before."""
+
+    @abstractmethod
     def _step(self) -> None:
-        """Update the module by its gradients, and forget them."""
+        """Update the module by its gradients."""
 
     @abstractmethod
     def state(self) -> dict:
@@ -116,9 +121,11 @@ class DDPEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _step(self) -> None:
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict:
         """See `Engine.state`."""
@@ -177,6 +184,9 @@ class DeepSpeedEngine(Engine):
 
     def _backward(self, loss: Tensor) -> None:
         self.wrapped.backward(loss)
+
+    def _clear(self) -> None:
+        """Its `step` has done so."""
 
     def _step(self) -> None:
         self.wrapped.step()

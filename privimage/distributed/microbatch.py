@@ -15,8 +15,10 @@ OF_FREE = 0.6  # of the free memory; the rest is for gradients, optimizer states
 SMALL = 64 * 64  # pixels of an image up to which blocks have their full size
 
 
-def activations(forward: Callable[[int], Tensor], device: torch.device, precision: str) -> float:
-    """Bytes per image kept for the backward pass.
+def activations(
+    forward: Callable[[int], Tensor], device: torch.device, precision: str, images: int = FEW
+) -> float:
+    """Bytes per image kept for the backward pass, by one of `images` images.
 
     `forward(n)` is one pass of n images on `device`, in `precision`, "fp32" or "bf16".
     """
@@ -31,8 +33,8 @@ def activations(forward: Callable[[int], Tensor], device: torch.device, precisio
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
     ):
-        forward(FEW)
-    return sum(held) / FEW
+        forward(images)
+    return sum(held) / images
 
 
 def fitting(wanted: int, forward: Callable[[int], Tensor], precision: str, world: World, what: str) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config.settings import Finetune
+from privimage.distributed.microbatch import activations
 from privimage.errors import UserError
 from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_, trained_parameters
@@ -57,7 +58,7 @@ def physical_batch_size(
     """
     given = settings.physical_batch_size
     if device.type != "cuda":
-        most = _on_a_cpu(module, ranks) if given == "auto" else given
+        most = _on_a_cpu(module, losses, probe, ranks) if given == "auto" else given
     else:
         most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
     # The expected share of a rank, and room for the random size of Poisson samples.
@@ -66,20 +67,28 @@ def physical_batch_size(
     return filled_size(math.ceil(largest / math.ceil(largest / most)), device)
 
 
-def _on_a_cpu(module: nn.Module, ranks: int) -> int:
-    """At most 32 images; fewer for networks whose per-image gradients would not fit, and 1 at worst.
+def _on_a_cpu(
+    module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], ranks: int
+) -> int:
+    """At most 32 images; fewer of large networks or images, and 1 at worst.
 
     By all of the memory, not by what is free: the size is part of what a step is named by, so that another
-    one would be charged again. Raises UserError where not even one gradient has room.
+    one would be charged again. Raises UserError where not even one image has room.
     """
     size = sum(parameter.numel() for parameter in trained_parameters(module))
-    # Beside the gradients in float32, in two copies at the peak, there are the sums in float64.
+
+    def forward(images: int) -> Tensor:
+        return losses(module, *(tensor.flatten(0, 1) for tensor in probe(images)))
+
+    # Gradients in float32, in two copies at the peak, and activations of all noise copies; beside them the
+    # sums in float64.
+    kept = activations(forward, torch.device("cpu"), "fp32", images=1)
     room = OF_MEMORY * memory.total() / ranks - 5 * 8 * size
-    most = int(room // (2 * 4 * max(size, 1)))
+    most = int(room / max(2 * 4 * size + 2 * kept, 1.0))
     if most < 1:
         raise UserError(
-            f"finetune: the gradient of one image has {size:,} numbers, for which {ranks} ranks have no room "
-            f"in {memory.total() / 2**30:.0f} GiB; use fewer ranks, or a smaller model"
+            f"finetune: a gradient of {size:,} numbers and the activations of an image have no room for "
+            f"{ranks} ranks in {memory.total() / 2**30:.0f} GiB; use fewer ranks, or a smaller model"
         )
     return CPU_IMAGES if most >= CPU_IMAGES else CPU_UNIT if most >= CPU_UNIT else 1
 

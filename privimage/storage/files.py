@@ -10,7 +10,7 @@ import numpy as np
 from privimage.errors import UserError
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file, mode 0600, whole or not at all: a temporary file beside it, fsync, rename.
 
     Raises UserError when the disk is full.

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,12 +58,15 @@ def total() -> int:
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use of memory of the control groups (version 2) that this process is in."""
+    """Limit and use of memory of this process, and of the control groups (version 2) that it is in."""
     root = Path("/sys/fs/cgroup")
     try:
         own = Path("/proc/self/cgroup").read_text().strip().split("::")[-1].lstrip("/")
     except OSError:
         return
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft != resource.RLIM_INFINITY:
+        yield soft, resident("VmData")
     for folder in (root / own, *(root / own).parents):
         if not folder.is_relative_to(root):
             return

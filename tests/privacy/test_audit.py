@@ -261,7 +261,8 @@ SMALL = ("method=dpdm", "finetune.logical_batch_size=431", "finetune.steps=20", 
 def test_the_command_touches_neither_data_nor_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "privimage.data.sources.read", lambda *_, **__: pytest.fail("the audit has read an image set")
+        "privimage.data.sources.open_sensitive",
+        lambda *_, **__: pytest.fail("the audit has read an image set"),
     )
     done = CliRunner().invoke(app, ["audit", str(TINY), *SMALL, "--canaries", "1000"])
     assert done.exit_code == 0, done.output

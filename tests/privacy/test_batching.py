@@ -10,10 +10,16 @@ from privimage.privacy.batching import physical_batch_size
 from privimage.telemetry import memory
 
 
+def ones(module: object, images: torch.Tensor) -> torch.Tensor:
+    return images.sum(1)
+
+
+def probe(count: int) -> tuple[torch.Tensor]:
+    return (torch.ones(count, 1, 1),)
+
+
 def size(device: str, ranks: int, **settings) -> int:
-    return physical_batch_size(
-        Finetune(**settings), nn.Identity(), lambda *t: t[0], lambda count: (), torch.device(device), ranks
-    )
+    return physical_batch_size(Finetune(**settings), nn.Identity(), ones, probe, torch.device(device), ranks)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ def test_on_a_cpu_it_is_at_most_the_next_multiple_of_what_was_asked_for(
 
 @pytest.mark.parametrize(
     ("numbers", "ranks", "expected"),
-    [(1_750_000, 1, 32), (80_000_000, 1, 16), (300_000_000, 1, 1), (80_000_000, 8, 1)],
+    [(1_750_000, 1, 32), (80_000_000, 1, 16), (300_000_000, 1, 1), (80_000_000, 3, 1)],
 )
 def test_on_a_cpu_the_gradients_of_large_networks_have_room(
     monkeypatch: pytest.MonkeyPatch, numbers: int, ranks: int, expected: int
@@ -44,17 +50,15 @@ def test_on_a_cpu_the_gradients_of_large_networks_have_room(
     """In 24 GiB; at worst image by image."""
     monkeypatch.setattr(memory, "total", lambda: 24 << 30)
     module = nn.Linear(numbers // 1000, 1000, bias=False, device="meta")
-    found = physical_batch_size(
-        Finetune(), module, lambda *t: t[0], lambda count: (), torch.device("cpu"), ranks
-    )
+    found = physical_batch_size(Finetune(), module, ones, probe, torch.device("cpu"), ranks)
     assert found == expected
 
 
 def test_a_network_of_which_not_one_gradient_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "total", lambda: 24 << 30)
     module = nn.Linear(300_000, 1000, bias=False, device="meta")
-    with pytest.raises(UserError, match=r"one image has 300,000,000 numbers, for which 8 ranks"):
-        physical_batch_size(Finetune(), module, lambda *t: t[0], lambda count: (), torch.device("cpu"), 8)
+    with pytest.raises(UserError, match=r"a gradient of 300,000,000 numbers .* no room for 8 ranks"):
+        physical_batch_size(Finetune(), module, ones, probe, torch.device("cpu"), 8)
 
 
 @pytest.mark.parametrize(("ranks", "batches"), [(1, 17), (4, 5), (16, 2), (64, 1)])

@@ -8,6 +8,7 @@ from ranks import TINY
 from torch import Tensor
 
 from privimage.config import load
+from privimage.distributed.microbatch import activations, block_size, fitting, pieces
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import World
 from privimage.families import base, family, work
@@ -55,7 +56,7 @@ def test_no_more_images_than_the_stage_has() -> None:
 
 def test_activations_are_what_the_backward_pass_keeps() -> None:
     assert (
-        work.activations(Pass(), CPU, "fp32") == 4 * 3 + 4 * 5
+        activations(Pass(), CPU, "fp32") == 4 * 3 + 4 * 5
     )  # of an image: what the product and the square keep
 
 
@@ -81,3 +82,32 @@ def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyP
     assert row.seconds == pytest.approx(
         config.finetune.steps * config.finetune.logical_batch_size * 1000, rel=1e-3
     )  # a GAN's generator adds a trifle
+
+
+def test_as_many_images_go_through_a_network_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that keeps 32 bytes per image, with room for 100."""
+    alone = World(0, 0, 1, 1, CPU)
+    monkeypatch.setattr("privimage.telemetry.memory.available", lambda: 5340)
+    assert [fitting(wanted, Pass(), "fp32", alone, "query") for wanted in (10, 100, 8192)] == [10, 100, 100]
+    monkeypatch.setattr("privimage.telemetry.memory.available", lambda: 1)
+    assert fitting(8192, Pass(), "fp32", alone, "query") == 1
+
+
+def test_pieces_are_even_and_cover_all_images() -> None:
+    for count, size in ((10, 3), (10, 10), (10, 20), (1, 1), (7, 2)):
+        found = list(pieces(count, size))
+        lengths = [piece.stop - piece.start for piece in found]
+        assert [i for piece in found for i in range(count)[piece]] == list(range(count))
+        assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+
+
+def test_blocks_of_large_images_are_smaller_multiples_of_16() -> None:
+    assert [block_size((3, side, side), 128) for side in (8, 32, 64, 96, 128, 256)] == [
+        128,
+        128,
+        128,
+        48,
+        32,
+        16,
+    ]
+    assert block_size((100, 3, 256, 256), 512) == 32
