@@ -3,17 +3,23 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from privimage.config import Config
+from privimage.distributed.microbatch import activations
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
-from privimage.families.work import Work
+from privimage.families.base import image_shape
+from privimage.families.work import Work, seconds_of_a_pass
+from privimage.models import parameters
+from privimage.models.resnet import classifier
 from privimage.privacy.accounting import SampledGaussian, training_noise
 from privimage.privacy.mechanisms import SemanticHistogram
 from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
@@ -64,6 +70,11 @@ class RunPlan:
     device: str
 
     @property
+    def set_bytes(self) -> int:
+        """Bytes of the decoded sensitive set."""
+        return self.count * prod(image_shape(self.config))
+
+    @property
     def warnings(self) -> list[str]:
         """What may make the result useless or the promise weak, one line each."""
         if self.other is None:
@@ -106,8 +117,24 @@ def plan_run(config: Config) -> RunPlan:
         torch.set_num_threads(config.runtime.threads)
     # `auto` settings are resolved for the machine at hand, as a run would.
     kind, measured = family(config), resolved(config, World(0, 0, 1, 1, device))
-    work = kind.work(measured, privacy, classes, device)
+    work = [*_query_work(measured, device), *kind.work(measured, privacy, classes, device)]
     return RunPlan(config, count, classes, privacy, other, kind.sizes(config, classes), work, device.type)
+
+
+def _query_work(config: Config, device: torch.device) -> list[Work]:
+    """Training of the query network: three times a forward pass for each image."""
+    if "query" not in config.spec.stages:
+        return []
+    network, settings = classifier(config.query.network, config.data.channels, 1000).to(device), config.query
+
+    def forward(images: int) -> Tensor:
+        return network(torch.zeros(images, *image_shape(config), device=device))
+
+    precision = config.runtime.precision
+    seconds = 3 * seconds_of_a_pass(forward, device, precision, settings.batch_size)
+    memory = 20 * parameters(network) + settings.batch_size * activations(forward, device, precision)
+    images = settings.steps * settings.batch_size
+    return [Work("query", settings.steps, settings.batch_size, images * seconds, memory)]
 
 
 def show(config: Config) -> None:
@@ -194,6 +221,7 @@ def _show_cost(console: Console, plan: RunPlan) -> None:
         )
     console.print(table)
     console.print(
-        "Hours and memory are of one rank that does all the work: divide by the number of ranks; the "
-        "network of the query is not included."
+        "Hours and memory are of one rank that does all the work: divide by the number of ranks. Batches of "
+        "public training that have no room go through the network in pieces. The decoded sensitive set takes "
+        f"{plan.set_bytes / 2**30:.2g} GiB of disk, and of memory where that has room."
     )

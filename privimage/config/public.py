@@ -89,6 +89,10 @@ class Pretrain(Section):
     label_dropout: float = Field(
         0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label"
     )
+    recompute: bool = Field(
+        False,
+        description="diffusion: compute activations again in the backward pass, for large networks",
+    )
     flip: bool = Field(
         True,
         description="random horizontal flips; off for characters",

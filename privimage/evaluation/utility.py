@@ -4,6 +4,7 @@ The three accuracies are always reported separately: taking the best of them on 
 selection on the test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privimage.distributed.microbatch import block_size
+from privimage.distributed.microbatch import block_size, fitting, pieces
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
@@ -132,22 +133,21 @@ def train_cnn(
         torch.manual_seed(seed)
         network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
     parameters = list(network.parameters())
-    rate, steps = LEARNING_RATE * batch_size / 512, epochs * math.ceil(len(train) / batch_size)
-    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer, schedule = _sgd(parameters, batch_size, epochs * math.ceil(len(train) / batch_size))
     generator = torch.Generator().manual_seed(seed)  # order and flips, equal on all ranks
 
-    network.train()
+    at_once = _fitting(network.train(), images, -(-batch_size // world.size), world, label)
     with Progress(label, total=epochs, shown=world.is_main) as bar:
         for _ in range(epochs):
             loss_sum = torch.zeros(1, device=world.device)
             for batch, mirrored in _batches(len(train), batch_size, flip, generator):
                 optimizer.zero_grad(set_to_none=True)
-                mine = batch[world.rank :: world.size].to(world.device)
-                if len(mine):  # a rank without images still takes part in the sum of gradients
-                    mirrored_here = mirrored[world.rank :: world.size].to(world.device)
-                    logits = network(_mirrored(to_unit(images[mine]), mirrored_here))
-                    loss = F.cross_entropy(logits, labels[mine], reduction="sum")
+                mine, flips = (part[world.rank :: world.size].to(world.device) for part in (batch, mirrored))
+                # A rank without images still takes part in the sum of gradients.
+                for piece in pieces(len(mine), at_once):
+                    which = mine[piece]
+                    logits = network(_mirrored(to_unit(images[which]), flips[piece]))
+                    loss = F.cross_entropy(logits, labels[which], reduction="sum")
                     (loss / len(batch)).backward()
                     loss_sum += loss.detach()
                 _add_up(parameters, world)
@@ -159,6 +159,26 @@ def train_cnn(
 
     _average_statistics(network, world)
     return network.eval()
+
+
+def _sgd(
+    parameters: list[nn.Parameter], batch_size: int, steps: int
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.CosineAnnealingLR]:
+    """The optimizer and its schedule; the learning rate is in proportion to the batch."""
+    rate = LEARNING_RATE * batch_size / 512
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def _fitting(network: nn.Module, images: Tensor, wanted: int, world: World, label: str) -> int:
+    """How many images have room at once; tried on a copy, whose running statistics do not matter."""
+    network = copy.deepcopy(network)
+
+    def loss(count: int) -> Tensor:
+        blank = torch.zeros(count, *images.shape[1:], device=world.device)
+        return F.cross_entropy(network(blank), torch.zeros(count, dtype=torch.int64, device=world.device))
+
+    return fitting(wanted, loss, "fp32", world, f"evaluate: {label}")
 
 
 def _average_statistics(network: nn.Module, world: World) -> None:

@@ -19,6 +19,7 @@ from privimage.families.base import (
     load_pretrained,
 )
 from privimage.models import build_diffusion, edm
+from privimage.models.ddpmpp import DDPMpp
 from privimage.models.ema import EMA
 from privimage.privacy.gradients import trained_parameters
 from privimage.telemetry import flops
@@ -33,6 +34,9 @@ class DiffusionPublic(PublicTraining):
         self.config, self.n_classes, self.world = config, n_classes, world
         torch.manual_seed(public_seed(config, "networks"))
         self.denoiser = build_diffusion(config, n_classes).to(world.device)
+        network = self.denoiser.network
+        assert isinstance(network, DDPMpp)  # the family's
+        network.recompute = config.pretrain.recompute
         self.engine = make_engine(config, self.denoiser, world)
         self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
         self.loss_sum, self.steps = torch.zeros((), device=world.device), 0

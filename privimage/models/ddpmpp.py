@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -121,6 +122,7 @@ class DDPMpp(nn.Module):
         if resolution % 2 ** (len(multipliers) - 1):
             raise ValueError(f"a resolution of {resolution} cannot be halved {len(multipliers) - 1} times")
         self.n_classes, self.width = n_classes, width
+        self.recompute = False  # whether training computes activations of a block again in the backward pass
         size = 4 * width
         # One row more than there are classes: the last one is "no label", for guidance.
         self.label = nn.Embedding(n_classes + 1, width) if n_classes else None
@@ -195,14 +197,18 @@ class DDPMpp(nn.Module):
         embedding = F.silu(self.embed_2(F.silu(self.embed_1(embedding))))
         skips = [self.input(images)]
         for block in self.encoder:
-            skips.append(block(skips[-1], embedding))
+            skips.append(self._run(block, skips[-1], embedding))
         # Lowest resolution, then up again; each block of the decoder takes back one activation of the
         # encoder.
         hidden = skips[-1]
         for block in self.middle:
-            hidden = block(hidden, embedding)
+            hidden = self._run(block, hidden, embedding)
         for block in self.decoder:
-            hidden = block(
-                hidden if block.resample == "up" else torch.cat([hidden, skips.pop()], dim=1), embedding
-            )
+            inputs = hidden if block.resample == "up" else torch.cat([hidden, skips.pop()], dim=1)
+            hidden = self._run(block, inputs, embedding)
         return self.output(F.silu(self.norm(hidden)))
+
+    def _run(self, block: nn.Module, images: Tensor, embedding: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, images, embedding, use_reentrant=False)
+        return block(images, embedding)

@@ -22,7 +22,7 @@ from privimage.data.sources import (
     public_source,
     sensitive_source,
 )
-from privimage.distributed.engine import deepspeed_settings
+from privimage.distributed.deepspeed_engine import deepspeed_settings
 from privimage.distributed.world import World
 from privimage.errors import Mistakes, UserError
 from privimage.evaluation import extractor, semantics

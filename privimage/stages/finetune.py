@@ -1,7 +1,5 @@
 """Fine-tune the generator on the sensitive set by DP-SGD."""
 
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,15 @@ from privimage.families import finetuned_family
 from privimage.families.base import PrivateTraining
 from privimage.models import parameters
 from privimage.privacy.account import Account, Behind, merged, open_account
-from privimage.privacy.accounting import epsilon
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
 from privimage.privacy.identity import computation
 from privimage.privacy.mechanisms import DPSGD
-from privimage.privacy.optimizer import StepStatistics
+from privimage.stages.private_curves import PrivateCurves
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
-from privimage.telemetry.curves import Curves
 from privimage.telemetry.progress import Progress
-
-FLUSH_SECONDS = 1.0  # between two writes of charges and curves
 
 
 def run(config: Config, run_dir: RunDir, world: World) -> dict:
@@ -55,7 +49,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     # charge is on the disk before anything that follows from the step is. What follows the step (averages, a
     # GAN's generator) depends on the noised weights alone.
     steps = _steps(config, run_dir, world, account, training, sensitive, behind, first)
-    curves = _Curves(config, run_dir, world, account, first)
+    curves = PrivateCurves(config, run_dir, world, account, first)
     with Progress("finetune", plan.steps, first, world.is_main) as bar:
         for statistics in steps:
             step = steps.step
@@ -231,72 +225,3 @@ def _gradients(
     if world.is_main and record.get("computation") != without:
         write_json(path, {"computation": without, "backends": gradients.choices})
     return gradients, digest(backends=gradients.choices)
-
-
-class _Curves:
-    """Public curves, which show what the plan alone determines, and private ones.
-
-    Points wait in memory until `flush` has brought the charges of their steps to the disk.
-    """
-
-    def __init__(self, config: Config, run_dir: RunDir, world: World, account: Account, first: int):
-        self.account, self.plan, self.learning_rate = (
-            account,
-            account.plan.the(DPSGD),
-            config.finetune.learning_rate,
-        )
-        self.shown, self.flushed = world.is_main, time.monotonic()
-        self.waiting: list[tuple[int, dict[str, float], dict[str, float]]] = []
-        self.public = Curves(run_dir.tensorboard, "finetune", first, world.is_main, timed=False)
-        self.private = Curves(run_dir.private / "tensorboard", "finetune", first, world.is_main)
-
-    def add(self, step: int, scalars: dict[str, float], sensitive: StepStatistics, rate: float) -> None:
-        """Points of all curves after a step.
-
-        `scalars` are computed from the noised weights, `rate` is in steps per second.
-        """
-        # Epsilon is public at any step: it follows from the plan and the step alone. It is computed coarsely,
-        # and only at a twentieth of the steps, since the accountant takes seconds.
-        shown = scalars | {"learning rate": self.learning_rate}
-        if (
-            self.shown
-            and self.account.private
-            and (step % max(1, self.plan.steps // 20) == 0 or step == self.plan.steps)
-        ):
-            parts = [
-                replace(part.composition, count=step) if part is self.plan else part.composition
-                for part in self.account.plan.mechanisms
-            ]
-            shown["epsilon"] = epsilon(parts, self.account.plan.delta, self.account.plan.accountant, 1e-3)
-        # What follows was computed on sensitive images without noise, and goes to private/ only.
-        images = max(sensitive.images, 1)
-        private = {
-            "loss": sensitive.loss_sum / images,
-            "clipped": sensitive.clipped / images,
-            "non-finite": sensitive.non_finite,
-            "images": sensitive.images,
-            "mean norm": sensitive.norm_sum / images,
-            "images per second": rate * self.plan.logical_batch_size,
-        }
-        self.waiting.append((step, shown, private))
-
-    @property
-    def due(self) -> bool:
-        """Whether the last points were written some time ago: one write covers many fast steps."""
-        return time.monotonic() - self.flushed >= FLUSH_SECONDS
-
-    def flush(self) -> None:
-        """Bring first the charges, then all points to the disk."""
-        self.account.settle()
-        for step, shown, private in self.waiting:
-            self.public.scalars(step, shown)
-            self.private.scalars(step, private)
-        self.waiting, self.flushed = [], time.monotonic()
-        self.public.flush()
-        self.private.flush()
-
-    def close(self) -> None:
-        """Finish the files."""
-        self.flush()
-        self.public.close()
-        self.private.close()

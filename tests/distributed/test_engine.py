@@ -13,7 +13,8 @@ from torch import nn
 
 from privimage.config import load
 from privimage.distributed import checkpoint
-from privimage.distributed.engine import DDPEngine, adam, deepspeed_settings, make_engine
+from privimage.distributed.deepspeed_engine import deepspeed_settings
+from privimage.distributed.engine import DDPEngine, adam, make_engine
 from privimage.distributed.world import World
 from privimage.errors import UserError
 

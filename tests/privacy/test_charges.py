@@ -9,7 +9,7 @@ import pytest
 from privimage.config import Config
 from privimage.distributed import checkpoint
 from privimage.runs import pipeline
-from privimage.stages import finetune
+from privimage.stages import finetune, private_curves
 from privimage.storage.files import read_json
 from privimage.telemetry.curves import Curves
 
@@ -20,7 +20,7 @@ def test_charges_are_on_the_disk_before_checkpoints_and_curves(
 ) -> None:
     """With a write after each step, and with one per checkpoint."""
     config = tiny_config.model_copy(update={"method": "dpdm"})
-    monkeypatch.setattr(finetune, "FLUSH_SECONDS", seconds)
+    monkeypatch.setattr(private_curves, "FLUSH_SECONDS", seconds)
     monkeypatch.setattr(finetune, "_shares_writes", lambda world: True)  # as on a GPU
     folder = config.run.dir
     seen = {"checkpoints": 0, "points": 0}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from privimage.config import Config, parse
+from privimage.distributed.microbatch import activations
 from privimage.errors import UserError
 from privimage.models import build_diffusion, parameters
 from privimage.models.ddpmpp import Attention, Block, DDPMpp, groups, sinusoidal
@@ -172,3 +173,23 @@ def test_a_resolution_that_cannot_be_halved_is_told_by_its_key() -> None:
         UserError, match=r"model\.multipliers: 4 levels need a data\.resolution divisible by 8, not 28"
     ):
         build_diffusion(settings(28, 1, multipliers=(1, 2, 2, 2)), 10)
+
+
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept() -> None:
+    """To the bit, with the memory of one block in place of all."""
+    torch.manual_seed(0)
+    network = DDPMpp(16, 1, 3, 8, (1, 2), (8,))
+    x, level, labels = torch.randn(4, 1, 16, 16), torch.randn(4), torch.tensor([0, 1, 2, 3])
+    gradients, kept = [], []
+    for recompute in (False, True):
+        network.recompute = recompute
+        network.zero_grad()
+
+        def forward(images: int) -> torch.Tensor:
+            return network(x[:images], level[:images], labels[:images]).square().sum()
+
+        kept.append(activations(forward, torch.device("cpu"), "fp32", images=4))
+        forward(4).backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and len(gradients[0]) > 10
+    assert kept[1] < kept[0] / 3
