@@ -13,6 +13,7 @@ from rich.console import Console
 from privimage.cluster import SCHEDULER
 from privimage.cluster.scheduler import Submission, job_request
 from privimage.config import Config, load
+from privimage.config.stages import STAGES
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
 from privimage.experiments.settings import is_experiment
@@ -20,6 +21,8 @@ from privimage.experiments.settings import load as load_experiment
 from privimage.runs import sharing
 from privimage.runs.doctor import diagnose
 from privimage.storage.rundir import RunDir
+
+Variant = tuple[Path, tuple[str, ...]]  # a configuration and its overrides
 
 
 def submit(words: Sequence[str], sweeps: bool = False, checked: bool = True) -> None:
@@ -71,7 +74,7 @@ def pipeline(path: Path, overrides: Sequence[str], checked: bool = True) -> None
 
 
 def sweep(words: Sequence[str], checked: bool = True) -> None:
-    """Submit an array of whole pipelines.
+    """Submit runs as arrays: of whole pipelines, or of stages where these ask for different resources.
 
     All runs of an experiment, or each configuration with each combination of comma-separated values. Runs
     whose public stages others of the sweep do as well wait for those, to share them.
@@ -90,21 +93,49 @@ def sweep(words: Sequence[str], checked: bool = True) -> None:
     jobs: list[str] = []
     # The first wave makes the public stages that the second one shares.
     for part in waves(configs):
-        tasks = logs / f"sweep-{os.getpid()}-{len(jobs)}.tasks"
-        tasks.write_text("".join(shlex.join([str(variants[at][0]), *variants[at][1]]) + "\n" for at in part))
-        job = Submission(
-            "sweep",
-            logs / "sweep",
-            ("--tasks", str(tasks)),
-            job_request(configs[0], "run", os.environ),
-            after=tuple(jobs[-1:]),
-            even_if_failed=True,
-            tasks=len(part),
-        )
-        jobs.append(SCHEDULER.submit(configs[0], job))
+        jobs.append(_array(part, variants, configs, logs, jobs[-1:]))
         for number, at in enumerate(part):
             print(f"job {jobs[-1]}_{number}  {runs[at].path}  {variants[at][0]} {' '.join(variants[at][1])}")
     _submit_summary(configs[0], jobs, logs, runs)
+
+
+def _array(
+    part: list[int], variants: list[Variant], configs: list[Config], logs: Path, after: Sequence[str]
+) -> str:
+    """Queue the runs `part` of a sweep, and return the id of the last array of theirs.
+
+    One array of whole runs; or, where the stages ask for different resources, an array for each stage, of
+    which every task waits for the task of its run in the array before.
+    """
+    config, number = configs[part[0]], "-".join(after) or "0"
+    wanted = [stage for stage in STAGES if any(stage in configs[at].spec.stages for at in part)]
+    if all(config.slurm.of(stage) == config.slurm.of("run") for stage in wanted):
+        wanted = ["run"]
+    job = ""
+    for stage in wanted:
+        tasks = logs / f"sweep-{os.getpid()}-{number}-{stage}.tasks"
+        tasks.write_text("".join(_task(stage, *variants[at], configs[at]) + "\n" for at in part))
+        request = job_request(config, stage, os.environ)
+        waits = (job,) if job else tuple(after)
+        submission = Submission(
+            "sweep" if stage == "run" else f"sweep-{stage}",
+            logs / ("sweep" if stage == "run" else f"sweep-{stage}"),
+            ("--tasks", str(tasks)),
+            request,
+            after=waits,
+            even_if_failed=not job,
+            task_by_task=bool(job),
+            tasks=len(part),
+        )
+        job = SCHEDULER.submit(config, submission)
+    return job
+
+
+def _task(stage: str, path: Path, overrides: Sequence[str], config: Config) -> str:
+    """What one task runs, as words of a shell; empty where a method has no such stage."""
+    if stage != "run" and stage not in config.spec.stages:
+        return ""
+    return shlex.join([stage, str(path), *overrides])
 
 
 def waves(configs: Sequence[Config]) -> list[list[int]]:

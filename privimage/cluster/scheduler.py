@@ -20,6 +20,7 @@ class Submission:
     request: Job | None  # what it asks for; None: one core of any node, to print a summary
     after: tuple[str, ...] = ()  # ids of jobs that must have ended before it starts
     even_if_failed: bool = False  # whether it starts when one of those has failed
+    task_by_task: bool = False  # of an array after an array: each task waits for the task of its number
     tasks: int = 0  # of an array; 0: a single job
 
 

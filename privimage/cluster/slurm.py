@@ -78,9 +78,8 @@ def sbatch_options(config: Config, job: Submission) -> list[str]:
     # The owner's own options come last, so that they win.
     options += config.slurm.options
     if job.after:
-        options.append(
-            f"--dependency={'afterany' if job.even_if_failed else 'afterok'}:{':'.join(job.after)}"
-        )
+        kind = "aftercorr" if job.task_by_task else "afterany" if job.even_if_failed else "afterok"
+        options.append(f"--dependency={kind}:{':'.join(job.after)}")
         options += [] if job.even_if_failed else ["--kill-on-invalid-dep=yes"]
     if job.tasks:
         options.append(f"--array=0-{job.tasks - 1}")

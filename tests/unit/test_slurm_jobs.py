@@ -98,6 +98,40 @@ def sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
+def test_a_sweep_whose_stages_ask_for_different_resources_is_an_array_for_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Two methods, of which one has no pretraining; a task waits for the task of its own run."""
+    log = tmp_path / "calls"
+    sbatch(tmp_path, f'echo "$@" >>{log}; wc -l <{log}', monkeypatch)
+    words = [
+        str(TINY),
+        "method=dpdm,pdp-diffusion",
+        f"run.dir={tmp_path / 'run'}",
+        "slurm.stages={finetune: {gpus: 2}}",
+    ]
+    jobs.submit(words, sweeps=True)
+    prepare, pretrain, finetune, *_, evaluate, summary = log.read_text().splitlines()
+    assert "--array=0-1" in prepare and "--dependency" not in prepare and "gpus" not in prepare
+    assert "--dependency=aftercorr:1 --kill-on-invalid-dep=yes" in pretrain
+    assert "--dependency=aftercorr:2" in finetune and "--gpus-per-node=2" in finetune
+    assert "--dependency=aftercorr:4" in evaluate and "--dependency=afterany:5" in summary
+    tasks = [Path(line.split()[-1]).read_text().splitlines() for line in (prepare, finetune)]
+    assert [task.split()[:1] for task in tasks[0]] == [[], ["prepare"]]
+    assert [task.split()[0] for task in tasks[1]] == ["finetune", "finetune"]
+
+
+def test_a_sweep_of_equal_stages_is_one_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    log = tmp_path / "calls"
+    sbatch(tmp_path, f'echo "$@" >>{log}; wc -l <{log}', monkeypatch)
+    jobs.submit([str(TINY), "method=dpdm", "privacy.epsilon=1,5", f"run.dir={tmp_path / 'run'}"], sweeps=True)
+    array, _ = log.read_text().splitlines()
+    assert "--array=0-1" in array
+    assert [line.split()[0] for line in Path(array.split()[-1]).read_text().splitlines()] == ["run", "run"]
+
+
 def test_words_of_a_container_and_of_srun_arrive_as_they_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
