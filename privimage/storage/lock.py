@@ -217,4 +217,4 @@ def _is_local(path: Path) -> bool:
         return ",localflock," in options
     if kind in ("nfs", "nfs4"):
         return any(word in options for word in (",nolock,", ",local_lock=all,", ",local_lock=flock,"))
-    return kind == "beegfs" or kind.startswith("fuse.")
+    return kind in ("beegfs", "fuse") or kind.startswith("fuse.")
