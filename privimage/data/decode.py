@@ -6,9 +6,8 @@ import os
 import select
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from PIL import Image
 
 from privimage.data import transforms
 from privimage.errors import UserError
+from privimage.storage import owner_only
 
-CHUNK = 64  # images that a worker process is asked for at once
+SHORT = 1000  # characters of what a worker process returns: less than a pipe takes at once
 LOOK_SECONDS = 0.5  # between two looks of a worker process at the one that it works for
 NOT_8_BIT = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow would cut these off at 255
 # What batch systems send to all processes of a job: the ranks decide what follows from it, not the workers.
@@ -88,49 +88,28 @@ class Decoder:
             ) from None
         return transforms.to_array(pixels, side, self.resolution), digest
 
-    def attempt(self, index: int, item: Any, name: str) -> "Decoded":
-        """As `decode`, with the problem in place of an exception."""
-        try:
-            return Decoded(index, *self.decode(item, name))
-        except UserError as error:
-            return Decoded(index, None, problem=str(error))
-
 
 def _digest(image: Image.Image) -> bytes:
     colour = image.convert("RGB")
     return hashlib.sha256(f"{colour.size}".encode() + colour.tobytes()).digest()
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """The `index`-th image and its digest; or, where it does not decode, no image and the problem in one
-    line.
-    """
-
-    index: int
-    image: np.ndarray | None
-    digest: bytes = b""
-    problem: str = ""
-
-
-class Decoders:
-    """Worker processes that decode images of a source, a context manager.
+class Workers:
+    """Processes that decode, a context manager.
 
     They are started by a server process (multiprocessing's forkserver), not forked from this one, whose
-    threads, locks and file descriptors they must not inherit; and they end when this process does. Images
-    that are in memory already, and those of a source with `workers` 0, are decoded in this process.
+    threads, locks and file descriptors they must not inherit; and they end when this process does. Without
+    any (`count` 0) the work is done in this process.
     """
 
-    def __init__(self, source: Source, decoder: Decoder, workers: int):
-        self.source, self.decoder = source, decoder
-        self.workers = 0 if isinstance(source.items, np.ndarray) else workers
+    def __init__(self, count: int):
+        self.count = count
         self.pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> "Decoders":
-        if self.workers:
-            context = _served()
+    def __enter__(self) -> "Workers":
+        if self.count:
             self.pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_begin, initargs=(self.decoder, os.getpid())
+                self.count, _served(), initializer=_begin, initargs=(os.getpid(),)
             )
         return self
 
@@ -138,26 +117,17 @@ class Decoders:
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def images(self, start: int = 0, end: int | None = None) -> Iterator[Decoded]:
-        """The images from `start` to `end`, in order.
+    def map(self, function: Callable[..., str], arguments: Iterable[tuple]) -> list[str]:
+        """`function` of each tuple of arguments, in order.
 
-        Raises UserError when a worker process dies.
+        Results must be short (`SHORT`): a process that is killed while it hands over a longer one would leave
+        half of it, and the pool would wait for the rest for ever. Raises UserError when a process dies.
         """
-        end = len(self.source) if end is None else end
-        items, names = self.source.items, self.source.names
         if self.pool is None:
-            yield from (self.decoder.attempt(i, items[i], names[i]) for i in range(start, end))
-            return
-        pending: deque[Future[list[Decoded]]] = deque()
+            return [function(*values) for values in arguments]
         try:
-            # Chunks are handed out and collected in order, so that results need no sorting.
-            for at in range(start, end, CHUNK):
-                upto = min(at + CHUNK, end)
-                pending.append(self.pool.submit(_chunk, at, items[at:upto], names[at:upto]))
-                if len(pending) > 3 * self.workers:  # bounded, or a slow writer would fill the memory
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
+            futures = [self.pool.submit(_short, function, values) for values in arguments]
+            return [future.result() for future in futures]
         except BrokenProcessPool:
             raise UserError(
                 "a process that decodes images was killed (out of memory?); try fewer workers"
@@ -181,15 +151,16 @@ def _served() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-_decoders: list[Decoder] = []  # in a worker process: what it decodes by
-
-
-def _begin(decoder: Decoder, parent: int) -> None:
-    _decoders.append(decoder)
+def _begin(parent: int) -> None:
+    owner_only.close_process()  # the server may be older than this process's own restrictions
     # Blocked here and in all later threads, so that the thread below receives it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _short(function: Callable[..., str], values: tuple) -> str:
+    return function(*values)[:SHORT]
 
 
 def _end_with(parent: int) -> None:
@@ -206,9 +177,3 @@ def _end_with(parent: int) -> None:
         gone = select.select([handle], [], [], 0)[0] if handle else not Path(f"/proc/{parent}").exists()
         if gone or (told is not None and told.si_pid == parent):
             os._exit(1)
-
-
-def _chunk(start: int, items: Sequence[Any], names: Sequence[str]) -> list[Decoded]:
-    decoder = _decoders[-1]
-    pairs = enumerate(zip(items, names, strict=True), start)
-    return [decoder.attempt(index, item, name) for index, (item, name) in pairs]

@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from privimage.data.decode import Decoder, Decoders, Source
+from privimage.data.decode import Decoder, Source, Workers
 from privimage.distributed.agreement import gathered
 from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
@@ -70,17 +70,24 @@ def decode(
     at_work = [rank for rank, digest in enumerate(lists) if digest == lists[0]]
     place = at_work.index(world.rank) if world.rank in at_work else len(left)
     with (
-        Decoders(source, decoder, workers) as decoders,
+        Workers(0 if isinstance(source.items, np.ndarray) else workers) as processes,
         Progress(label, len(source), max(0, len(source) - len(left) * size), shown) as bar,
     ):
-        # In turns of a shard per rank, after which all ranks know whether one of them was asked to stop.
-        for turn in range(0, len(left), len(at_work)):
-            if turn + place < len(left):
-                start = left[turn + place]
-                _write(folder / _name(start), decoders, start, min(start + size, len(source)), skip_bad)
+        # In turns of a shard per process, after which all ranks know whether one of them was asked to stop.
+        turn = max(1, processes.count) * len(at_work)
+        for begun in range(0, len(left), turn):
+            mine = left[begun : begun + turn][place :: len(at_work)]
+            parts = [(start, min(start + size, len(source))) for start in mine]
+            tasks = [
+                (decoder, folder / _name(a), a, source.items[a:b], source.names[a:b], skip_bad)
+                for a, b in parts
+            ]
+            for problem in processes.map(_write, tasks):
+                if problem:
+                    raise UserError(problem)
             if stop.agreed(world):
                 raise Stopped(f"{label}: what was decoded is kept; run again to go on")
-            bar.advance(min(size * len(at_work), len(source) - bar.done))
+            bar.advance(min(size * turn, len(source) - bar.done))
     world.barrier()
 
 
@@ -117,21 +124,27 @@ def _claim(source: Source, folder: Path, decoder: Decoder, skip_bad: bool) -> No
     write_json(identity, told)
 
 
-def _write(path: Path, decoders: Decoders, start: int, end: int, skip_bad: bool) -> None:
-    decoder = decoders.decoder
-    images = np.empty((end - start, decoder.channels, decoder.resolution, decoder.resolution), np.uint8)
+def _write(
+    decoder: Decoder, path: Path, start: int, items: Sequence[Any], names: Sequence[str], skip_bad: bool
+) -> str:
+    """Decode the images from number `start` on into a shard.
+
+    Returns the first problem, for which nothing is written, or an empty string.
+    """
+    images = np.empty((len(items), decoder.channels, decoder.resolution, decoder.resolution), np.uint8)
     indices: list[int] = []
     digests: list[np.ndarray] = []
     problems: list[str] = []
-    for result in decoders.images(start, end):
-        if result.image is not None:
-            images[len(indices)] = result.image
-            indices.append(result.index)
-            digests.append(np.frombuffer(result.digest, np.uint8))
-        elif skip_bad:
-            problems.append(result.problem)
-        else:
-            raise UserError(result.problem)
+    for index, (item, name) in enumerate(zip(items, names, strict=True), start):
+        try:
+            images[len(indices)], digest = decoder.decode(item, name)
+        except UserError as error:
+            if not skip_bad:
+                return str(error)
+            problems.append(str(error))
+            continue
+        indices.append(index)
+        digests.append(np.frombuffer(digest, np.uint8))
     np.savez(
         buffer := io.BytesIO(),
         images=images[: len(indices)],
@@ -139,4 +152,8 @@ def _write(path: Path, decoders: Decoders, start: int, end: int, skip_bad: bool)
         digests=np.stack(digests) if digests else np.zeros((0, 0), np.uint8),
         problems=np.array(problems, np.str_),
     )
-    write_whole(path, buffer.getbuffer())
+    try:
+        write_whole(path, buffer.getbuffer())
+    except UserError as error:
+        return str(error)
+    return ""

@@ -41,20 +41,15 @@ print(found.content.hex())
 world.close()
 """
 DECODE = """
-import os, time
-from PIL import Image
-import numpy as np
-from privimage.data.decode import Decoder, Decoders, Source
 import forever
-source = Source(list(range(100)), forever.slow, ["image"] * 100, np.zeros(100, int), ("all",))
-with Decoders(source, Decoder(source, 8, 3), 2) as decoders:
-    for _ in decoders.images():
-        pass
+from privimage.data.decode import Workers
+with Workers(2) as workers:
+    workers.map(forever.slow, [(number,) for number in range(100)])
 """
 SLOW = """
 import os, time
 from pathlib import Path
-def slow(item):
+def slow(number):
     Path(os.environ["STARTED"], str(os.getpid())).touch()
     time.sleep(600)
 """

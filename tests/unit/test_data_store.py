@@ -12,7 +12,7 @@ import pytest
 from data_sets import numbered, source_of
 from PIL import Image
 
-from privimage.data import decode, store
+from privimage.data import shards, store
 from privimage.data.decode import Source
 from privimage.errors import UserError
 
@@ -72,7 +72,7 @@ def test_ffcv_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_change_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "CHUNK", 8)  # more chunks than are asked for ahead
+    monkeypatch.setattr(shards, "SHARD", 8)  # more parts than processes
     alone = written(path)
     assert written(path.with_stem("again"), workers=3).sha256 == alone.sha256
 
