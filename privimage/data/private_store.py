@@ -5,11 +5,13 @@ digest that names the set's ledger and the one that identifies its content. Ever
 ranks cannot have different copies.
 """
 
+import errno
 import hashlib
 import io
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +23,7 @@ from privimage.data import shards
 from privimage.data.decode import Decoder, Source
 from privimage.distributed import told
 from privimage.distributed.world import World
+from privimage.errors import UserError
 from privimage.storage import owner_only
 from privimage.storage.array_file import ArrayFile, Images
 from privimage.storage.files import read_json, write_array, write_json
@@ -69,7 +72,7 @@ def open_set(
         decoder = Decoder(decoded, resolution, channels)
         shards.decode(decoded, parts, decoder, workers, world, label)
         if world.is_main:
-            _assemble(decoded, parts, resolution, folder, key)
+            _assemble(decoded, parts, decoder, folder, key)
             shutil.rmtree(parts)
         world.barrier()
     told.wait_until_seen(folder / "images.npy", world)
@@ -114,12 +117,12 @@ def _stamps(folder: Path) -> list:
     return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for state in states]
 
 
-def _assemble(source: Source, parts: Path, resolution: int, folder: Path, key: dict) -> None:
+def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: dict) -> None:
     """Write the images in the order of their contents, then of their labels.
 
     The order is the same for any names of files, and for any order in which a file system lists them.
     """
-    digests = np.concatenate([shard.digests for shard in shards.read(source, parts, resolution)])
+    digests = np.concatenate([shard.digests for shard in shards.read(source, parts, decoder.resolution)])
     labels = np.asarray(source.labels, np.int64)
     order = sorted(range(len(source)), key=lambda index: (digests[index].tobytes(), labels[index]))
     fingerprint = hashlib.sha256(digests[order].tobytes()).hexdigest()
@@ -129,15 +132,14 @@ def _assemble(source: Source, parts: Path, resolution: int, folder: Path, key: d
     # Written beside and renamed: set.json, which comes last, vouches for both files.
     (folder / "set.json").unlink(missing_ok=True)
     part = folder / ".images.part.npy"
-    file = None
-    for shard in shards.read(source, parts, resolution):
-        if file is None:
-            shape = (len(source), *shard.images.shape[1:])
-            file = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        file[place[shard.indices]] = shard.images
-    assert file is not None  # a source has at least one image
-    file.flush()
-    del file
+    shape = (len(source), decoder.channels, decoder.resolution, decoder.resolution)
+    try:
+        _write_rows(part, shape, shards.read(source, parts, decoder.resolution), place)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder}: could not be written ({error.strerror}); make room and run again"
+        ) from None
     part.replace(folder / "images.npy")
     write_array(folder / "labels.npy", labels[order])
     content = _content(folder, source.classes)
@@ -148,6 +150,24 @@ def _assemble(source: Source, parts: Path, resolution: int, folder: Path, key: d
         "content": content.hex(),
     }
     write_json(folder / "set.json", known | {"stamps": _stamps(folder)})
+
+
+def _write_rows(path: Path, shape: tuple[int, ...], parts: Iterable[shards.Shard], place: np.ndarray) -> None:
+    """Write a .npy of a shape, image i of the parts as row `place[i]`.
+
+    Row by row, not through a memory map: the pages of a map would count as memory of this process. Raises
+    OSError.
+    """
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        begin, row = file.tell(), prod(shape[1:])
+        for part in parts:
+            for image, at in zip(part.images, place[part.indices].tolist(), strict=True):
+                if os.pwrite(file.fileno(), image.data, begin + at * row) != row:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
 
 
 def _content(folder: Path, classes: tuple[str, ...]) -> bytes:
