@@ -175,18 +175,24 @@ def training_noise(
 
 
 @lru_cache(maxsize=64)
-def query_noise(
-    target: float, delta: float, training: SampledGaussian, max_rise: float, accountant: str = "pld"
+def noise_beside(
+    target: float,
+    delta: float,
+    training: SampledGaussian,
+    max_rise: float,
+    others: tuple[SampledGaussian, ...] = (),
+    accountant: str = "pld",
 ) -> float:
-    """The smallest noise multiplier of the query that raises the noise of `training` by at most `max_rise`.
+    """The smallest noise multiplier of one more Gaussian mechanism that raises the noise of `training` by at
+    most `max_rise`.
 
-    `training` is the mechanism that would use up `target` without any query.
+    `training` is the mechanism that would use up `target` together with `others` alone.
     """
-    # The query may cost what raising the training's noise by `max_rise` sets free.
+    # The mechanism may cost what raising the training's noise by `max_rise` sets free.
     noisier = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
 
     def compose(sigma: float) -> tuple[SampledGaussian, ...]:
-        return noisier, SampledGaussian(sigma)
+        return *others, noisier, SampledGaussian(sigma)
 
     return _smallest_noise(compose, target, delta, accountant, guess=8.0)
 

@@ -11,7 +11,8 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.privacy import accounting
 from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms import MECHANISMS, Mechanism, SemanticHistogram
+from privimage.privacy.mechanisms import MECHANISMS, Mechanism
+from privimage.privacy.mechanisms.base import Share
 
 M = TypeVar("M", bound=Mechanism)
 
@@ -69,33 +70,44 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
     privacy = config.privacy
     accountant = accountant or privacy.accountant
     delta = privacy.delta or default_delta(count)
-    draft = MECHANISMS[config.spec.training].draft(config, count)
+    training = MECHANISMS[config.spec.training].draft(config, count)
+    beside: list[Mechanism] = []
 
-    def noise(*others: SampledGaussian) -> float:
-        return accounting.training_noise(privacy.epsilon, delta, draft.composition, others, accountant)
+    def noise() -> float:
+        others = tuple(one.composition for one in beside)
+        return accounting.training_noise(privacy.epsilon, delta, training.composition, others, accountant)
 
     try:
-        # Noise of the training alone, then of the query beside it, then of the training beside the query.
-        alone = noise()
-        if config.spec.pretraining != "selected":
-            return PrivacyPlan(privacy.epsilon, delta, accountant, (draft.with_noise(alone),))
-        sigma1 = config.select.noise_multiplier or accounting.query_noise(
-            privacy.epsilon, delta, draft.with_noise(alone).composition, config.select.max_rise, accountant
-        )
-        query = SemanticHistogram.draft(config, count).with_noise(sigma1)
-        training = draft.with_noise(noise(query.composition))
+        # Noise of the training alone, then of each mechanism beside it in turn, and again of the training.
+        training = training.with_noise(noise())
+        for kind, share in _shares(config):
+            sigma = share.noise_multiplier or accounting.noise_beside(
+                privacy.epsilon,
+                delta,
+                training.composition,
+                share.max_rise,
+                tuple(one.composition for one in beside),
+                accountant,
+            )
+            beside.append(kind.draft(config, count).with_noise(sigma))
+            training = training.with_noise(noise())
     except ValueError:
         raise UserError(
-            f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; the query alone may "
-            "cost more"
+            f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; "
+            "what is drawn beside the training alone may cost more"
         ) from None
-    return PrivacyPlan(privacy.epsilon, delta, accountant, (query, training))
+    return PrivacyPlan(privacy.epsilon, delta, accountant, (*beside, training))
+
+
+def _shares(config: Config) -> list[tuple[type[Mechanism], Share]]:
+    """The mechanisms that a run uses beside that of its training, in the order of `MECHANISMS`."""
+    shares = [(kind, kind.share(config)) for kind in MECHANISMS.values()]
+    return [(kind, share) for kind, share in shares if share is not None]
 
 
 def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
     """The steps of a method without noise or clipping, in the form of a plan."""
     # Same steps and samples, but no bound and no noise.
-    kinds = ["select"] if config.spec.pretraining == "selected" else []
     limits = config.finetune.model_copy(
         update={
             "logical_batch_size": min(config.finetune.logical_batch_size, count),
@@ -103,7 +115,8 @@ def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
         }
     )
     unbounded = config.model_copy(update={"finetune": limits})
-    mechanisms = tuple(MECHANISMS[kind].draft(unbounded, count) for kind in (*kinds, config.spec.training))
+    kinds = [*(kind for kind, _ in _shares(config)), MECHANISMS[config.spec.training]]
+    mechanisms = tuple(kind.draft(unbounded, count) for kind in kinds)
     return PrivacyPlan(math.inf, 1.0, config.privacy.accountant, mechanisms)
 
 

@@ -6,7 +6,7 @@ import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
 
-from privimage.privacy.accounting import SampledGaussian, epsilon, query_noise, training_noise
+from privimage.privacy.accounting import SampledGaussian, epsilon, noise_beside, training_noise
 
 MIXES = [
     (SampledGaussian(1.0),),
@@ -70,7 +70,7 @@ def test_the_noise_found_keeps_the_promise_and_hardly_less_would_not(accountant:
 
 def test_the_derived_query_costs_half_a_percent_of_noise() -> None:
     alone = training_noise(10, 1e-5, SampledGaussian(1.0, 0.3, 100))
-    sigma = query_noise(10, 1e-5, SampledGaussian(alone, 0.3, 100), 0.005)
+    sigma = noise_beside(10, 1e-5, SampledGaussian(alone, 0.3, 100), 0.005)
     beside = training_noise(10, 1e-5, SampledGaussian(1.0, 0.3, 100), (SampledGaussian(sigma),))
     louder = training_noise(10, 1e-5, SampledGaussian(1.0, 0.3, 100), (SampledGaussian(sigma * 0.97),))
     assert beside / alone <= 1.0051

@@ -15,6 +15,14 @@ from privimage.privacy.accounting import SampledGaussian
 NEIGHBOURS = "add or remove one image"  # the relation for which all sensitivities are stated
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of the budget of a mechanism that is used beside the training."""
+
+    noise_multiplier: float | None  # where it is given
+    max_rise: float  # else the smallest that raises the noise of the training by at most this part
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mechanism(ABC):
     """One mechanism of a run, with its public parameters and its noise, before it is used."""
@@ -30,6 +38,11 @@ class Mechanism(ABC):
 
         Raises UserError for settings that do not fit N.
         """
+
+    @classmethod
+    def share(cls, config: Config) -> Share | None:
+        """What it may cost beside the training; None for a run without it, and for mechanisms of trainings."""
+        return None
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.base import Mechanism
+from privimage.privacy.mechanisms.base import Mechanism, Share
 from privimage.privacy.noise import gaussian
 
 
@@ -48,6 +48,16 @@ class SemanticHistogram(Histogram):
     def draft(cls, config: Config, count: int) -> Self:
         """See `Mechanism.draft`; it is the same for any `count`."""
         return cls(noise_multiplier=0.0, per_image=config.select.per_image)
+
+    @classmethod
+    def share(cls, config: Config) -> Share | None:
+        """Of methods that select public images by a query."""
+        settings = config.select
+        return (
+            Share(settings.noise_multiplier, settings.max_rise)
+            if config.spec.pretraining == "selected"
+            else None
+        )
 
     @property
     def composition(self) -> SampledGaussian:
