@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from privimage.config import Config
-from privimage.data.arrays import Split
 from privimage.data.decode import Source
 from privimage.data.private_store import ImageSet, open_set
+from privimage.data.request import Split
 from privimage.data.sources import open_sensitive
 from privimage.distributed.world import ALONE
 

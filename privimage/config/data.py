@@ -65,6 +65,10 @@ class SensitiveData(Section):
         description="whether its labels are used; without them there is one row and one class",
         json_schema_extra=on(*SENSITIVE, "pretrain"),
     )
+    group: str | None = Field(
+        None,
+        description="column or array that names whom each image belongs to (a person, a patient)",
+    )
     residence: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="where private steps take images from, with equal results; auto: the first with room",

@@ -1,30 +1,13 @@
 """Image sets from arrays, and what is known of their classes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from privimage.data.decode import Source
+from privimage.data.request import Known
 from privimage.errors import UserError
-
-Split = Literal["train", "test"]
-ONE_CLASS = ("all",)  # the class of sets without labels
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a set's classes without its images.
-
-    Names, or their number, or that the data name them.
-
-    Given for sensitive sets. There one image must not decide whether a class exists, so a class may have no
-    image, and classes are never counted from the labels.
-    """
-
-    names: tuple[str, ...] | None = None
-    count: int | None = None
 
 
 def from_arrays(
@@ -74,6 +57,13 @@ def from_arrays(
         labels.astype(np.int64),
         classes,
     )
+
+
+def with_groups(source: Source, groups: np.ndarray, name: str) -> Source:
+    """The same images, of which each belongs to one of `groups` (N,). Raises UserError for another shape."""
+    if groups.shape != (len(source),):
+        raise UserError(f"{name}: {len(source)} images need as many groups; found {groups.shape}")
+    return replace(source, groups=[str(group) for group in groups])
 
 
 def _unnamed(labels: np.ndarray, name: str, known: Known | None) -> tuple[str, ...]:

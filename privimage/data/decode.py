@@ -33,7 +33,8 @@ IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 class Source:
     """An image set on disk or in memory.
 
-    `opener(items[i])` is the i-th image, `names[i]` identifies it in messages, `labels[i]` is its class.
+    `opener(items[i])` is the i-th image, `names[i]` identifies it in messages, `labels[i]` is its class, and
+    `groups[i]` names whom it belongs to, where the set says it (`data.sensitive.group`).
     Items are what worker processes get (paths, arrays); `opener` and `side` are functions of a module, which
     worker processes import.
     """
@@ -44,6 +45,7 @@ class Source:
     labels: np.ndarray
     classes: tuple[str, ...]
     side: Callable[[Image.Image], int] = transforms.shorter_side
+    groups: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.items)

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from privimage.data import store
-from privimage.data.arrays import ONE_CLASS, Known, Split, from_arrays
+from privimage.data.arrays import from_arrays, with_groups
 from privimage.data.decode import Source
+from privimage.data.request import ONE_CLASS, Columns, Known, Request, Split
 from privimage.data.torchvision_sets import celeba, torchvision_set
 from privimage.errors import UserError
 
@@ -25,19 +26,22 @@ def open_source(
     split: Split,
     labelled: bool = True,
     known: Known | None = None,
+    columns: Columns = Columns(),
 ) -> Source:
-    """Open a set by kind and path; without labels there is one class.
+    """Open a set by kind and path; see `Request`.
 
     Raises UserError, in one line that names the file or folder (or the missing setting), for whatever is
-    wrong with it. Without `known` each class must have an image.
+    wrong with it.
     """
+    if columns.group is not None and kind != "npz":
+        raise UserError(f"data.sensitive.group: kind {kind} does not say whom an image belongs to")
     if kind == "digits":
         source = _digits(split, known)
     elif path is None:
         raise UserError(f"kind {kind} needs a path")
     else:
         try:
-            source = _at(path, kind, split, labelled, known)
+            source = _at(kind, Request(path, split, labelled, known, columns))
         except OSError as error:
             raise UserError(f"{error.filename or path}: not readable ({error.strerror})") from None
     return source if labelled else without_labels(source)
@@ -65,7 +69,8 @@ def aligned(source: Source, classes: tuple[str, ...], of: str) -> Source:
     return replace(source, labels=places[source.labels], classes=classes)
 
 
-def _at(path: Path, kind: str, split: Split, labelled: bool, known: Known | None) -> Source:
+def _at(kind: str, request: Request) -> Source:
+    path, split, known = request.path, request.split, request.known
     if kind in ("cifar10", "mnist", "fashion-mnist"):
         return torchvision_set(kind, path, split, known)
     if kind == "celeba":
@@ -73,10 +78,10 @@ def _at(path: Path, kind: str, split: Split, labelled: bool, known: Known | None
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if kind == "folder":
-        return _folder(_part(path, split), labelled, known)
+        return _folder(_part(path, split), request.labelled, known)
     if kind == "npz":
-        return _npz(_part(path, split, ".npz"), labelled, known)
-    return _stored(path, labelled, known)
+        return _npz(_part(path, split, ".npz"), request)
+    return _stored(path, request.labelled, known)
 
 
 def holds_test_split(kind: str, path: Path) -> bool:
@@ -94,7 +99,9 @@ def _part(path: Path, split: Split, suffix: str = "") -> Path:
     return path
 
 
-def _npz(path: Path, labelled: bool, known: Known | None) -> Source:
+def _npz(path: Path, request: Request) -> Source:
+    labelled, group = request.labelled, request.columns.group
+
     def array(name: str) -> np.ndarray:
         try:
             return file[name]
@@ -107,12 +114,14 @@ def _npz(path: Path, labelled: bool, known: Known | None) -> Source:
     try:
         with np.load(path, allow_pickle=False) as file:
             # Say what is missing, and what is there instead.
-            missing = [name for name in ("images", "labels")[: 1 + labelled] if name not in file.files]
+            wanted = ["images", *(["labels"] if labelled else []), *([group] if group else [])]
+            missing = [name for name in wanted if name not in file.files]
             if missing:
                 hint = "; a set without labels is read with labelled: false" if missing == ["labels"] else ""
                 raise UserError(f"{path}: no array {missing[0]!r} (found: {', '.join(file.files)}){hint}")
             images = array("images")
             labels = array("labels") if labelled else np.zeros(len(images), np.int64)
+            groups = array(group) if group else None
             named = labelled and "classes" in file.files
             classes = (
                 tuple(str(name) for name in array("classes")) if named else None if labelled else ONE_CLASS
@@ -121,7 +130,8 @@ def _npz(path: Path, labelled: bool, known: Known | None) -> Source:
         raise
     except Exception as error:  # zipfile, zlib and NumPy each have their own for a damaged file
         raise UserError(f"{path}: not readable as npz ({error})") from None
-    return from_arrays(images, labels, classes, str(path), known)
+    source = from_arrays(images, labels, classes, str(path), request.known)
+    return source if groups is None else with_groups(source, groups, str(path))
 
 
 def _images_below(folder: Path) -> list[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from privimage.config import Config
-from privimage.data.arrays import Known, Split
 from privimage.data.decode import Source
 from privimage.data.glyphs import glyph_source
 from privimage.data.private_store import ImageSet, open_set, stamp
@@ -19,6 +18,7 @@ from privimage.data.readers import (
     open_source,
     without_labels,
 )
+from privimage.data.request import Columns, Known, Split
 from privimage.distributed.agreement import all_the_same
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -112,7 +112,8 @@ def sensitive_source(config: Config, split: Split) -> Source:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
     # The number of classes is a public statement of the owner; it is never counted from the labels.
     known = Known(count=sensitive.classes)
-    source = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known)
+    columns = Columns(group=sensitive.group)
+    source = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known, columns)
     # What was stated is in the promise, so a difference is an error and never corrected in silence.
     stated = {"count": (sensitive.count, len(source))}
     if sensitive.labelled:
@@ -133,5 +134,6 @@ def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
         path, key = sensitive.test_path, "test_path"
         if sensitive.kind not in OWN_TEST_SPLIT and not holds_test_split(sensitive.kind, path):
             part = "train"
-    source = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes))
+    columns = Columns(group=sensitive.group)
+    source = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes), columns)
     return aligned(source, classes, f"data.sensitive.{key}: {path}")

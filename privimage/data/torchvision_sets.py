@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 
 from privimage import torchvision_operators
-from privimage.data.arrays import ONE_CLASS, Known, Split, from_arrays
+from privimage.data.arrays import from_arrays
 from privimage.data.decode import Source
+from privimage.data.request import ONE_CLASS, Known, Split
 from privimage.data.transforms import celeba_side
 from privimage.errors import UserError
 

@@ -13,8 +13,8 @@ import numpy as np
 from privimage.config import Config
 from privimage.config.stages import SENSITIVE, STAGES, TRAINING
 from privimage.data import store
-from privimage.data.arrays import ONE_CLASS
 from privimage.data.decode import Source
+from privimage.data.request import ONE_CLASS
 from privimage.data.sources import (
     has_test_split,
     held_out_source,

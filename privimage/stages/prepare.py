@@ -2,7 +2,7 @@
 
 from privimage.config import Config
 from privimage.data import store
-from privimage.data.arrays import ONE_CLASS
+from privimage.data.request import ONE_CLASS
 from privimage.data.sources import public_source
 from privimage.distributed.world import World
 from privimage.storage.rundir import RunDir

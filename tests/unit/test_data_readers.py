@@ -18,7 +18,7 @@ from privimage.data import store
 from privimage.data.decode import Source
 from privimage.data.private_store import ImageSet
 from privimage.data.readers import open_source
-from privimage.data.sources import has_test_split
+from privimage.data.sources import has_test_split, sensitive_source
 from privimage.errors import UserError
 
 LABELS = np.arange(30) % 3
@@ -420,3 +420,20 @@ def test_a_worker_that_is_killed_ends_the_reading() -> None:
     source = Source(list(range(300)), deadly, ["image"] * 300, np.zeros(300, int), ("all",))
     with pytest.raises(UserError, match="killed"):
         read(source, 8, 1, 2)
+
+
+def test_groups_of_images_are_read_from_an_array(tmp_path: Path, tiny_config: Config) -> None:
+    patients = np.arange(30) // 4
+    path = save_npz(tmp_path / "set.npz", numbered(30), LABELS, classes=np.array(NAMES), patient=patients)
+    config = with_sensitive(tiny_config, kind="npz", path=path, group="patient")
+    assert sensitive_source(config, "train").groups == [str(patient) for patient in patients]
+    assert sensitive_source(with_sensitive(config, group=None), "train").groups is None
+    with pytest.raises(UserError, match=r"set.npz: no array 'person' \(found: images, labels, classes"):
+        sensitive_source(with_sensitive(config, group="person"), "train")
+    short = save_npz(
+        tmp_path / "short.npz", numbered(30), LABELS, classes=np.array(NAMES), patient=patients[:9]
+    )
+    with pytest.raises(UserError, match=r"short.npz: 30 images need as many groups; found \(9,\)"):
+        sensitive_source(with_sensitive(config, path=short), "train")
+    with pytest.raises(UserError, match=r"data\.sensitive\.group: kind digits"):
+        sensitive_source(with_sensitive(config, kind="digits"), "train")

@@ -1,0 +1,45 @@
+"""What is asked of a reader of image sets: where the set is, and what is known of it beforehand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "test"]
+ONE_CLASS = ("all",)  # the class of sets without labels
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a set's classes without its images.
+
+    Names, or their number, or that the data name them.
+
+    Given for sensitive sets. There one image must not decide whether a class exists, so a class may have no
+    image, and classes are never counted from the labels.
+    """
+
+    names: tuple[str, ...] | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table, or arrays of a file, by name; None: the usual names, and no groups."""
+
+    image: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a reader is asked for.
+
+    Without labels there is one class. Without `known` each class must have an image.
+    """
+
+    path: Path
+    split: Split = "train"
+    labelled: bool = True
+    known: Known | None = None
+    columns: Columns = Columns()
