@@ -41,7 +41,7 @@ class Mechanism(ABC):
 
     @classmethod
     def share(cls, config: Config) -> Share | None:
-        """What it may cost beside the training; None for a run without it, and for mechanisms of trainings."""
+        """What it may cost beside the training; None for a run without it and for mechanisms of trainings."""
         return None
 
     @property
