@@ -8,10 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from privimage.cluster import SCHEDULER
-from privimage.cluster.scheduler import Submission, job_request
+from privimage.cluster.scheduler import Submission
 from privimage.config import Config, load
 from privimage.config.stages import STAGES
 from privimage.distributed.world import ALONE
@@ -43,7 +41,7 @@ def require_health(config: Config) -> None:
     """Raise UserError, with the table of what is amiss printed, before anything is queued."""
     found = diagnose(config, ALONE)
     if found.mistakes:
-        found.render(Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        found.show()
         raise UserError(f"{config.run.dir}: nothing was submitted; see above, or submit with --unchecked")
 
 
@@ -65,7 +63,7 @@ def pipeline(path: Path, overrides: Sequence[str], checked: bool = True) -> None
             stage,
             logs / stage,
             (stage, str(path), *overrides),
-            job_request(config, stage, os.environ),
+            config.slurm.of(stage, os.environ),
             after=tuple(jobs[-1:]),
         )
         jobs.append(SCHEDULER.submit(config, job))
@@ -115,11 +113,12 @@ def _array(
     for stage in wanted:
         tasks = logs / f"sweep-{os.getpid()}-{number}-{stage}.tasks"
         tasks.write_text("".join(_task(stage, *variants[at], configs[at]) + "\n" for at in part))
-        request = job_request(config, stage, os.environ)
+        request = config.slurm.of(stage, os.environ)
         waits = (job,) if job else tuple(after)
+        name = "sweep" if stage == "run" else f"sweep-{stage}"
         submission = Submission(
-            "sweep" if stage == "run" else f"sweep-{stage}",
-            logs / ("sweep" if stage == "run" else f"sweep-{stage}"),
+            name,
+            logs / name,
             ("--tasks", str(tasks)),
             request,
             after=waits,

@@ -1,13 +1,11 @@
 """What submission asks of a scheduler of batch jobs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from privimage.config import Config
 from privimage.config.slurm import Job
-from privimage.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,30 +32,3 @@ class Scheduler(ABC):
     @abstractmethod
     def log_of(self, job: Submission, number: str) -> str:
         """Where a queued job writes its output."""
-
-
-def job_request(config: Config, stage: str, environ: Mapping[str, str]) -> Job:
-    """What the job of a stage asks for.
-
-    STAGE_NODES and the like in the environment, then what the configuration says of the stage, then NODES,
-    then what it says of all stages: what is said of one stage goes before what is said of all.
-
-    Raises UserError that names a variable whose value cannot be.
-    """
-    fields: dict[str, object] = {}
-    single = config.slurm.stages.get(stage)
-    for name in Job.model_fields:
-        wanted = [
-            environ.get(f"{stage}_{name}".upper()),
-            getattr(single, name, None),
-            environ.get(name.upper()),
-            getattr(config.slurm, name),
-        ]
-        fields[name] = next((value for value in wanted if value not in (None, "")), None)
-    try:
-        return Job.model_validate(fields)
-    except ValueError:
-        raise UserError(
-            f"{stage}: what is asked for cannot be: "
-            f"{', '.join(f'{k}={v}' for k, v in fields.items() if v is not None)}"
-        ) from None

@@ -1,9 +1,5 @@
 """`privimage doctor`: everything that can be found out about a run before it is begun, as one table."""
 
-import sys
-
-from rich.console import Console
-
 from privimage.config import Config
 from privimage.distributed.world import ALONE, connect
 from privimage.errors import UserError
@@ -28,6 +24,6 @@ def run(config: Config) -> int:
     except (Exception, KeyboardInterrupt) as problem:
         return world.fail(problem)
     if world.is_main:
-        found.render(Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        found.show()
     world.close()
     return 2 if found.mistakes else 0

@@ -17,7 +17,7 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import family
 from privimage.families.base import image_shape
-from privimage.families.work import Work, seconds_of_a_pass
+from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
 from privimage.models import parameters
 from privimage.models.resnet import classifier
 from privimage.privacy.accounting import SampledGaussian, training_noise
@@ -132,7 +132,9 @@ def _query_work(config: Config, device: torch.device) -> list[Work]:
 
     precision = config.runtime.precision
     seconds = 3 * seconds_of_a_pass(forward, device, precision, settings.batch_size)
-    memory = 20 * parameters(network) + settings.batch_size * activations(forward, device, precision)
+    memory = PARAMETER_BYTES * parameters(network) + settings.batch_size * activations(
+        forward, device, precision
+    )
     images = settings.steps * settings.batch_size
     return [Work("query", settings.steps, settings.batch_size, images * seconds, memory)]
 

@@ -1,9 +1,13 @@
 """The section `slurm` of the settings: resources of the jobs of a run."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from pydantic import Field, field_validator
 
 from privimage.config.section import Section, nearest, on
 from privimage.config.stages import STAGES
+from privimage.errors import UserError
 
 
 class Job(Section):
@@ -57,11 +61,29 @@ class Slurm(Job):
         {}, description="single stages, as pretrain: {nodes: 2, gpus: 4, time: 2-00:00:00}"
     )
 
-    def of(self, stage: str) -> Job:
-        """What the job of a stage asks for: its own values, and the general ones where it has none."""
+    def of(self, stage: str, environ: Mapping[str, str] = MappingProxyType({})) -> Job:
+        """What the job of a stage asks for.
+
+        STAGE_NODES and the like in the environment, then what the configuration says of the stage, then
+        NODES, then what it says of all stages: what is said of one stage goes before what is said of all.
+
+        Raises UserError that names a variable whose value cannot be.
+        """
+        fields: dict[str, object] = {}
         single = self.stages.get(stage)
-        both = {name: getattr(self, name) for name in Job.model_fields}
-        return Job(**(both | (single.model_dump(exclude_none=True) if single else {})))
+        for name in Job.model_fields:
+            wanted = [
+                environ.get(f"{stage}_{name}".upper()),
+                getattr(single, name, None),
+                environ.get(name.upper()),
+                getattr(self, name),
+            ]
+            fields[name] = next((value for value in wanted if value not in (None, "")), None)
+        try:
+            return Job.model_validate(fields)
+        except ValueError:
+            asked = ", ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+            raise UserError(f"{stage}: what is asked for cannot be: {asked}") from None
 
     @field_validator("stages")
     @classmethod

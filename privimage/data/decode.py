@@ -1,6 +1,7 @@
 """Image sets that are decoded one image at a time, by several processes where that helps."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import select
@@ -49,6 +50,16 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def digest_of_names(self) -> bytes:
+        """SHA-256 of the names in order."""
+        return hashlib.sha256("\0".join(self.names).encode()).digest()
+
+    def digest_of_labels(self) -> bytes:
+        """SHA-256 of the number of images, the classes and the labels in order."""
+        digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
+        digest.update(np.ascontiguousarray(self.labels, np.int64).data)
+        return digest.digest()
 
     def image(self, index: int, resolution: int, channels: int) -> tuple[np.ndarray, bytes]:
         """The image as uint8 (C, resolution, resolution), and its digest; see `Decoder`.

@@ -122,7 +122,7 @@ def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: 
 
     The order is the same for any names of files, and for any order in which a file system lists them.
     """
-    digests = np.concatenate([shard.digests for shard in shards.read(source, parts, decoder.resolution)])
+    digests = shards.digests(source, parts, decoder.resolution)
     labels = np.asarray(source.labels, np.int64)
     order = sorted(range(len(source)), key=lambda index: (digests[index].tobytes(), labels[index]))
     fingerprint = hashlib.sha256(digests[order].tobytes()).hexdigest()

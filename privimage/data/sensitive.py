@@ -55,31 +55,34 @@ class SensitiveSet(StepData):
 
     def begin(self, indices: list[int], size: int) -> None:
         """See `StepData.begin`."""
+        if self.file is None:
+            return
         self.reading.clear()
         self.waiting = deque(indices[start : start + size] for start in range(0, len(indices), size))
-        self._read_ahead()
+        self._read_ahead(self.file)
 
-    def _read_ahead(self) -> None:
-        while self.file is not None and self.waiting and len(self.reading) <= AHEAD:
+    def _read_ahead(self, file: ArrayFile) -> None:
+        while self.waiting and len(self.reading) <= AHEAD:
             piece = self.waiting.popleft()
-            self.reading.append((piece, self.reader.submit(self.file.__getitem__, piece)))
+            self.reading.append((piece, self.reader.submit(file.__getitem__, piece)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         at = torch.tensor(indices, dtype=torch.int64, device=self.device)
-        return self._images(indices), self.labels[at], at
-
-    def _images(self, indices: list[int]) -> Tensor:
         if self.images is not None:
-            at = torch.tensor(indices, dtype=torch.int64, device=self.images.device)
-            return self.images[at].to(self.device, non_blocking=True)
+            images = self.images[at.to(self.images.device)].to(self.device, non_blocking=True)
+        else:
+            images = self._read(indices)
+        return images, self.labels[at], at
+
+    def _read(self, indices: list[int]) -> Tensor:
         assert self.file is not None  # the images are in memory or in a file
         # The piece that was announced is on its way; anything else is read now.
         if self.reading and self.reading[0][0] == indices:
             rows = self.reading.popleft()[1].result()
-            self._read_ahead()
+            self._read_ahead(self.file)
         else:
             rows = self.file[indices]
         return torch.from_numpy(rows).to(self.device)

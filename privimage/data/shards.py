@@ -4,7 +4,6 @@ A shard is written whole or not at all. What is there already is not decoded aga
 wrote it, and the shards in order are the set in order.
 """
 
-import hashlib
 import io
 import shutil
 from collections.abc import Iterator, Sequence
@@ -58,15 +57,16 @@ def decode(
     size = shard_size(decoder.resolution)
     starts = range(0, len(source), size)
     workers = world.cores if workers == "auto" else workers
+    names = source.digest_of_names()
     if world.is_main:
-        _claim(source, folder, decoder, skip_bad)
+        _claim(folder, decoder, skip_bad, names, source.digest_of_labels())
     # The main rank tells what is there: another node's view of a shared folder may be older.
     there = world.broadcast_object({path.name for path in folder.iterdir()} if world.is_main else None)
     left = [start for start in starts if _name(start) not in there]
     shown = world.is_main and len(left) >= SHOWN
     # Shards are counted in the main rank's list of images. Where a node lists its copy otherwise, its ranks
     # leave the work to the others: their shards would hold other images.
-    lists = gathered(world, _digest(source.names))
+    lists = gathered(world, names)
     at_work = [rank for rank, digest in enumerate(lists) if digest == lists[0]]
     place = at_work.index(world.rank) if world.rank in at_work else len(left)
     with (
@@ -98,6 +98,15 @@ def read(source: Source, folder: Path, resolution: int) -> Iterator[Shard]:
             yield Shard(file["images"], file["indices"], file["digests"], tuple(map(str, file["problems"])))
 
 
+def digests(source: Source, folder: Path, resolution: int) -> np.ndarray:
+    """The digests of all shards in order, uint8 (n, 32 or 0); their images are not read."""
+    parts = []
+    for start in range(0, len(source), shard_size(resolution)):
+        with np.load(folder / _name(start), allow_pickle=False) as file:
+            parts.append(file["digests"])
+    return np.concatenate(parts)
+
+
 def shard_size(resolution: int) -> int:
     """How many images a shard has."""
     return block_size((resolution, resolution), SHARD)
@@ -107,16 +116,10 @@ def _name(start: int) -> str:
     return f"{start:09d}.npz"
 
 
-def _digest(names: Sequence[str]) -> bytes:
-    return hashlib.sha256("\0".join(names).encode()).digest()
-
-
-def _claim(source: Source, folder: Path, decoder: Decoder, skip_bad: bool) -> None:
-    """Make the folder of the shards, and empty it if they are of another set."""
-    names = _digest(source.names).hex()
-    labels = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes()).hexdigest()
+def _claim(folder: Path, decoder: Decoder, skip_bad: bool, *digests: bytes) -> None:
+    """Make the folder of the shards, and empty it if they are of a set of other `digests`."""
     shape = [decoder.channels, decoder.resolution, decoder.draft, skip_bad]
-    told = {"names": names, "labels": labels, "classes": list(source.classes), "shape": shape, "shard": SHARD}
+    told = {"set": [digest.hex() for digest in digests], "shape": shape, "shard": SHARD}
     identity = folder / "source.json"
     if folder.exists() and (not identity.exists() or read_json(identity) != told):
         shutil.rmtree(folder)

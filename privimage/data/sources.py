@@ -1,10 +1,6 @@
 """The image sets that a configuration names."""
 
-import hashlib
-import json
 from pathlib import Path
-
-import numpy as np
 
 from privimage.config import Config
 from privimage.data.decode import Source
@@ -55,11 +51,10 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
 
     def source() -> Source:
         opened = sensitive_source(config, split)
-        same = digest_of_labels(opened)
         path = data.sensitive.path or data.sensitive.kind
         all_the_same(
             world,
-            same,
+            opened.digest_of_labels(),
             f"data.sensitive: {path}: the number of {split} images, their labels or classes",
             "copy the set to them again",
         )
@@ -86,13 +81,6 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
         world,
         f"read {split}",
     )
-
-
-def digest_of_labels(source: Source) -> bytes:
-    """SHA-256 of the number of images, the classes and the labels in order."""
-    digest = hashlib.sha256(json.dumps([len(source), source.classes]).encode())
-    digest.update(np.ascontiguousarray(source.labels, np.int64).data)
-    return digest.digest()
 
 
 def sensitive_source(config: Config, split: Split) -> Source:

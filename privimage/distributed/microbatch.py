@@ -1,10 +1,11 @@
 """How many images go through a network at once: as many as there is memory for, the same on all ranks."""
 
+import copy
 from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -50,6 +51,28 @@ def fitting(wanted: int, forward: Callable[[int], Tensor], precision: str, world
     if world.device.type == "cuda":
         size = _tried(size, forward, precision, world, what)
     return min(world.gather_objects(size))
+
+
+def fitting_images(
+    wanted: int,
+    shape: tuple[int, ...],
+    network: nn.Module,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    precision: str,
+    world: World,
+    what: str,
+) -> int:
+    """As `fitting`, by `loss(network, images, labels)` of blank images (n, *shape) in [-1, 1] of class 0.
+
+    Tried on a copy of the network: in training mode a pass changes running statistics.
+    """
+    network = copy.deepcopy(network).train()
+
+    def of_blank(count: int) -> Tensor:
+        labels = torch.zeros(count, dtype=torch.int64, device=world.device)
+        return loss(network, torch.zeros(count, *shape, device=world.device), labels)
+
+    return fitting(wanted, of_blank, precision, world, what)
 
 
 def _free(world: World) -> float:

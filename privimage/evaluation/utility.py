@@ -4,7 +4,6 @@ The three accuracies are always reported separately: taking the best of them on 
 selection on the test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from privimage.distributed.microbatch import block_size, fitting, pieces
+from privimage.distributed.microbatch import block_size, fitting_images, pieces
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
@@ -136,7 +135,8 @@ def train_cnn(
     optimizer, schedule = _sgd(parameters, batch_size, epochs * math.ceil(len(train) / batch_size))
     generator = torch.Generator().manual_seed(seed)  # order and flips, equal on all ranks
 
-    at_once = _fitting(network.train(), images, -(-batch_size // world.size), world, label)
+    own, shape = -(-batch_size // world.size), images.shape[1:]
+    at_once = fitting_images(own, shape, network, _loss, "fp32", world, f"evaluate: {label}")
     with Progress(label, total=epochs, shown=world.is_main) as bar:
         for _ in range(epochs):
             loss_sum = torch.zeros(1, device=world.device)
@@ -146,8 +146,7 @@ def train_cnn(
                 # A rank without images still takes part in the sum of gradients.
                 for piece in pieces(len(mine), at_once):
                     which = mine[piece]
-                    logits = network(_mirrored(to_unit(images[which]), flips[piece]))
-                    loss = F.cross_entropy(logits, labels[which], reduction="sum")
+                    loss = _loss(network, _mirrored(to_unit(images[which]), flips[piece]), labels[which])
                     (loss / len(batch)).backward()
                     loss_sum += loss.detach()
                 _add_up(parameters, world)
@@ -170,15 +169,9 @@ def _sgd(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def _fitting(network: nn.Module, images: Tensor, wanted: int, world: World, label: str) -> int:
-    """How many images have room at once; tried on a copy, whose running statistics do not matter."""
-    network = copy.deepcopy(network)
-
-    def loss(count: int) -> Tensor:
-        blank = torch.zeros(count, *images.shape[1:], device=world.device)
-        return F.cross_entropy(network(blank), torch.zeros(count, dtype=torch.int64, device=world.device))
-
-    return fitting(wanted, loss, "fp32", world, f"evaluate: {label}")
+def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the losses of images (B, C, H, W) in [-1, 1]."""
+    return F.cross_entropy(network(images), labels, reduction="sum")
 
 
 def _average_statistics(network: nn.Module, world: World) -> None:

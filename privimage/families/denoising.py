@@ -1,5 +1,6 @@
 """Training of a denoiser by EDM's loss, in public and in private."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ from privimage.telemetry import flops
 LABEL = "network.label.weight"
 
 
+def losses_of_nothing(
+    denoiser: nn.Module, shape: tuple[int, int, int], device: torch.device
+) -> Callable[[int], Tensor]:
+    """A function of n: the losses (n,) of as many images of zeros, to time and measure with."""
+
+    def forward(images: int) -> Tensor:
+        x, sigma = torch.zeros(images, *shape, device=device), torch.ones(images, device=device)
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        return edm.loss(denoiser, x, labels, sigma, x)
+
+    return forward
+
+
 class DiffusionPublic(PublicTraining):
     """EDM's loss on public images through an engine, with an exponential average of the weights."""
 
@@ -40,16 +54,8 @@ class DiffusionPublic(PublicTraining):
         self.engine = make_engine(config, self.denoiser, world)
         self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
         self.loss_sum, self.steps = torch.zeros((), device=world.device), 0
-        batch_size, shape = -(-config.pretrain.batch_size // world.size), image_shape(config)
-
-        def of_nothing(images: int) -> Tensor:
-            x, sigma = (
-                torch.zeros(images, *shape, device=world.device),
-                torch.ones(images, device=world.device),
-            )
-            labels = torch.zeros(images, dtype=torch.int64, device=world.device)
-            return edm.loss(self.denoiser, x, labels, sigma, x).mean()
-
+        batch_size = -(-config.pretrain.batch_size // world.size)
+        of_nothing = losses_of_nothing(self.denoiser, image_shape(config), world.device)
         self.at_once = fitting(batch_size, of_nothing, config.runtime.precision, world, "pretrain")
         self.operations = flops.of_training(of_nothing)
 

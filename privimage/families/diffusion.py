@@ -21,8 +21,8 @@ from privimage.families.base import (
     PublicTraining,
     image_shape,
 )
-from privimage.families.denoising import DiffusionPrivate, DiffusionPublic
-from privimage.families.work import Work, seconds_of_a_pass
+from privimage.families.denoising import DiffusionPrivate, DiffusionPublic, losses_of_nothing
+from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
 from privimage.models import build_diffusion, edm, parameters
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.mechanisms import DPSGD
@@ -67,15 +67,7 @@ class DiffusionFamily(Family, Pretrained):
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Estimate from passes through the denoiser, 3 per public step, and private steps."""
         denoiser = build_diffusion(config, n_classes).to(device)
-
-        def forward(images: int) -> Tensor:
-            x, sigma = (
-                torch.zeros((images, *image_shape(config)), device=device),
-                torch.ones(images, device=device),
-            )
-            labels = torch.zeros(images, dtype=torch.int64, device=device) if n_classes else None
-            return edm.loss(denoiser, x, labels, sigma, x)
-
+        forward = losses_of_nothing(denoiser, image_shape(config), device)
         settings, precision = config.pretrain, config.runtime.precision
         seconds = seconds_of_a_pass(forward, device, precision, settings.batch_size)
         # One pass is measured; every stage is a number of passes.
@@ -138,7 +130,7 @@ class Diffusion(DiffusionFamily, FineTuned):
                 finetune.steps,
                 finetune.logical_batch_size * finetune.noise_copies,
                 seconds,
-                20 * passes.size + memory,
+                PARAMETER_BYTES * passes.size + memory,
             ),
             passes.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
         ]
@@ -161,5 +153,5 @@ class Passes:
             steps,
             images,
             steps * images * passes * self.forward,
-            self.size * 20 + at_once * self.memory,
+            PARAMETER_BYTES * self.size + at_once * self.memory,
         )

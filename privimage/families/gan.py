@@ -21,7 +21,7 @@ from privimage.families.base import (
     load_pretrained,
 )
 from privimage.families.generator import BETAS, GeneratorFamily
-from privimage.families.work import Work, seconds_of_a_pass
+from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
 from privimage.models import build_discriminator, build_generator, edm, parameters
 from privimage.models.biggan import Discriminator, d_loss_fake, d_loss_real
 from privimage.privacy.batching import cpu_batch_size
@@ -71,8 +71,7 @@ class Gan(GeneratorFamily, Pretrained, FineTuned):
         d_seconds = seconds_of_a_pass(forward, device, config.runtime.precision, config.pretrain.batch_size)
         d_memory = activations(forward, device, config.runtime.precision)
         d_size, rows = parameters(discriminator), []
-        # Bytes per parameter: weights, gradient, two Adam moments, and the average, in fp32.
-        weights = 20 * (g_size + d_size)
+        weights = PARAMETER_BYTES * (g_size + d_size)
         pretrain, finetune, private = config.pretrain, config.finetune, plan.the(DPSGD)
         if config.spec.pretraining != "none":
             # A discriminator step sees a real and a generated image (2 x 3 passes) and makes the latter (1);

@@ -12,7 +12,7 @@ from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.distributed.world import World
 from privimage.families.generator import GeneratorFamily, TrainedGenerator
-from privimage.families.work import Work
+from privimage.families.work import PARAMETER_BYTES, Work
 from privimage.models import build_generator
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.plan import PrivacyPlan
@@ -29,12 +29,11 @@ class Matching(GeneratorFamily):
         """Passes through the generator, 3 for a step (forward and backward)."""
         settings = config.match
         seconds, memory, size = self._generator_work(config, n_classes, device)
-        work = settings.steps * settings.batch_size * 3 * seconds
+        work, weights = settings.steps * settings.batch_size * 3 * seconds, PARAMETER_BYTES * size
+        training = weights + settings.batch_size * memory
         return [
-            Work(
-                "match", settings.steps, settings.batch_size, work, 20 * size + settings.batch_size * memory
-            ),
-            self._sampling(config, seconds, memory, 20 * size),
+            Work("match", settings.steps, settings.batch_size, work, training),
+            self._sampling(config, seconds, memory, weights),
         ]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FEW = 8  # images to begin with: a large network is slow enough with them
+PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
 ENOUGH = 0.5  # seconds beside which the overhead of calls is small
 
 

@@ -7,7 +7,9 @@ nothing.
 
 import os
 import secrets
+import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -18,6 +20,7 @@ from rich.table import Table
 from privimage.config import Config
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
+from privimage.families.work import PARAMETER_BYTES
 from privimage.runs import preflight, room
 from privimage.runs.devices import Row, connection, devices, in_job
 from privimage.runs.visit import Visit
@@ -26,7 +29,6 @@ from privimage.storage.rundir import RunDir
 from privimage.telemetry import memory
 
 RANK_BYTES = 2 << 30  # of a rank without images and networks: Python, torch and its libraries
-PARAMETER_BYTES = 20  # weights, gradient, two moments and the average in float32
 
 
 @dataclass
@@ -40,8 +42,9 @@ class Diagnosis:
         """How many rows tell a mistake."""
         return sum(row.state == "mistake" for row in self.rows)
 
-    def render(self, console: Console) -> None:
-        """Print the table."""
+    def show(self) -> None:
+        """Print the table; it is 120 columns wide where the output is not a terminal."""
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         table = Table("check", "", "what was found, and what to do", title_justify="left")
         colours = {"ok": "green", "warning": "yellow", "mistake": "bold red"}
         for row in self.rows:
@@ -119,10 +122,7 @@ def run_directory(visit: Visit) -> Iterator[str]:
     except HeldError:
         yield f"run.dir: {place}: a lock that nobody holds is taken; choose another file system"
     finally:
-        for file in trial.iterdir() if trial.exists() else ():
-            file.unlink()
-        if trial.exists():
-            trial.rmdir()
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def room_in_memory(visit: Visit) -> Iterator[str]:

@@ -4,7 +4,6 @@ Its features are then clustered where that is asked for. SGD, cosine schedule, t
 validation accuracy (paper, Table 7).
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from privimage.data import store
 from privimage.distributed import checkpoint
 from privimage.distributed.blocks import in_blocks
 from privimage.distributed.engine import DDPEngine
-from privimage.distributed.microbatch import block_size, fitting
+from privimage.distributed.microbatch import block_size, fitting_images
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.models.edm import to_unit
@@ -93,25 +92,18 @@ class QueryTraining:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.query.steps)
         bf16 = config.runtime.precision == "bf16"
         self.engine = DDPEngine(self.network, self.optimizer, world, bf16)
-        self.at_once = self._fitting(-(-config.query.batch_size // world.size))
+
+        def loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            return self.task.loss(network, images, labels, torch.Generator().manual_seed(0))
+
+        # Batch statistics are those of as many images as have room at once.
+        own, precision = -(-config.query.batch_size // world.size), config.runtime.precision
+        self.at_once = fitting_images(own, image_shape(config), self.network, loss, precision, world, "query")
         # Each rank validates on its share of the held-out images, which stay in memory.
         share = held_out[world.rank :: world.size]
         self.validation, self.labels = store.read(run_dir.public_store, share), public.of_images[share]
         self.best_file, self.best = run_dir.stage("query") / "network.pt", -1.0
         self.loss = torch.zeros((), device=world.device)
-
-    def _fitting(self, wanted: int) -> int:
-        """How many images have room at once. Batch statistics are then those of as many images."""
-        shape, device = image_shape(self.config), self.world.device
-        # Of a copy: in training mode a pass changes the network's running statistics.
-        network = copy.deepcopy(self.network).train()
-        generator = torch.Generator().manual_seed(0)
-
-        def loss(images: int) -> Tensor:
-            labels = torch.zeros(images, dtype=torch.int64, device=device)
-            return self.task.loss(network, torch.zeros(images, *shape, device=device), labels, generator)
-
-        return fitting(wanted, loss, self.config.runtime.precision, self.world, "query")
 
     def step(self, images: Tensor, targets: Tensor, step: int) -> None:
         """One update by this rank's images uint8 (B, C, H, W) and their labels (B,)."""

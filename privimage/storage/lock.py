@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,7 +77,7 @@ class Lock:
         self.path, self.handle = path, handle
         self.beside = path.with_name(f".{path.name.lstrip('.')}.owner")
         self._closing = threading.Event()
-        self._by_file = _is_local(path)
+        self._by_file = _is_local(path, MOUNTS)
         if not self._by_file:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -204,11 +205,15 @@ def _job_has_ended(job: str) -> bool:
     )
 
 
-def _is_local(path: Path) -> bool:
-    """Whether flock on a file holds on this machine only, although other machines may see the file."""
+@lru_cache(maxsize=64)
+def _is_local(path: Path, mounts: Path) -> bool:
+    """Whether flock on a file holds on this machine only, although other machines may see the file.
+
+    `mounts` lists the file systems of this machine.
+    """
     best, kind, options = "", "", ""
     with contextlib.suppress(OSError):
-        for line in MOUNTS.read_text().splitlines():
+        for line in mounts.read_text().splitlines():
             _, place, *rest = line.split()
             place = place.encode().decode("unicode_escape")
             if path.absolute().is_relative_to(place) and len(place) >= len(best):

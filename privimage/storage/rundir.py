@@ -85,6 +85,9 @@ class RunDir:
         """What a finished stage wrote down (seconds, memory, figures); None while it is not finished."""
         if self.records is not None:
             return self.records.get(stage)
+        return self._read_record(stage)
+
+    def _read_record(self, stage: str) -> dict | None:
         path = self.path / stage / "done.json"
         return read_json(path) if path.exists() else None
 
@@ -106,8 +109,8 @@ class RunDir:
 
     def read_records(self) -> dict[str, dict]:
         """The records of all finished stages, from the disk."""
-        files = {stage: self.path / stage / "done.json" for stage in STAGES}
-        return {stage: read_json(file) for stage, file in files.items() if file.exists()}
+        records = {stage: self._read_record(stage) for stage in STAGES}
+        return {stage: record for stage, record in records.items() if record is not None}
 
     @property
     def public_store(self) -> Path:

@@ -42,19 +42,14 @@ def peak(device: torch.device) -> int:
 
 def available() -> int:
     """Bytes that processes of this node may still take, within the limits of this process's control group."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     # Every group from this process's own to the root may have a limit; containers see theirs as the root.
-    for limit, used in _limits():
-        left.append(max(0, limit - used))
-    return min(left)
+    left = (max(0, limit - used) for limit, used in _limits())
+    return min([_in_kilobytes("meminfo", "MemAvailable"), *left])
 
 
 def total() -> int:
     """Bytes of memory of this machine, within the limits of this process's control group."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    whole = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
-    return min([*whole, *(limit for limit, _ in _limits())])
+    return min([_in_kilobytes("meminfo", "MemTotal"), *(limit for limit, _ in _limits())])
 
 
 def _limits() -> Iterator[tuple[int, int]]:
@@ -76,5 +71,10 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 def resident(key: str = "VmRSS") -> int:
     """Bytes in main memory from /proc/self/status: `VmRSS` current, `VmHWM` peak."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[key].split()[0]) * 1024
+    return _in_kilobytes("self/status", key)
+
+
+def _in_kilobytes(file: str, key: str) -> int:
+    """Bytes that a line `key: number kB` of a file below /proc says."""
+    lines = dict(line.split(":", 1) for line in (Path("/proc") / file).read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024

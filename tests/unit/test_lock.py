@@ -207,11 +207,10 @@ def test_a_lock_is_touched_while_it_is_held(
     ],
 )
 def test_which_file_systems_have_locks_of_one_machine_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: str, expected: bool
+    tmp_path: Path, mounts: str, expected: bool
 ) -> None:
     (tmp_path / "mounts").write_text(mounts)
-    monkeypatch.setattr(lock, "MOUNTS", tmp_path / "mounts")
-    assert lock._is_local(Path("/data/runs/a/.lock")) is expected
+    assert lock._is_local(Path("/data/runs/a/.lock"), tmp_path / "mounts") is expected
 
 
 def test_charges_under_a_lock_file_leave_nothing_behind(tmp_path: Path, local: None) -> None:

@@ -10,7 +10,7 @@ from ranks import REPOSITORY, TINY, clean_environment
 
 from privimage import cli
 from privimage.cluster import jobs
-from privimage.cluster.scheduler import Submission, job_request
+from privimage.cluster.scheduler import Submission
 from privimage.cluster.slurm import sbatch_options
 from privimage.config import load
 from privimage.errors import UserError
@@ -26,7 +26,7 @@ SECTION = [
 
 def options(stage: str, *overrides: str, **environ: str) -> list[str]:
     config = load(TINY, [*SECTION, *overrides])
-    return sbatch_options(config, Submission(stage, Path("log"), (), job_request(config, stage, environ)))
+    return sbatch_options(config, Submission(stage, Path("log"), (), config.slurm.of(stage, environ)))
 
 
 def test_a_stage_asks_for_what_all_stages_do_unless_it_says_otherwise():
