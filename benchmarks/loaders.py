@@ -24,6 +24,7 @@ from privimage.data import store
 from privimage.data.glyphs import character_classes, glyph_source
 from privimage.data.readers import open_source
 from privimage.data.stream import PublicStream
+from privimage.data.transforms import Form
 from privimage.models.edm import to_unit
 
 RESOLUTION = 32
@@ -38,7 +39,7 @@ def as_jpegs(images: Path | None, folder: Path, count: int) -> None:
     )
     for position in range(count):
         index = position * len(source) // count
-        pixels, _ = source.image(index, RESOLUTION, 3)
+        pixels, _ = source.image(index, Form(RESOLUTION, 3))
         place = folder / f"{source.labels[index]:04d}"
         place.mkdir(exist_ok=True)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(place / f"{position:05d}.jpg", quality=90)
@@ -89,7 +90,7 @@ def main() -> None:
         folder, path = Path(place, "jpegs"), Path(place, "images.beton")
         folder.mkdir()
         as_jpegs(given.images, folder, given.count)
-        store.write(open_source("folder", folder, "train"), path, RESOLUTION, 3, given.workers)
+        store.write(open_source("folder", folder, "train"), path, Form(RESOLUTION, 3), given.workers)
         epochs = {
             "ImageFolder": torchvision_epoch(folder, given.batch_size, given.workers),
             "stream": stream_epoch(path, given.batch_size, given.workers),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from privimage.data import store
 from privimage.data.readers import open_source
+from privimage.data.transforms import Form
 from privimage.errors import UserError
 
 
@@ -64,7 +65,7 @@ def main(
             raise UserError("--resolution must be at least 1, --workers at least 0")
         source = open_source(kind, given.source, given.split, labelled)
         sidecar = store.write(
-            source, given.output, given.resolution, given.channels, given.workers, given.skip_bad
+            source, given.output, Form(given.resolution, given.channels), given.workers, given.skip_bad
         )
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

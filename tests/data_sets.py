@@ -16,6 +16,7 @@ from privimage.data.decode import Source
 from privimage.data.private_store import ImageSet, open_set
 from privimage.data.request import Split
 from privimage.data.sources import open_sensitive
+from privimage.data.transforms import Form
 from privimage.distributed.world import ALONE
 
 
@@ -40,12 +41,17 @@ def source_of(images: np.ndarray, labels: np.ndarray) -> Source:
     return Source(squeezed, Image.fromarray, [f"image {i}" for i in range(len(images))], labels, classes)
 
 
-def read(source: Source, resolution: int, channels: int, workers: int = 0) -> ImageSet:
+def read(
+    source: Source,
+    resolution: int = 8,
+    channels: int = 1,
+    workers: int = 0,
+    form: Form | None = None,
+    skip_bad: bool = False,
+) -> ImageSet:
     """A source as a run decodes it, into a folder that is gone when this process ends."""
-    folder = Path(scratch(), secrets.token_hex(8))
-    return _in_memory(
-        open_set(folder, {"stamp": []}, lambda: source, resolution, channels, workers, ALONE, "read")
-    )
+    folder, form = Path(scratch(), secrets.token_hex(8)), form or Form(resolution, channels)
+    return _in_memory(open_set(folder, {"stamp": []}, lambda: source, form, workers, ALONE, "read", skip_bad))
 
 
 def read_sensitive(config: Config, split: Split) -> ImageSet:

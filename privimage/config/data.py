@@ -1,14 +1,16 @@
 """The sections `run` and `data` of the settings: where a run lives, and its two image sets."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from privimage.config.section import Section, on
 from privimage.config.stages import SENSITIVE, STAGES
 
 SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
+Byte = Annotated[int, Field(ge=0, le=255)]
 PublicKind = SensitiveKind | Literal["glyphs"]
 
 
@@ -43,6 +45,9 @@ class PublicData(Section):
             "whether its labels are used; without them a folder needs no class sub-folders, an npz no labels"
         ),
     )
+    skip_bad: bool = Field(
+        False, description="leave out images that do not decode, and count them, in place of stopping"
+    )
     images_per_class: int = Field(400, ge=1, description="for kind glyphs: images rendered of each character")
 
 
@@ -69,6 +74,13 @@ class SensitiveData(Section):
         None,
         description="column or array that names whom each image belongs to (a person, a patient)",
     )
+    skip_bad: bool = Field(
+        False,
+        description=(
+            "leave out images that do not decode, and count them for the owner, in place of stopping; N "
+            "counts them too"
+        ),
+    )
     residence: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="where private steps take images from, with equal results; auto: the first with room",
@@ -92,9 +104,23 @@ class Data(Section):
     affects = on(*STAGES)
 
     resolution: int = Field(
-        ge=8, le=256, description="pixels of a side; images are centre-cropped and resized to it"
+        ge=8, le=256, description="pixels of a side; images are resized to it, after `fit`"
     )
     channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
+    fit: Literal["crop", "pad", "squash"] = Field(
+        "crop",
+        description="images that are not square: a centred square is cut out, bars are added, or squashed",
+    )
+    background: tuple[Byte, Byte, Byte] = Field(
+        (255, 255, 255), description="red, green, blue of 0 to 255: behind transparent pixels, and of bars"
+    )
+    window: tuple[float, float] | Literal["full"] | None = Field(
+        None,
+        description=(
+            "[low, high], the values of 16-bit and float pixels that become black and white; full: the range "
+            "of their type; 8-bit images need none"
+        ),
+    )
     public: PublicData
     sensitive: SensitiveData
     store: Literal["auto", "beton", "npy"] = Field(
@@ -112,3 +138,10 @@ class Data(Section):
         description="folder on each node to copy the prepared set to, as ${oc.env:SLURM_TMPDIR}",
         json_schema_extra=on(),
     )
+
+    @field_validator("window")
+    @classmethod
+    def _window_is_wide(cls, window: tuple[float, float] | str | None) -> tuple[float, float] | str | None:
+        if isinstance(window, tuple) and not -math.inf < window[0] < window[1] < math.inf:
+            raise ValueError("the first value must be smaller than the second, both finite")
+        return window

@@ -1,5 +1,6 @@
 """Image sets that are decoded one image at a time, by several processes where that helps."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -19,13 +20,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from privimage.data import transforms
+from privimage.data import pixels, transforms
+from privimage.data.pixels import Values
+from privimage.data.transforms import Form
 from privimage.errors import UserError
 from privimage.storage import owner_only
 
 SHORT = 1000  # characters of what a worker process returns: less than a pipe takes at once
 LOOK_SECONDS = 0.5  # between two looks of a worker process at the one that it works for
-NOT_8_BIT = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow would cut these off at 255
+# Pixels from which on Pillow warns; it refuses images with twice as many, which are small files that would
+# fill the memory. Slides and maps have hundreds of millions.
+Image.MAX_IMAGE_PIXELS = 1 << 28
 # What batch systems send to all processes of a job: the ranks decide what follows from it, not the workers.
 IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
@@ -41,7 +46,7 @@ class Source:
     """
 
     items: Any  # a sequence, of which slices can be taken; an array of images that are in memory
-    opener: Callable[[Any], Image.Image]
+    opener: Callable[[Any], Image.Image | Values]
     names: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -61,12 +66,16 @@ class Source:
         digest.update(np.ascontiguousarray(self.labels, np.int64).data)
         return digest.digest()
 
-    def image(self, index: int, resolution: int, channels: int) -> tuple[np.ndarray, bytes]:
+    def image(self, index: int, form: Form) -> tuple[np.ndarray, bytes]:
         """The image as uint8 (C, resolution, resolution), and its digest; see `Decoder`.
 
-        Raises UserError that names an image which does not decode or has not 8 bits a channel.
+        Raises UserError that names an image which does not decode, or needs a setting to be read.
         """
-        return Decoder(self, resolution, channels).decode(self.items[index], self.names[index])
+        return Decoder(self, form).decode(self.items[index], self.names[index])
+
+
+class DamagedError(UserError):
+    """An image that does not decode; `skip_bad` leaves it out."""
 
 
 class Decoder:
@@ -74,37 +83,46 @@ class Decoder:
 
     With `draft`, JPEGs are decoded at a half, a quarter or an eighth of their size where twice the resolution
     is left, which is several times as fast; there is no digest then. Sensitive sets need the digest, the
-    SHA-256 of an image's size and RGB pixels before crop and resize: it identifies them at any resolution.
+    SHA-256 of an image's size and pixels as they were found: it identifies them in any form.
     """
 
-    def __init__(self, source: Source, resolution: int, channels: int, draft: bool = False):
-        self.opener, self.side = source.opener, source.side
-        self.resolution, self.channels, self.draft = resolution, channels, draft
+    def __init__(self, source: Source, form: Form, draft: bool = False):
+        self.opener, self.side, self.form, self.draft = source.opener, source.side, form, draft
 
     def decode(self, item: Any, name: str) -> tuple[np.ndarray, bytes]:
-        """The array and the digest of an item. Raises UserError with `name` for one that does not decode."""
+        """The array and the digest of an item.
+
+        Raises DamagedError with `name` for one that does not decode, and UserError for one that needs a
+        setting, or that the machine could not read.
+        """
         try:
-            whole = self.opener(item)
-            side, width = self.side(whole), whole.width
+            return self._decoded(item)
+        except UserError as error:
+            raise type(error)(f"{name}: {error}") from None
+        except MemoryError:
+            raise UserError(f"{name}: too large for the memory of this machine") from None
+        except Exception as error:  # decoders raise whatever they like on damaged files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # A disk that fails, or rights that are missing, do not make an image damaged.
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise UserError(f"{name}: not readable ({error.strerror})") from None
+            if isinstance(error, FileNotFoundError):
+                link = Path(name).is_symlink()
+                reason = "a link to a file that is not there" if link else "no such file"
+            raise DamagedError(f"{name}: not readable as an image ({reason})") from None
+
+    def _decoded(self, item: Any) -> tuple[np.ndarray, bytes]:
+        whole = self.opener(item)
+        side, deep = None, False
+        if isinstance(whole, Image.Image):
+            side, width, deep = self.side(whole), whole.width, pixels.too_deep(whole)
             if self.draft:
-                whole.draft("RGB", (2 * self.resolution, 2 * self.resolution))
+                whole.draft("RGB", (2 * self.form.resolution, 2 * self.form.resolution))
                 side = round(side * whole.width / width)
             whole.load()
-            if whole.mode in NOT_8_BIT:
-                raise ValueError(f"its pixels are {whole.mode}, not 8 bits")
-            pixels = whole.convert("RGB" if self.channels == 3 else "L")
-            digest = b"" if self.draft else _digest(whole)
-        except Exception as error:  # decoders raise whatever they like on damaged files
-            raise UserError(
-                f"{name}: not readable as an image "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            ) from None
-        return transforms.to_array(pixels, side, self.resolution), digest
-
-
-def _digest(image: Image.Image) -> bytes:
-    colour = image.convert("RGB")
-    return hashlib.sha256(f"{colour.size}".encode() + colour.tobytes()).digest()
+        digest = b"" if self.draft else pixels.digest(whole)
+        image = pixels.prepared(whole, self.form, deep)
+        return transforms.to_array(image, self.side(image) if side is None else side, self.form), digest
 
 
 class Workers:

@@ -21,12 +21,14 @@ import numpy as np
 
 from privimage.data import shards
 from privimage.data.decode import Decoder, Source
+from privimage.data.transforms import Form
 from privimage.distributed import told
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.storage import owner_only
 from privimage.storage.array_file import ArrayFile, Images
 from privimage.storage.files import read_json, write_array, write_json
+from privimage.telemetry.progress import say
 
 READ_BYTES = 1 << 26  # that are read and hashed at once
 
@@ -38,6 +40,9 @@ class ImageSet:
     `fingerprint` is a digest of the images before crop and resize, independent of order, resolution, file
     format and labels; it names the ledger of the set. `content` is the SHA-256 of pixels, labels and class
     names, in order: whatever is computed from the set is a function of it.
+
+    `count` is N, the number of images that the set lists. It is public; how many of them are damaged and left
+    out is not.
     """
 
     images: Images
@@ -45,23 +50,25 @@ class ImageSet:
     classes: tuple[str, ...]
     fingerprint: str
     content: bytes
+    count: int
 
 
 def open_set(
     folder: Path,
     key: dict,
     source: Callable[[], Source],
-    resolution: int,
-    channels: int,
+    form: Form,
     workers: int | Literal["auto"],
     world: World,
     label: str,
+    skip_bad: bool = False,
 ) -> ImageSet:
     """The set that is kept in `folder` under `key`; decoded from `source()` if it is not there yet.
 
     `key`, of plain values, says what the set is made from; what was made from anything else is made again.
     Its `stamp` changes with the original, and is empty where that is not at hand: what is kept stays then.
-    All ranks call it together. Raises UserError that names an image which does not decode, and Stopped.
+    All ranks call it together. Raises UserError that names an image which does not decode, unless `skip_bad`,
+    which leaves such images out; and Stopped.
     """
     # The main rank decides whether the set is there: other nodes may see an older state of the folder.
     if not world.broadcast_object(_holds(folder, key) if world.is_main else None):
@@ -69,8 +76,8 @@ def open_set(
         parts = folder.with_name(f"{folder.name}.parts")
         if world.is_main:
             owner_only.folder(folder)
-        decoder = Decoder(decoded, resolution, channels)
-        shards.decode(decoded, parts, decoder, workers, world, label)
+        decoder = Decoder(decoded, form)
+        shards.decode(decoded, parts, decoder, workers, world, label, skip_bad)
         if world.is_main:
             _assemble(decoded, parts, decoder, folder, key)
             shutil.rmtree(parts)
@@ -84,6 +91,7 @@ def open_set(
         tuple(known["classes"]),
         known["fingerprint"],
         bytes.fromhex(known["content"]),
+        known["count"],
     )
 
 
@@ -122,19 +130,24 @@ def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: 
 
     The order is the same for any names of files, and for any order in which a file system lists them.
     """
-    digests = shards.digests(source, parts, decoder.resolution)
-    labels = np.asarray(source.labels, np.int64)
-    order = sorted(range(len(source)), key=lambda index: (digests[index].tobytes(), labels[index]))
+    indices, digests, problems = shards.found(source, parts, decoder.form.resolution)
+    if problems:
+        if not len(indices):
+            raise UserError(f"not one image could be read, the first: {problems[0]}")
+        # For the owner alone: the plan of a run and its release know the number of images with these.
+        say(f"{len(problems)} of {len(source)} images do not decode and are left out, first {problems[0]}")
+    labels = np.asarray(source.labels, np.int64)[indices]
+    order = sorted(range(len(indices)), key=lambda index: (digests[index].tobytes(), labels[index]))
     fingerprint = hashlib.sha256(digests[order].tobytes()).hexdigest()
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    place = np.zeros(len(source), np.int64)
+    place[indices[order]] = np.arange(len(order))
 
     # Written beside and renamed: set.json, which comes last, vouches for both files.
     (folder / "set.json").unlink(missing_ok=True)
     part = folder / ".images.part.npy"
-    shape = (len(source), decoder.channels, decoder.resolution, decoder.resolution)
+    shape = (len(indices), decoder.form.channels, decoder.form.resolution, decoder.form.resolution)
     try:
-        _write_rows(part, shape, shards.read(source, parts, decoder.resolution), place)
+        _write_rows(part, shape, shards.read(source, parts, decoder.form.resolution), place)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(
@@ -148,6 +161,7 @@ def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: 
         "classes": list(source.classes),
         "fingerprint": fingerprint,
         "content": content.hex(),
+        "count": len(source),
     }
     write_json(folder / "set.json", known | {"stamps": _stamps(folder)})
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from privimage.data.decode import Decoder, Source, Workers
+from privimage.data.decode import DamagedError, Decoder, Source, Workers
 from privimage.distributed.agreement import gathered
 from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
@@ -54,7 +54,7 @@ def decode(
     an image which does not decode, unless `skip_bad`; Stopped when a stop was requested, with the finished
     shards kept.
     """
-    size = shard_size(decoder.resolution)
+    size = shard_size(decoder.form.resolution)
     starts = range(0, len(source), size)
     workers = world.cores if workers == "auto" else workers
     names = source.digest_of_names()
@@ -98,13 +98,16 @@ def read(source: Source, folder: Path, resolution: int) -> Iterator[Shard]:
             yield Shard(file["images"], file["indices"], file["digests"], tuple(map(str, file["problems"])))
 
 
-def digests(source: Source, folder: Path, resolution: int) -> np.ndarray:
-    """The digests of all shards in order, uint8 (n, 32 or 0); their images are not read."""
-    parts = []
+def found(source: Source, folder: Path, resolution: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Indices int64 (n,), digests uint8 (n, 32) and problems of all shards in order, without their images."""
+    problems: list[str] = []
+    indices, digests = [], [np.zeros((0, 32), np.uint8)]
     for start in range(0, len(source), shard_size(resolution)):
         with np.load(folder / _name(start), allow_pickle=False) as file:
-            parts.append(file["digests"])
-    return np.concatenate(parts)
+            indices.append(file["indices"])
+            digests.append(file["digests"].reshape(len(indices[-1]), 32))
+            problems += map(str, file["problems"])
+    return np.concatenate(indices), np.concatenate(digests), problems
 
 
 def shard_size(resolution: int) -> int:
@@ -118,8 +121,8 @@ def _name(start: int) -> str:
 
 def _claim(folder: Path, decoder: Decoder, skip_bad: bool, *digests: bytes) -> None:
     """Make the folder of the shards, and empty it if they are of a set of other `digests`."""
-    shape = [decoder.channels, decoder.resolution, decoder.draft, skip_bad]
-    told = {"set": [digest.hex() for digest in digests], "shape": shape, "shard": SHARD}
+    told = {"set": [digest.hex() for digest in digests], "form": decoder.form.to_dict(), "shard": SHARD}
+    told |= {"draft": decoder.draft, "skip_bad": skip_bad}
     identity = folder / "source.json"
     if folder.exists() and (not identity.exists() or read_json(identity) != told):
         shutil.rmtree(folder)
@@ -134,7 +137,8 @@ def _write(
 
     Returns the first problem, for which nothing is written, or an empty string.
     """
-    images = np.empty((len(items), decoder.channels, decoder.resolution, decoder.resolution), np.uint8)
+    form = decoder.form
+    images = np.empty((len(items), form.channels, form.resolution, form.resolution), np.uint8)
     indices: list[int] = []
     digests: list[np.ndarray] = []
     problems: list[str] = []
@@ -142,7 +146,7 @@ def _write(
         try:
             images[len(indices)], digest = decoder.decode(item, name)
         except UserError as error:
-            if not skip_bad:
+            if not (skip_bad and isinstance(error, DamagedError)):
                 return str(error)
             problems.append(str(error))
             continue

@@ -15,9 +15,16 @@ from privimage.data.readers import (
     without_labels,
 )
 from privimage.data.request import Columns, Known, Split
+from privimage.data.transforms import Form
 from privimage.distributed.agreement import all_the_same
 from privimage.distributed.world import World
 from privimage.errors import UserError
+
+
+def form(config: Config) -> Form:
+    """What both sets become."""
+    data = config.data
+    return Form(data.resolution, data.channels, data.fit, data.background, data.window)
 
 
 def public_source(config: Config) -> Source:
@@ -66,8 +73,7 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
     # was made from it stays.
     key = {
         "split": split,
-        "resolution": data.resolution,
-        "channels": data.channels,
+        "form": form(config).to_dict(),
         "sensitive": sensitive.model_dump(mode="json", exclude={"residence"}),
         "stamp": stamp(path),
     }
@@ -75,11 +81,11 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
         folder / split,
         key,
         source,
-        data.resolution,
-        data.channels,
+        form(config),
         data.workers,
         world,
         f"read {split}",
+        sensitive.skip_bad,
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from privimage import torchvision_operators
 from privimage.data import shards
 from privimage.data.decode import Decoder, Source
+from privimage.data.transforms import Form
 from privimage.data.writers import writer
 from privimage.distributed import told
 from privimage.distributed.world import ALONE, World
@@ -77,8 +78,7 @@ def ffcv_missing() -> str:
 def write(
     source: Source,
     path: Path,
-    resolution: int,
-    channels: int,
+    form: Form,
     workers: int | Literal["auto"],
     skip_bad: bool = False,
     world: World = ALONE,
@@ -96,10 +96,10 @@ def write(
         raise UserError(f"{path}: a store ends in .beton or .npy")
     _need_ffcv(path)
     parts = path.with_name(f".{path.name}.parts")
-    decoder = Decoder(source, resolution, channels, draft=True)
+    decoder = Decoder(source, form, draft=True)
     shards.decode(source, parts, decoder, workers, world, f"{path.parent.name or '.'}/{path.name}", skip_bad)
     if world.is_main:
-        _assemble(source, parts, path, (channels, resolution, resolution))
+        _assemble(source, parts, path, (form.channels, form.resolution, form.resolution))
         shutil.rmtree(parts)
     world.barrier()
     for file in (path, _sidecar_path(path)):

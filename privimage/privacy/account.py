@@ -148,7 +148,7 @@ def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World)
     result: Account | UserError | None = None
     if world.is_main:
         try:
-            account = _open(config, run, sensitive.fingerprint, len(sensitive.images))
+            account = _open(config, run, sensitive.fingerprint, sensitive.count)
             result = Account(account.run, account.plan, account.root, account.private)
         except UserError as error:
             result = error
@@ -180,7 +180,7 @@ def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> Non
         return
     else:
         _no_older_ledger(config, folder, sensitive.fingerprint)
-        ledger, plan = Ledger(folder, sensitive.fingerprint), _fresh_plan(config, len(sensitive.images))
+        ledger, plan = Ledger(folder, sensitive.fingerprint), _fresh_plan(config, sensitive.count)
     ledger.require_room(
         record["run"] if record else "", _announced(config, plan), _budget(config), plan.accountant
     )

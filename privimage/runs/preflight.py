@@ -7,15 +7,17 @@ looks at is opened, not read: decoding whole sets and training stay where they a
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
 from privimage.config import Config
 from privimage.config.stages import SENSITIVE, STAGES, TRAINING
 from privimage.data import store
-from privimage.data.decode import Source
+from privimage.data.decode import DamagedError, Source
 from privimage.data.request import ONE_CLASS
 from privimage.data.sources import (
+    form,
     has_test_split,
     held_out_source,
     open_sensitive,
@@ -117,7 +119,7 @@ def sensitive_set(visit: Visit) -> None:
     """The sensitive set can be opened, and has as many images and classes as were stated."""
     if visit.needs(SENSITIVE):
         visit.sensitive = sensitive_source(visit.config, "train")
-        _sample(visit, visit.sensitive)
+        _sample(visit, visit.sensitive, visit.config.data.sensitive.skip_bad)
 
 
 def held_out_images(visit: Visit) -> None:
@@ -126,7 +128,8 @@ def held_out_images(visit: Visit) -> None:
         return
     if has_test_split(visit.config):
         if visit.sensitive is not None:
-            _sample(visit, held_out_source(visit.config, visit.sensitive.classes))
+            source = held_out_source(visit.config, visit.sensitive.classes)
+            _sample(visit, source, visit.config.data.sensitive.skip_bad)
     elif visit.world.is_main:
         say("evaluate: data.sensitive.test_path names no held-out images: no accuracy will be measured")
 
@@ -145,14 +148,14 @@ def public_set(visit: Visit) -> None:
     elif visit.world.is_main:
         source = public_source(visit.config)
         visit.public = (len(source), source.classes)
-        _sample(visit, source)
+        _sample(visit, source, data.public.skip_bad)
 
 
-def _sample(visit: Visit, source: Source) -> None:
+def _sample(visit: Visit, source: Source, skip_bad: bool) -> None:
     """See that the first image of each class can be used. Raises UserError for one that cannot."""
-    data = visit.config.data
     for index in np.sort(np.unique(source.labels, return_index=True)[1])[:SAMPLED]:
-        source.image(int(index), data.resolution, data.channels)
+        with suppress(*([DamagedError] if skip_bad else [])):
+            source.image(int(index), form(visit.config))
 
 
 def engine_settings(visit: Visit) -> None:

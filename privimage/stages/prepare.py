@@ -3,7 +3,7 @@
 from privimage.config import Config
 from privimage.data import store
 from privimage.data.request import ONE_CLASS
-from privimage.data.sources import public_source
+from privimage.data.sources import form, public_source
 from privimage.distributed.world import World
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
@@ -24,7 +24,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         place = f"public.{_format(config, world)}"
         path = run_dir.stage("prepare") / place
         sidecar = store.write(
-            public_source(config), path, data.resolution, data.channels, data.workers, world=world
+            public_source(config), path, form(config), data.workers, data.public.skip_bad, world
         )
     classes = sidecar.classes if data.public.labelled else ONE_CLASS
     return {"images": sidecar.count, "count": sidecar.count, "store": place, "classes": list(classes)}

@@ -21,10 +21,11 @@ from pathlib import Path
 from privimage.config.settings import Runtime
 from privimage.data import store
 from privimage.data.readers import open_source
+from privimage.data.transforms import Form
 from privimage.distributed.world import connect
 world = connect(Runtime(device="cpu"))
 source = open_source("folder", Path(sys.argv[1]), "train")
-store.write(source, Path(sys.argv[2]), 8, 3, 1, world=world)
+store.write(source, Path(sys.argv[2]), Form(8, 3), 1, world=world)
 world.close()
 """
 OTHERWISE = """
@@ -33,10 +34,11 @@ from pathlib import Path
 from privimage.config.settings import Runtime
 from privimage.data.private_store import open_set
 from privimage.data.readers import open_source
+from privimage.data.transforms import Form
 from privimage.distributed.world import connect
 world = connect(Runtime(device="cpu"))
 source = open_source("folder", Path(sys.argv[1], str(world.rank)), "train")
-found = open_set(Path(sys.argv[1], "set"), {"stamp": []}, lambda: source, 8, 3, 0, world, "read")
+found = open_set(Path(sys.argv[1], "set"), {"stamp": []}, lambda: source, Form(8, 3), 0, world, "read")
 print(found.content.hex())
 world.close()
 """

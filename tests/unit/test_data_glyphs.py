@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from privimage.data.glyphs import character_classes, glyph_source
 from privimage.data.readers import open_source
+from privimage.data.transforms import Form
 
 
 def test_characters_of_one_shape_share_a_class_and_none_is_forgotten() -> None:
@@ -21,10 +22,10 @@ def test_characters_of_one_shape_share_a_class_and_none_is_forgotten() -> None:
 
 def test_the_set_is_the_same_in_any_order_and_size() -> None:
     some, more = glyph_source(8, 3), glyph_source(8, 5)
-    backwards = [some.image(i, 8, 1)[0] for i in reversed(range(len(some)))][::-1]
+    backwards = [some.image(i, Form(8, 1))[0] for i in reversed(range(len(some)))][::-1]
     for index in range(0, len(some), 7):
         label, number = divmod(index, 3)
-        assert (more.image(label * 5 + number, 8, 1)[0] == backwards[index]).all()
+        assert (more.image(label * 5 + number, Form(8, 1))[0] == backwards[index]).all()
         assert more.labels[label * 5 + number] == some.labels[index] == label
 
 
@@ -45,8 +46,8 @@ def test_glyphs_fill_the_frame_as_the_digits_do() -> None:
 def test_larger_glyphs_are_the_same_characters_drawn_finer() -> None:
     small, large = glyph_source(8, 2), glyph_source(32, 2)
     for index in range(0, len(small), 5):
-        fine = large.image(index, 32, 1)[0].reshape(8, 4, 8, 4).mean((1, 3))
-        assert np.corrcoef(fine.ravel(), small.image(index, 8, 1)[0].ravel())[0, 1] > 0.95
+        fine = large.image(index, Form(32, 1))[0].reshape(8, 4, 8, 4).mean((1, 3))
+        assert np.corrcoef(fine.ravel(), small.image(index, Form(8, 1))[0].ravel())[0, 1] > 0.95
 
 
 def test_what_is_learnt_from_glyphs_holds_for_handwriting() -> None:

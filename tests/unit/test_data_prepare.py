@@ -9,6 +9,7 @@ from data_sets import numbered, save_npz, source_of
 
 from privimage.config import Config
 from privimage.data import store
+from privimage.data.transforms import Form
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.stages import prepare
@@ -58,7 +59,7 @@ def test_a_given_beton_is_used_where_it_is(tiny_config: Config, tmp_path: Path) 
     if missing := store.ffcv_missing():
         pytest.skip(missing)
     path = tmp_path / "given.beton"
-    store.write(source_of(numbered(30), np.arange(30) % 3), path, 8, 1, 0)
+    store.write(source_of(numbered(30), np.arange(30) % 3), path, Form(8, 1), 0)
     record = prepared(with_data(tiny_config, "beton", path))
     assert record["store"] == str(path.resolve()) and record["classes"] == ["a", "b", "c"]
     path.write_bytes(path.read_bytes()[:-20_000])

@@ -14,6 +14,7 @@ from PIL import Image
 
 from privimage.data import shards, store
 from privimage.data.decode import Source
+from privimage.data.transforms import Form
 from privimage.errors import UserError
 
 IMAGES = numbered(300, channels=3)
@@ -29,7 +30,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def written(path: Path, workers: int = 0) -> store.Sidecar:
-    return store.write(source_of(IMAGES, LABELS), path, 8, 3, workers)
+    return store.write(source_of(IMAGES, LABELS), path, Form(8, 3), workers)
 
 
 def with_bad(bad: set[int], labels: np.ndarray = LABELS) -> Source:
@@ -60,7 +61,7 @@ def test_ffcv_reads_what_was_written(tmp_path: Path) -> None:
     from ffcv.loader import Loader, OrderOption
 
     images = np.random.default_rng(0).integers(0, 256, (50, 256, 256, 1), dtype=np.uint8)
-    store.write(source_of(images, np.arange(50) % 7), tmp_path / "set.beton", 256, 1, 0)
+    store.write(source_of(images, np.arange(50) % 7), tmp_path / "set.beton", Form(256, 1), 0)
     read = [
         (image.numpy().copy(), label.numpy().copy())
         for image, label in Loader(
@@ -80,7 +81,7 @@ def test_workers_do_not_change_the_file(path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_first_bad_image_is_named_and_nothing_is_lost(path: Path) -> None:
     before = written(path)
     with pytest.raises(UserError, match=r"^image 70: not readable as an image \(broken\)$"):
-        store.write(with_bad({70, 200}), path, 8, 3, 2)
+        store.write(with_bad({70, 200}), path, Form(8, 3), 2)
     assert store.verify(path) == before
     beside = {file.name for file in path.parent.iterdir()} - {f".{path.name}.parts"}
     assert beside == {path.name, f"{path.name}.json"}
@@ -90,7 +91,7 @@ def test_bad_images_are_skipped_and_counted_when_that_was_asked_for(
     path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     bad = {0, 70, 299}
-    sidecar = store.write(with_bad(bad), path, 8, 3, 2, skip_bad=True)
+    sidecar = store.write(with_bad(bad), path, Form(8, 3), 2, skip_bad=True)
     kept = np.setdiff1d(np.arange(300), list(bad))
     assert sidecar.count == 297
     assert (store.labels(path) == LABELS[kept]).all()
@@ -102,7 +103,7 @@ def test_bad_images_are_skipped_and_counted_when_that_was_asked_for(
 def test_a_class_whose_images_are_all_bad_is_told(path: Path) -> None:
     labels = np.where(np.arange(300) == 5, 1, 0)
     with pytest.raises(UserError, match="class 'b'"):
-        store.write(with_bad({5}, labels), path, 8, 3, 0, skip_bad=True)
+        store.write(with_bad({5}, labels), path, Form(8, 3), 0, skip_bad=True)
     assert not path.exists()
 
 
@@ -118,7 +119,7 @@ def small_disk() -> Iterator[None]:
 def test_a_disk_that_fills_up_is_told_and_nothing_is_left(path: Path, small_disk: None) -> None:
     many = numbered(2000, channels=3)
     with pytest.raises(UserError, match=r"could not be written"):
-        store.write(source_of(many, np.zeros(2000, int)), path, 8, 3, 0)
+        store.write(source_of(many, np.zeros(2000, int)), path, Form(8, 3), 0)
     assert [file.name for file in path.parent.iterdir()] == [f".{path.name}.parts"]
 
 

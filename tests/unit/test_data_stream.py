@@ -16,6 +16,7 @@ from data_sets import numbered, numbers, source_of
 
 from privimage.data import store, stream
 from privimage.data.stream import PublicStream
+from privimage.data.transforms import Form
 from privimage.errors import UserError
 
 COUNT = 60
@@ -30,7 +31,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == ".beton" and (missing := store.ffcv_missing()):
         pytest.skip(missing)
     path = tmp_path_factory.mktemp("stream") / f"set{request.param}"
-    store.write(source_of(numbered(COUNT), np.arange(COUNT) % 2), path, 8, 1, 0)
+    store.write(source_of(numbered(COUNT), np.arange(COUNT) % 2), path, Form(8, 1), 0)
     return path
 
 

@@ -17,6 +17,7 @@ from ranks import TINY, run_ranks
 
 from privimage.config import load
 from privimage.data import store
+from privimage.data.transforms import Form
 from privimage.runs import pipeline, preflight
 from privimage.storage.files import write_json
 from privimage.storage.rundir import RunDir
@@ -75,7 +76,7 @@ def public_npz(folder: Path) -> tuple[str, ...]:
 
 
 def public_store(folder: Path) -> tuple[str, ...]:
-    store.write(source_of(numbered(30, 16), LABELS), folder / "public.npy", 16, 1, 0)
+    store.write(source_of(numbered(30, 16), LABELS), folder / "public.npy", Form(16, 1), 0)
     return "data.public.kind=beton", f"data.public.path={folder / 'public.npy'}"
 
 

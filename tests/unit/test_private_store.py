@@ -1,21 +1,30 @@
 """The sensitive set is decoded once, is the same wherever it resides, and never stands for another set."""
 
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data_sets import numbered, source_of
+from PIL import Image
 
+from privimage.config import Config
 from privimage.data import private_store, shards
 from privimage.data.decode import Decoder, Source
+from privimage.data.pixels import Values
 from privimage.data.private_store import ImageSet, open_set
 from privimage.data.sensitive import Residence, SensitiveSet, residence
+from privimage.data.transforms import Form
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
+from privimage.privacy.account import open_account
+from privimage.privacy.plan import make_plan
 from privimage.storage.array_file import ArrayFile
+from privimage.storage.rundir import RunDir
 
 IMAGES = numbered(1200, channels=3)
 LABELS = np.random.default_rng(1).integers(0, 5, 1200)
@@ -23,7 +32,7 @@ KEY = {"stamp": [[1, 2]]}
 
 
 def opened(folder: Path, key: dict = KEY, images: np.ndarray = IMAGES) -> ImageSet:
-    return open_set(folder, key, lambda: source_of(images, LABELS), 8, 3, 0, ALONE, "read")
+    return open_set(folder, key, lambda: source_of(images, LABELS), Form(8, 3), 0, ALONE, "read")
 
 
 def refused() -> Source:
@@ -32,7 +41,7 @@ def refused() -> Source:
 
 def again(folder: Path, key: dict = KEY) -> ImageSet:
     """The set without its original."""
-    return open_set(folder, key, refused, 8, 3, 0, ALONE, "read")
+    return open_set(folder, key, refused, Form(8, 3), 0, ALONE, "read")
 
 
 def test_a_set_is_decoded_once(tmp_path: Path) -> None:
@@ -48,7 +57,8 @@ def test_a_set_is_decoded_once(tmp_path: Path) -> None:
         second.fingerprint,
         second.classes,
     )
-    order = np.lexsort((LABELS, [Decoder(source_of(IMAGES, LABELS), 8, 3).decode(i, "")[1] for i in IMAGES]))
+    decoder = Decoder(source_of(IMAGES, LABELS), Form(8, 3))
+    order = np.lexsort((LABELS, [decoder.decode(i, "")[1] for i in IMAGES]))
     assert (first.images[:].transpose(0, 2, 3, 1) == IMAGES[order]).all() and (
         first.labels == LABELS[order]
     ).all()
@@ -57,20 +67,20 @@ def test_a_set_is_decoded_once(tmp_path: Path) -> None:
 def test_what_was_decoded_before_a_kill_is_not_decoded_again(tmp_path: Path) -> None:
     """Of three parts the last is left to do, and gives the set that an undisturbed run has."""
     source = source_of(IMAGES, LABELS)
-    shards.decode(source, tmp_path / "set.parts", Decoder(source, 8, 3), 0, ALONE, "read")
+    shards.decode(source, tmp_path / "set.parts", Decoder(source, Form(8, 3)), 0, ALONE, "read")
     there = sorted((tmp_path / "set.parts").glob("*.npz"))
     assert len(there) == 3
     before = there[0].stat().st_mtime_ns
     there[-1].unlink()
     blind = Source([None] * 1024 + list(IMAGES[1024:]), source.opener, source.names, LABELS, source.classes)
-    resumed = open_set(tmp_path / "set", KEY, lambda: blind, 8, 3, 0, ALONE, "read")
+    resumed = open_set(tmp_path / "set", KEY, lambda: blind, Form(8, 3), 0, ALONE, "read")
     assert before == before and not (tmp_path / "set.parts").exists()
     assert resumed.content == opened(tmp_path / "other").content
 
 
 def test_parts_of_another_set_are_not_used(tmp_path: Path) -> None:
     other = source_of(IMAGES, (LABELS + 1) % 5)
-    shards.decode(other, tmp_path / "set.parts", Decoder(other, 8, 3), 0, ALONE, "read")
+    shards.decode(other, tmp_path / "set.parts", Decoder(other, Form(8, 3)), 0, ALONE, "read")
     assert opened(tmp_path / "set").content == opened(tmp_path / "fresh").content
 
 
@@ -163,4 +173,59 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
     source = source_of(IMAGES, LABELS)
     broken = Source([*IMAGES[:700], None, *IMAGES[701:]], source.opener, source.names, LABELS, source.classes)
     with pytest.raises(UserError, match=r"^image 700: not readable as an image"):
-        open_set(tmp_path / "set", KEY, lambda: broken, 8, 3, 0, ALONE, "read")
+        open_set(tmp_path / "set", KEY, lambda: broken, Form(8, 3), 0, ALONE, "read")
+
+
+def test_damaged_images_are_left_out_and_n_is_what_the_set_lists(
+    tmp_path: Path, tiny_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rate of private steps is that of N, which is public; how many images are damaged is in no plan."""
+    whole = source_of(IMAGES[:100], LABELS[:100])
+    tiny_config.run.dir.mkdir()
+    plans = []
+    for name, damaged in (("whole", {}), ("damaged", {3: None, 70: None})):
+        items = [damaged.get(index, image) for index, image in enumerate(IMAGES[:100])]
+        source = replace(whole, items=items)
+        found = open_set(
+            tmp_path / name, KEY, lambda source=source: source, Form(8, 3), 0, ALONE, "read", True
+        )
+        assert (found.count, len(found.images), len(found.labels)) == (100, *[100 - len(damaged)] * 2)
+        run = RunDir(tmp_path / f"run of {name}")
+        plans.append(open_account(tiny_config, run, found, ALONE).plan.to_dict())
+    assert plans[0] == plans[1] == make_plan(tiny_config, 100).to_dict()
+    left = [index for index in range(100) if index not in (3, 70)]
+    assert (
+        found.content
+        == open_set(
+            tmp_path / "left",
+            KEY,
+            lambda: source_of(IMAGES[left], LABELS[left]),
+            Form(8, 3),
+            0,
+            ALONE,
+            "read",
+        ).content
+    )
+    assert "2 of 100 images do not decode and are left out, first image 3: not" in capsys.readouterr().err
+    with pytest.raises(UserError, match="image 3: not readable as an image"):
+        open_set(tmp_path / "strict", KEY, lambda: source, Form(8, 3), 0, ALONE, "read")
+    nothing = replace(whole, items=[None] * 100)
+    with pytest.raises(UserError, match="not one image could be read, the first: image 0"):
+        open_set(tmp_path / "nothing", KEY, lambda: nothing, Form(8, 3), 0, ALONE, "read", True)
+
+
+def deep(item: np.ndarray) -> Values:
+    return Values(item.astype(np.float32), None)
+
+
+def test_what_is_not_the_fault_of_an_image_is_not_skipped(tmp_path: Path) -> None:
+    """A missing setting, or a disk that fails, would empty the set without a word."""
+    source = source_of(IMAGES[:10], LABELS[:10])
+    for opener, told in ((deep, "data.window"), (refuse, "not readable (Permission denied)")):
+        broken = replace(source, opener=opener, items=list(IMAGES[:10]))
+        with pytest.raises(UserError, match=re.escape(told)):
+            open_set(tmp_path / "set", KEY, lambda broken=broken: broken, Form(8, 3), 0, ALONE, "read", True)
+
+
+def refuse(_: np.ndarray) -> Image.Image:
+    raise PermissionError(13, "Permission denied")

@@ -16,6 +16,7 @@ from ranks import TINY
 
 from privimage.config import Config, load
 from privimage.data import store
+from privimage.data.transforms import Form
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
@@ -239,7 +240,7 @@ def test_labels_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
 def test_a_given_beton_with_labels_may_be_taken_for_unlabelled(tmp_path: Path) -> None:
     if missing := store.ffcv_missing():
         pytest.skip(missing)
-    store.write(source_of(numbered(40), np.arange(40) % 4), tmp_path / "given.beton", 8, 1, 0)
+    store.write(source_of(numbered(40), np.arange(40) % 4), tmp_path / "given.beton", Form(8, 1), 0)
     run = prepared(
         config(
             tmp_path,
