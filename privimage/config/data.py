@@ -125,7 +125,10 @@ class Data(Section):
     sensitive: SensitiveData
     store: Literal["auto", "beton", "npy"] = Field(
         "auto",
-        description="format of the prepared public set; npy needs no FFCV; auto: beton if FFCV is installed",
+        description=(
+            "format of the prepared public set: beton has JPEGs from 128 pixels a side on; npy needs no FFCV "
+            "and is always raw; auto: beton if FFCV is installed"
+        ),
         json_schema_extra=on("prepare"),
     )
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(

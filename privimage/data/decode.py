@@ -83,11 +83,13 @@ class Decoder:
 
     With `draft`, JPEGs are decoded at a half, a quarter or an eighth of their size where twice the resolution
     is left, which is several times as fast; there is no digest then. Sensitive sets need the digest, the
-    SHA-256 of an image's size and pixels as they were found: it identifies them in any form.
+    SHA-256 of an image's size and pixels as they were found: it identifies them in any form. With `jpeg`,
+    arrays are kept as JPEGs in shards.
     """
 
-    def __init__(self, source: Source, form: Form, draft: bool = False):
+    def __init__(self, source: Source, form: Form, draft: bool = False, jpeg: bool = False):
         self.opener, self.side, self.form, self.draft = source.opener, source.side, form, draft
+        self.jpeg = jpeg
 
     def decode(self, item: Any, name: str) -> tuple[np.ndarray, bytes]:
         """The array and the digest of an item.

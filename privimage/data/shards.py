@@ -8,12 +8,14 @@ import io
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from privimage.data.decode import DamagedError, Decoder, Source, Workers
+from privimage.data.transforms import to_jpeg
 from privimage.distributed.agreement import gathered
 from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
@@ -28,12 +30,13 @@ SHOWN = 4  # shards from which on progress is shown; fewer are done before anyon
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images in order: uint8 (n, C, H, W), their indices int64 (n,), digests uint8 (n, 32 or 0).
+    """Some images in order, their indices int64 (n,) and digests uint8 (n, 32 or 0).
 
-    `problems` has a line for each image that did not decode and is left out.
+    An image is a flat array uint8: its pixels (C H W,), or its JPEG. `problems` has a line for each image
+    that did not decode and is left out.
     """
 
-    images: np.ndarray
+    images: list[np.ndarray]
     indices: np.ndarray
     digests: np.ndarray
     problems: tuple[str, ...]
@@ -95,7 +98,10 @@ def read(source: Source, folder: Path, resolution: int) -> Iterator[Shard]:
     """The shards of a set that was decoded to a resolution, in order."""
     for start in range(0, len(source), shard_size(resolution)):
         with np.load(folder / _name(start), allow_pickle=False) as file:
-            yield Shard(file["images"], file["indices"], file["digests"], tuple(map(str, file["problems"])))
+            content, problems = file["images"], tuple(map(str, file["problems"]))
+            ends = np.cumsum([0, *file["sizes"]]).tolist()
+            images = [content[begin:end] for begin, end in pairwise(ends)]
+            yield Shard(images, file["indices"], file["digests"], problems)
 
 
 def found(source: Source, folder: Path, resolution: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -122,7 +128,7 @@ def _name(start: int) -> str:
 def _claim(folder: Path, decoder: Decoder, skip_bad: bool, *digests: bytes) -> None:
     """Make the folder of the shards, and empty it if they are of a set of other `digests`."""
     told = {"set": [digest.hex() for digest in digests], "form": decoder.form.to_dict(), "shard": SHARD}
-    told |= {"draft": decoder.draft, "skip_bad": skip_bad}
+    told |= {"draft": decoder.draft, "jpeg": decoder.jpeg, "skip_bad": skip_bad}
     identity = folder / "source.json"
     if folder.exists() and (not identity.exists() or read_json(identity) != told):
         shutil.rmtree(folder)
@@ -137,24 +143,25 @@ def _write(
 
     Returns the first problem, for which nothing is written, or an empty string.
     """
-    form = decoder.form
-    images = np.empty((len(items), form.channels, form.resolution, form.resolution), np.uint8)
+    images: list[np.ndarray] = []
     indices: list[int] = []
     digests: list[np.ndarray] = []
     problems: list[str] = []
     for index, (item, name) in enumerate(zip(items, names, strict=True), start):
         try:
-            images[len(indices)], digest = decoder.decode(item, name)
+            image, digest = decoder.decode(item, name)
         except UserError as error:
             if not (skip_bad and isinstance(error, DamagedError)):
                 return str(error)
             problems.append(str(error))
             continue
+        images.append(to_jpeg(image) if decoder.jpeg else image.reshape(-1))
         indices.append(index)
         digests.append(np.frombuffer(digest, np.uint8))
     np.savez(
         buffer := io.BytesIO(),
-        images=images[: len(indices)],
+        images=np.concatenate([np.empty(0, np.uint8), *images]),
+        sizes=np.array([len(image) for image in images], np.int64),
         indices=np.array(indices, np.int64),
         digests=np.stack(digests) if digests else np.zeros((0, 0), np.uint8),
         problems=np.array(problems, np.str_),

@@ -8,7 +8,6 @@ error.
 """
 
 import hashlib
-import importlib.util
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
-from privimage import torchvision_operators
-from privimage.data import shards
+from privimage.data import beton, shards
 from privimage.data.decode import Decoder, Source
 from privimage.data.transforms import Form
 from privimage.data.writers import writer
@@ -30,12 +27,16 @@ from privimage.errors import UserError
 from privimage.storage.files import read_json, write_json
 from privimage.telemetry.progress import say
 
+# Pixels of a side from which on a .beton keeps JPEGs: a million raw images of 256 x 256 are 197 GB. Smaller
+# ones would cost more to decode than to read.
+JPEG_FROM = 128
+
 
 @dataclass(frozen=True)
 class Sidecar:
     """What is known of a store without opening it.
 
-    Images, their shape (C, H, W), class names, bytes and digest of the file.
+    Images, their shape (C, H, W), class names, bytes and digest of the file, and whether it holds JPEGs.
     """
 
     count: int
@@ -43,36 +44,7 @@ class Sidecar:
     classes: tuple[str, ...]
     size: int
     sha256: str
-
-
-def import_ffcv() -> None:
-    """Import FFCV and keep the number of torch's threads.
-
-    Its import sets that number to one. Raises ImportError or OSError.
-    """
-    threads = torch.get_num_threads()
-    try:
-        torchvision_operators.declare()
-        import ffcv  # noqa: F401
-    finally:
-        torch.set_num_threads(threads)
-
-
-def ffcv_installed() -> bool:
-    """Whether FFCV and its compiled part are there, without importing them, which takes seconds."""
-    # Only the file names are looked at: importing FFCV compiles with numba.
-    spec = importlib.util.find_spec("ffcv")
-    folders = (spec.submodule_search_locations or ()) if spec else ()
-    return any(any(Path(folder).glob("_libffcv*")) for folder in folders)
-
-
-def ffcv_missing() -> str:
-    """Why FFCV cannot be used here; empty if it can."""
-    try:
-        import_ffcv()
-    except (ImportError, OSError) as error:
-        return f"FFCV's compiled part is not installed or does not load ({error})"
-    return ""
+    jpeg: bool = False
 
 
 def write(
@@ -85,6 +57,7 @@ def write(
 ) -> Sidecar:
     """Write a store, whose format its suffix (.beton or .npy) says, and its sidecar.
 
+    Pixels are kept as they are; but a .beton keeps JPEGs of images of `JPEG_FROM` pixels a side and more.
     All ranks of `world` decode, the main rank puts the file together. What was there before is kept until
     the end; what was decoded is kept in .NAME.parts beside it, so that a stop or a mistake loses nothing.
 
@@ -96,10 +69,11 @@ def write(
         raise UserError(f"{path}: a store ends in .beton or .npy")
     _need_ffcv(path)
     parts = path.with_name(f".{path.name}.parts")
-    decoder = Decoder(source, form, draft=True)
+    jpeg = path.suffix == ".beton" and form.resolution >= JPEG_FROM
+    decoder = Decoder(source, form, draft=True, jpeg=jpeg)
     shards.decode(source, parts, decoder, workers, world, f"{path.parent.name or '.'}/{path.name}", skip_bad)
     if world.is_main:
-        _assemble(source, parts, path, (form.channels, form.resolution, form.resolution))
+        _assemble(source, parts, path, decoder)
         shutil.rmtree(parts)
     world.barrier()
     for file in (path, _sidecar_path(path)):
@@ -107,20 +81,22 @@ def write(
     return described(path)
 
 
-def _assemble(source: Source, parts: Path, path: Path, shape: tuple[int, int, int]) -> None:
+def _assemble(source: Source, parts: Path, path: Path, decoder: Decoder) -> None:
     """Put the shards of a set into its store, in order."""
     temporary = path.with_name(f".{path.name}.part")
+    shape = (decoder.form.channels, decoder.form.resolution, decoder.form.resolution)
     kept: list[int] = []
     bad: list[str] = []
     try:
-        with writer(temporary, path.suffix, len(source), shape) as put:
+        with writer(temporary, path.suffix, len(source), shape, decoder.jpeg) as put:
             for shard in shards.read(source, parts, shape[1]):
                 for image, index in zip(shard.images, shard.indices.tolist(), strict=True):
                     put(image, int(source.labels[index]))
                 kept += shard.indices.tolist()
                 bad += shard.problems
         _require_all_classes(source, kept, bad, path)
-        sidecar = Sidecar(len(kept), shape, source.classes, temporary.stat().st_size, _digest(temporary))
+        size, digest = temporary.stat().st_size, _digest(temporary)
+        sidecar = Sidecar(len(kept), shape, source.classes, size, digest, decoder.jpeg)
         # The sidecar goes first and comes last, so that it never describes another file.
         _sidecar_path(path).unlink(missing_ok=True)
         temporary.replace(path)
@@ -214,30 +190,19 @@ def labels(path: Path) -> np.ndarray:
     """The labels of a store, int64 (N,)."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="r")["label"].astype(np.int64)
-    return _metadata(path)["f1"].astype(np.int64)
+    return beton.labels(path)
 
 
 def read(path: Path, indices: np.ndarray) -> np.ndarray:
     """Some images of a store, uint8 (len(indices), C, H, W), in the order of `indices`."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="r")["image"][indices]
-    # Images lie at known offsets in the file: a sliding window over its bytes is an array of all of them.
-    shape = _sidecar(path).shape
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    starts = _metadata(path)["f0"][indices]
-    return np.lib.stride_tricks.sliding_window_view(content, int(np.prod(shape)))[starts].reshape(-1, *shape)
-
-
-def _metadata(path: Path) -> np.ndarray:
-    """FFCV's table of a .beton: f0, where in the file each image begins; f1, its label."""
-    import_ffcv()
-    from ffcv.reader import Reader
-
-    return Reader(str(path)).metadata
+    sidecar = _sidecar(path)
+    return beton.images(path, indices, sidecar.shape, sidecar.jpeg)
 
 
 def _need_ffcv(path: Path) -> None:
-    if path.suffix == ".beton" and (missing := ffcv_missing()):
+    if path.suffix == ".beton" and (missing := beton.ffcv_missing()):
         raise UserError(
             f"{path}: {missing}; install it (tools/install_ffcv.sh), or use data.store=npy, which needs no "
             "compiled part"
@@ -257,6 +222,7 @@ def _sidecar(path: Path) -> Sidecar:
             tuple(content["classes"]),
             int(content["size"]),
             content["sha256"],
+            bool(content.get("jpeg", False)),
         )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{_sidecar_path(path)}: damaged, not the sidecar of a store") from None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from privimage.data import store
+from privimage.data import beton, store
 from privimage.errors import UserError
 
 # batches of one pass of FFCV's loader: starting a pass takes milliseconds, short epochs would feel it
@@ -45,7 +45,8 @@ class PublicStream:
 
         Raises UserError for a store that is missing or truncated, and for indices that it does not hold.
         """
-        count = store.described(path).count
+        self.sidecar = store.described(path)
+        count = self.sidecar.count
         if len(indices) == 0 or np.min(indices) < 0 or np.max(indices) >= count:
             raise UserError(
                 f"{path}: holds {count} images, and {len(indices)} were asked for that are not all among them"
@@ -98,9 +99,9 @@ class PublicStream:
             step += 1
 
     def _from_beton(self, step: int) -> Iterator[Tensor]:
-        store.import_ffcv()
+        beton.import_ffcv()
         with _threads_of_torch_kept():
-            loader = _loader(self.path, self.batch_size, self.workers)
+            loader = _loader(self.path, self.batch_size, self.workers, self.sidecar.jpeg)
             while True:
                 # FFCV iterates over an order that is fixed per pass: a span of steps at a time.
                 loader.traversal_order.order = np.concatenate(
@@ -110,10 +111,18 @@ class PublicStream:
                 try:
                     for _ in range(SPAN):
                         _wait(batches)
-                        yield next(batches)[0].clone()  # FFCV fills the same buffers again
+                        yield self._images(next(batches)[0])
                 finally:
                     _end(batches)
                 step += SPAN
+
+    def _images(self, batch: Tensor) -> Tensor:
+        """A copy of a batch, whose buffer FFCV fills again, as (B, C, H, W)."""
+        if not self.sidecar.jpeg:
+            return batch.clone()
+        # Decoded JPEGs are (B, H, W, 3), grey ones too.
+        channels = self.sidecar.shape[0]
+        return batch[..., :channels].permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 _patches = 0  # streams that are being read by FFCV, for which its function is replaced
@@ -146,13 +155,13 @@ def _threads_of_torch_kept() -> Iterator[None]:
             Compiler.set_num_threads = _original
 
 
-def _loader(path: Path, batch_size: int, workers: int):
+def _loader(path: Path, batch_size: int, workers: int, jpeg: bool):
     """FFCV's loader of the images alone, in the order that its `traversal_order.order` says."""
     import numba
 
     # The default, a work queue, aborts when two loaders run.
     numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]
-    from ffcv.fields.decoders import NDArrayDecoder
+    from ffcv.fields.decoders import NDArrayDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader
     from ffcv.transforms import ToTensor
     from ffcv.traversal_order.base import TraversalOrder
@@ -174,7 +183,8 @@ def _loader(path: Path, batch_size: int, workers: int):
     # numba refuses more threads than it was started with.
     threads = min(max(workers, 1), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     # No transform of ours: one that raises, or that is compiled and comes after ToTensor, would never return.
-    pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": None}
+    decoder = SimpleRGBImageDecoder() if jpeg else NDArrayDecoder()
+    pipelines = {"image": [decoder, ToTensor()], "label": None}
     return Loader(
         str(path),
         batch_size=batch_size,

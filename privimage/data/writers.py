@@ -14,29 +14,41 @@ Put = Callable[[np.ndarray, int], None]
 
 
 @contextmanager
-def writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
-    """Write a store of at most `capacity` images.
+def writer(path: Path, suffix: str, capacity: int, shape: tuple[int, int, int], jpeg: bool) -> Iterator[Put]:
+    """Write a store of at most `capacity` images of a shape (C, H, W), of JPEGs where the format can.
 
-    The context gives a function that takes an image uint8 (C, H, W) and its label.
+    The context gives a function that takes an image as bytes uint8 (n,), its pixels or its JPEG, and its
+    label.
     """
-    # On disk before it is renamed: otherwise a power failure could leave a whole name on half a file.
-    with (_beton_writer if suffix == ".beton" else _npy_writer)(path, capacity, shape) as put:
+    beton = suffix == ".beton"
+    opened = _beton_writer(path, capacity, shape, jpeg) if beton else _npy_writer(path, capacity, shape)
+    with opened as put:
         yield put
+    # On disk before it is renamed: otherwise a power failure could leave a whole name on half a file.
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
-def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int]) -> Iterator[Put]:
+def _beton_writer(path: Path, capacity: int, shape: tuple[int, int, int], jpeg: bool) -> Iterator[Put]:
     """FFCV's writer without its worker processes, which deadlock when one of them raises or is
     killed.
     """
-    from ffcv.fields import IntField, NDArrayField
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter, handle_sample
 
-    # Raw pixels, not JPEGs: images are small, and decoding would cost more than reading.
+    def encode(destination: np.ndarray, image: np.ndarray, malloc: Callable) -> None:
+        destination["mode"], destination["height"], destination["width"] = IMAGE_MODES["jpg"], *shape[1:]
+        destination["data_ptr"], place = malloc(image.nbytes)
+        place[:] = image
+
     fields = {"image": NDArrayField(np.dtype("uint8"), shape), "label": IntField()}
+    if jpeg:
+        # The JPEGs are there already; FFCV knows a field by its class, which has to stay.
+        fields["image"] = RGBImageField()
+        fields["image"].encode = encode
     # What FFCV's writer does in worker processes is done here, in this one.
     writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES, num_workers=1)
     writer.num_samples = capacity

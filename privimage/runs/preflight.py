@@ -13,7 +13,7 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.config.stages import SENSITIVE, STAGES, TRAINING
-from privimage.data import store
+from privimage.data import beton, store
 from privimage.data.decode import DamagedError, Source
 from privimage.data.request import ONE_CLASS
 from privimage.data.sources import (
@@ -106,7 +106,7 @@ def packages(visit: Visit) -> Iterator[str]:
         if needed_by and importlib.util.find_spec(module) is None:
             first = next(stage for stage in config.spec.stages if stage in needed_by)
             yield f"{first}: needs {module}, which is not installed; pip install {PACKAGES[module]}"
-    if "prepare" not in stages or store.ffcv_installed():
+    if "prepare" not in stages or beton.ffcv_installed():
         return
     path = config.data.public.path
     if config.data.public.kind == "beton" and path is not None and path.suffix == ".beton":

@@ -9,6 +9,8 @@ import torch
 
 from privimage.config import Config
 from privimage.config.stages import STAGES
+from privimage.data import beton
+from privimage.data.store import JPEG_FROM
 from privimage.data.writers import PAGE_BYTES
 from privimage.families.base import image_shape
 from privimage.models import parameters
@@ -35,8 +37,11 @@ def written(
     """
     pixels, weights, samples = prod(image_shape(config)), sum(sizes.values()), config.synthesize.samples
     count, classes = public or (0, ())
+    # A JPEG has about a quarter of the bytes; this is an upper estimate.
+    jpeg = config.data.store != "npy" and config.data.resolution >= JPEG_FROM and beton.ffcv_installed()
+    stored = pixels // 2 if jpeg else pixels
     found = {
-        "prepare": 2 * count * (pixels + 16) + PAGE_BYTES,  # in parts, then put together
+        "prepare": 2 * count * (stored + 64) + PAGE_BYTES,  # in parts, then put together
         "query": 0,
         "select": 0,
         "pretrain": TRAINING * weights,

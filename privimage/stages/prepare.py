@@ -1,7 +1,7 @@
 """Write the public set into a store of the run's shape, once."""
 
 from privimage.config import Config
-from privimage.data import store
+from privimage.data import beton, store
 from privimage.data.request import ONE_CLASS
 from privimage.data.sources import form, public_source
 from privimage.distributed.world import World
@@ -33,10 +33,10 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
 def _format(config: Config, world: World) -> str:
     if config.data.store != "auto":
         return config.data.store
-    missing = store.ffcv_missing()
+    missing = beton.ffcv_missing()
     if missing and world.is_main:
         say(
-            f"prepare: {missing}; the public set is kept as a memory-mapped .npy instead, which is slower "
-            "and otherwise the same"
+            f"prepare: {missing}; the public set is kept as a memory-mapped .npy instead, which is slower, "
+            f"and larger from {store.JPEG_FROM} pixels a side on"
         )
     return "npy" if missing else "beton"

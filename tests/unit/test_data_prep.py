@@ -14,9 +14,9 @@ import pytest
 from data_sets import numbered, save_folder, save_npz
 from ranks import REPOSITORY
 
-from privimage.data import store
+from privimage.data import beton, store
 
-FORMAT = ".npy" if store.ffcv_missing() else ".beton"
+FORMAT = ".npy" if beton.ffcv_missing() else ".beton"
 
 
 @dataclass

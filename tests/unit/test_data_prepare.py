@@ -8,7 +8,7 @@ import torch
 from data_sets import numbered, save_npz, source_of
 
 from privimage.config import Config
-from privimage.data import store
+from privimage.data import beton, store
 from privimage.data.transforms import Form
 from privimage.distributed.world import World
 from privimage.errors import UserError
@@ -31,7 +31,7 @@ def prepared(config: Config) -> dict:
 def test_the_public_set_is_brought_to_the_shape_of_the_run(
     tiny_config: Config, tmp_path: Path, kind: str
 ) -> None:
-    if kind == "beton" and (missing := store.ffcv_missing()):
+    if kind == "beton" and (missing := beton.ffcv_missing()):
         pytest.skip(missing)
     path = save_npz(
         tmp_path / "set.npz",
@@ -56,7 +56,7 @@ def test_without_ffcv_the_run_goes_on_and_says_so(
 
 
 def test_a_given_beton_is_used_where_it_is(tiny_config: Config, tmp_path: Path) -> None:
-    if missing := store.ffcv_missing():
+    if missing := beton.ffcv_missing():
         pytest.skip(missing)
     path = tmp_path / "given.beton"
     store.write(source_of(numbered(30), np.arange(30) % 3), path, Form(8, 1), 0)

@@ -12,7 +12,7 @@ import pytest
 from data_sets import numbered, source_of
 from PIL import Image
 
-from privimage.data import shards, store
+from privimage.data import beton, shards, store
 from privimage.data.decode import Source
 from privimage.data.transforms import Form
 from privimage.errors import UserError
@@ -24,7 +24,7 @@ LABELS = np.random.default_rng(1).integers(0, 5, 300)
 @pytest.fixture(params=[".npy", ".beton"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Where to write a store of each format."""
-    if request.param == ".beton" and (missing := store.ffcv_missing()):
+    if request.param == ".beton" and (missing := beton.ffcv_missing()):
         pytest.skip(missing)
     return tmp_path / f"set{request.param}"
 
@@ -56,12 +56,12 @@ def test_images_and_labels_come_back(path: Path) -> None:
 
 def test_ffcv_reads_what_was_written(tmp_path: Path) -> None:
     """Images that fill more than one of FFCV's pages, read by its own loader as its documentation has it."""
-    if missing := store.ffcv_missing():
+    if missing := beton.ffcv_missing():
         pytest.skip(missing)
     from ffcv.loader import Loader, OrderOption
 
-    images = np.random.default_rng(0).integers(0, 256, (50, 256, 256, 1), dtype=np.uint8)
-    store.write(source_of(images, np.arange(50) % 7), tmp_path / "set.beton", Form(256, 1), 0)
+    images = np.random.default_rng(0).integers(0, 256, (90, 120, 120, 3), dtype=np.uint8)
+    store.write(source_of(images, np.arange(90) % 7), tmp_path / "set.beton", Form(120, 3), 0)
     read = [
         (image.numpy().copy(), label.numpy().copy())
         for image, label in Loader(
@@ -69,7 +69,7 @@ def test_ffcv_reads_what_was_written(tmp_path: Path) -> None:
         )
     ]
     assert (np.concatenate([image for image, _ in read]) == images.transpose(0, 3, 1, 2)).all()
-    assert (np.concatenate([label for _, label in read])[:, 0] == np.arange(50) % 7).all()
+    assert (np.concatenate([label for _, label in read])[:, 0] == np.arange(90) % 7).all()
 
 
 def test_workers_do_not_change_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_left(path: Path, small_disk
 
 
 def test_a_page_that_ffcv_wrote_in_part_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing := store.ffcv_missing():
+    if missing := beton.ffcv_missing():
         pytest.skip(missing)
     from ffcv.memory_allocator import MemoryAllocator
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_sets import numbered, numbers, source_of
 
-from privimage.data import store, stream
+from privimage.data import beton, store, stream
 from privimage.data.stream import PublicStream
 from privimage.data.transforms import Form
 from privimage.errors import UserError
@@ -28,7 +28,7 @@ LABEL_OF = dict(zip(INDICES.tolist(), NEW_LABELS.tolist(), strict=True))
 @pytest.fixture(scope="module", params=[".npy", ".beton"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of each format."""
-    if request.param == ".beton" and (missing := store.ffcv_missing()):
+    if request.param == ".beton" and (missing := beton.ffcv_missing()):
         pytest.skip(missing)
     path = tmp_path_factory.mktemp("stream") / f"set{request.param}"
     store.write(source_of(numbered(COUNT), np.arange(COUNT) % 2), path, Form(8, 1), 0)

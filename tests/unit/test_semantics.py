@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ranks import TINY
 
 from privimage.config import Config, load
-from privimage.data import store
+from privimage.data import beton, store
 from privimage.data.transforms import Form
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
@@ -238,7 +238,7 @@ def test_labels_that_are_there_are_not_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_given_beton_with_labels_may_be_taken_for_unlabelled(tmp_path: Path) -> None:
-    if missing := store.ffcv_missing():
+    if missing := beton.ffcv_missing():
         pytest.skip(missing)
     store.write(source_of(numbered(40), np.arange(40) % 4), tmp_path / "given.beton", Form(8, 1), 0)
     run = prepared(
