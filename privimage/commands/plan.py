@@ -201,7 +201,9 @@ def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: Privac
 
 
 def _alone(plan: PrivacyPlan) -> float:
-    return training_noise(plan.epsilon, plan.delta, plan.training.composition, (), plan.accountant)
+    return training_noise(
+        plan.epsilon, plan.delta, plan.training.composition, (), plan.accountant, stated=False
+    )
 
 
 def _show_cost(console: Console, plan: RunPlan) -> None:

@@ -3,6 +3,7 @@
 Neighbouring data sets differ by adding or removing one image.
 """
 
+import contextlib
 import copy
 import logging
 import math
@@ -60,10 +61,12 @@ class SampledGaussian:
         return dp_accounting.SelfComposedDpEvent(single, self.count)
 
 
-FINE, COARSE = (
-    1e-4,
-    1e-3,
-)  # discretisation of privacy losses: the one that is stated, the one that searches begin with
+# Discretisation of privacy losses: of what is stated, of attacks that are judged, and of the first look of a
+# search. Above an epsilon of `LARGE` it is wider in proportion, which changes epsilon by less than 1e-5 of it.
+FINE, COARSE, ROUGH = 1e-4, 1e-3, 1e-1
+LARGE = 20.0
+# Orders of Renyi divergences of the first look; what is stated uses all orders of dp-accounting.
+FEW_ORDERS = (1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128)
 
 
 @lru_cache(maxsize=32)
@@ -75,22 +78,42 @@ def _composed(
         return (
             pld.PLDAccountant(value_discretization_interval=interval)
             if accountant == "pld"
-            else rdp.RdpAccountant()
+            else rdp.RdpAccountant(FEW_ORDERS if interval > FINE else None)
         )
     whole = copy.deepcopy(_composed(mechanisms[:-1], accountant, interval))
     return whole.compose(mechanisms[-1].event(), 1) if mechanisms[-1].count else whole
 
 
 def epsilon(
-    mechanisms: Iterable[SampledGaussian], delta: float, accountant: str = "pld", interval: float = FINE
+    mechanisms: Iterable[SampledGaussian],
+    delta: float,
+    accountant: str = "pld",
+    interval: float | None = None,
 ) -> float:
     """Epsilon of the composition at `delta`, by privacy loss distributions (`pld`) or Rényi DP (`rdp`).
 
-    `interval` is the discretisation of the privacy loss (pld only); the result is an upper bound at any
-    interval. References: Koskela et al. 2020 and Doroshenko et al. 2022 (PLD); Mironov et al. 2019 (RDP of
-    the sampled Gaussian).
+    The result is an upper bound at any `interval`, the discretisation of the privacy loss; None: what is
+    fine enough to be stated. A wider one than `FINE` also means fewer orders of Rényi DP. References: Koskela
+    et al. 2020 and Doroshenko et al. 2022 (PLD); Mironov et al. 2019 (RDP of the sampled Gaussian).
     """
-    return max(0.0, _composed(tuple(mechanisms), accountant, interval).get_epsilon(delta))
+    mechanisms = tuple(mechanisms)
+    if interval is None:
+        interval = _fine_enough(mechanisms, delta) if accountant == "pld" else FINE
+    return _epsilon(mechanisms, delta, accountant, interval)
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(
+    mechanisms: tuple[SampledGaussian, ...], delta: float, accountant: str, interval: float
+) -> float:
+    return max(0.0, _composed(mechanisms, accountant, interval).get_epsilon(delta))
+
+
+def _fine_enough(mechanisms: tuple[SampledGaussian, ...], delta: float, finest: float = FINE) -> float:
+    # The time of a composition grows with epsilon over the interval: an epsilon of 1000 at the finest one
+    # would take minutes and gigabytes.
+    size = _composed(mechanisms, "pld", ROUGH).get_epsilon(delta) / LARGE
+    return finest if size <= 1 else min(ROUGH, finest * 10 ** math.ceil(math.log10(size)))
 
 
 def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.ndarray:
@@ -98,7 +121,8 @@ def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.n
 
     Upper bounds, by PLD.
     """
-    composed = _composed(tuple(mechanisms), "pld", COARSE)
+    mechanisms = tuple(mechanisms)
+    composed = _composed(mechanisms, "pld", _fine_enough(mechanisms, 1e-9, COARSE))
     return np.array([composed.get_delta(e) for e in epsilons])
 
 
@@ -109,72 +133,118 @@ def best_guess(mechanisms: Iterable[SampledGaussian]) -> float:
     best attack is right with probability (1 + TV) / 2, where the total variation distance TV of the outputs
     is delta at epsilon 0 (by PLD).
     """
-    return (1 + min(1.0, _composed(tuple(mechanisms), "pld", COARSE).get_delta(0.0))) / 2
+    mechanisms = tuple(mechanisms)
+    composed = _composed(mechanisms, "pld", _fine_enough(mechanisms, 1e-9, COARSE))
+    return (1 + min(1.0, composed.get_delta(0.0))) / 2
 
 
 Compose = Callable[[float], tuple[SampledGaussian, ...]]
+LOUDEST, QUIETEST = 1e7, 0.1  # noise multipliers between which is searched
 
 
-def _search(
-    compose: Compose, target: float, delta: float, accountant: str, interval: float, guess: float
-) -> float:
-    def excess(log_noise: float) -> float:
-        return epsilon(compose(math.exp(log_noise)), delta, accountant, interval) - target
+def _search(excess: Callable[[float], float], guess: float, step: float, tolerance: float) -> float:
+    """Where `excess`, which falls with the noise multiplier, is zero, to a relative `tolerance`.
 
-    # Bracket the noise from above and from below, then bisect on its logarithm.
+    From a bracket around `guess` whose relative width is `step` if the guess is good, and doubles until it
+    holds the solution. Raises ValueError if no amount of noise is enough.
+    """
+
+    def above(log_noise: float) -> float:
+        return excess(math.exp(log_noise))
+
     low = high = math.log(guess)
-    while excess(high) > 0:
-        low, high = high, high + 0.2
-        if high > math.log(1e7):
+    first = above(low)
+    found = {low: first}
+    while first > 0 and found[high] > 0:
+        low, high, step = high, high + step, 2 * step
+        if high > math.log(LOUDEST):
             raise ValueError("no amount of noise keeps this promise")
-    while low > math.log(0.1) and excess(low) <= 0:
-        low, high = low - 0.1, low
-    return math.exp(brentq(excess, low, high, xtol=2e-5)) if excess(low) > 0 else math.exp(low)
+        found[high] = above(high)
+    while first <= 0 and found[low] <= 0 and low > math.log(QUIETEST):
+        low, high, step = max(low - step, math.log(QUIETEST)), low, 2 * step
+        found[low] = above(low)
+    if found[low] <= 0 or found[high] == 0:
+        return math.exp(low if found[low] <= 0 else high)
+    return math.exp(brentq(above, low, high, xtol=tolerance))
 
 
-def _smallest_noise(compose: Compose, target: float, delta: float, accountant: str, guess: float) -> float:
+def _smallest_noise(
+    compose: Compose, target: float, delta: float, accountant: str, guess: float, stated: bool
+) -> float:
     """The smallest noise multiplier, to 5 digits, at which `compose(noise_multiplier)` costs at most `target`
     at `delta`.
 
-    Raises ValueError if no amount of noise is enough.
+    `stated` is False for a number that only leads to another: it is then found by a coarse discretisation and
+    may be a trifle larger. Raises ValueError if no amount of noise is enough.
     """
-    # The search uses a coarse discretisation; the result is verified with the fine one that is stated, and
-    # raised until it holds.
-    candidate = _search(compose, target, delta, accountant, COARSE, guess)
-    noise_multiplier = _round_up(candidate * (1 - 2e-5))
-    while epsilon(compose(noise_multiplier), delta, accountant) > target:
+    # The search uses a coarse discretisation; the result is verified as it is stated, and raised until it
+    # holds.
+    interval = _coarse(target, accountant)
+
+    def excess(sigma: float) -> float:
+        return epsilon(compose(sigma), delta, accountant, interval) - target
+
+    noise_multiplier = _round_up(_search(excess, guess, 4e-3, 2e-5) * (1 - 2e-5))
+    while epsilon(compose(noise_multiplier), delta, accountant, None if stated else interval) > target:
         noise_multiplier = _round_up(noise_multiplier * (1 + 1e-5))
     return noise_multiplier
 
 
-@lru_cache(maxsize=64)
+def _coarse(target: float, accountant: str) -> float:
+    # Rounding then costs about 1e-5 of the target.
+    return min(max(FINE, 1e-4 * target), ROUGH) if accountant == "pld" else FINE
+
+
+def _first_look(compose: Compose, target: float, delta: float, accountant: str) -> float:
+    """About the smallest noise multiplier, by a discretisation that takes next to no time."""
+    interval = min(ROUGH, target / 100)
+    with contextlib.suppress(ValueError):  # so rough that rounding alone costs more than the target
+        return _search(
+            lambda sigma: epsilon(compose(sigma), delta, accountant, interval) - target, 1.0, 0.4, 1e-3
+        )
+    return 1.0
+
+
 def training_noise(
     target: float,
     delta: float,
     training: SampledGaussian,
     others: tuple[SampledGaussian, ...] = (),
     accountant: str = "pld",
+    stated: bool = True,
 ) -> float:
     """The noise multiplier with which `training`, composed with `others`, costs at most `target` epsilon at
     `delta`.
 
-    The noise multiplier that `training` has does not matter. Raises ValueError if no amount of noise is
-    enough.
+    The noise multiplier that `training` has does not matter. `stated`: see `_smallest_noise`. Raises
+    ValueError if no amount of noise is enough.
     """
+    return _training_noise(
+        target, delta, replace(training, noise_multiplier=0.0), others, accountant, stated
+    )
 
+
+@lru_cache(maxsize=256)
+def _training_noise(
+    target: float,
+    delta: float,
+    training: SampledGaussian,
+    others: tuple[SampledGaussian, ...],
+    accountant: str,
+    stated: bool,
+) -> float:
     def compose(sigma: float) -> tuple[SampledGaussian, ...]:
         return (*others, replace(training, noise_multiplier=sigma))
 
-    # Rényi DP is quick and finds the neighbourhood in which privacy loss distributions then search.
-    guess = (
-        1.0
-        if accountant == "rdp"
-        else _search(lambda sigma: compose(sigma)[-1:], target, delta, "rdp", FINE, guess=1.0) * 0.95
-    )
-    return _smallest_noise(compose, target, delta, accountant, guess)
+    # What others cost is little, as a rule: the search begins where it would end without them.
+    if others:
+        guess = _training_noise(target, delta, training, others[:-1], accountant, False)
+    else:
+        guess = _first_look(compose, target, delta, accountant)
+    return _smallest_noise(compose, target, delta, accountant, guess, stated)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def noise_beside(
     target: float,
     delta: float,
@@ -183,18 +253,20 @@ def noise_beside(
     others: tuple[SampledGaussian, ...] = (),
     accountant: str = "pld",
 ) -> float:
-    """The smallest noise multiplier of one more Gaussian mechanism that raises the noise of `training` by at
-    most `max_rise`.
+    """About the smallest noise multiplier of one more Gaussian mechanism that raises the noise of `training`
+    by at most `max_rise`; at most a thousandth more.
 
     `training` is the mechanism that would use up `target` together with `others` alone.
     """
     # The mechanism may cost what raising the training's noise by `max_rise` sets free.
     noisier = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
+    interval = _coarse(target, accountant)
 
-    def compose(sigma: float) -> tuple[SampledGaussian, ...]:
-        return *others, noisier, SampledGaussian(sigma)
+    def excess(sigma: float) -> float:
+        return epsilon((*others, noisier, SampledGaussian(sigma)), delta, accountant, interval) - target
 
-    return _smallest_noise(compose, target, delta, accountant, guess=8.0)
+    return _round_up(_search(excess, 8.0, 0.4, 5e-4) * (1 + 5e-4))
+
 
 
 def _round_up(value: float, digits: int = 5) -> float:

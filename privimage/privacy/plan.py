@@ -73,14 +73,19 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
     training = MECHANISMS[config.spec.training].draft(config, count)
     beside: list[Mechanism] = []
 
+    shares = _shares(config)
+
     def noise() -> float:
         others = tuple(one.composition for one in beside)
-        return accounting.training_noise(privacy.epsilon, delta, training.composition, others, accountant)
+        last = len(beside) == len(shares)  # what is found before only leads to the numbers that are stated
+        return accounting.training_noise(
+            privacy.epsilon, delta, training.composition, others, accountant, stated=last
+        )
 
     try:
         # Noise of the training alone, then of each mechanism beside it in turn, and again of the training.
         training = training.with_noise(noise())
-        for kind, share in _shares(config):
+        for kind, share in shares:
             sigma = share.noise_multiplier or accounting.noise_beside(
                 privacy.epsilon,
                 delta,
