@@ -62,7 +62,7 @@ class SampledGaussian:
 
 
 # Discretisation of privacy losses: of what is stated, of attacks that are judged, and of the first look of a
-# search. Above an epsilon of `LARGE` it is wider in proportion, which changes epsilon by less than 1e-5 of it.
+# search. Above an epsilon of `LARGE` wider in proportion: rounding then costs less than 1e-4 of epsilon.
 FINE, COARSE, ROUGH = 1e-4, 1e-3, 1e-1
 LARGE = 20.0
 # Orders of Renyi divergences of the first look; what is stated uses all orders of dp-accounting.
@@ -219,9 +219,7 @@ def training_noise(
     The noise multiplier that `training` has does not matter. `stated`: see `_smallest_noise`. Raises
     ValueError if no amount of noise is enough.
     """
-    return _training_noise(
-        target, delta, replace(training, noise_multiplier=0.0), others, accountant, stated
-    )
+    return _training_noise(target, delta, replace(training, noise_multiplier=0.0), others, accountant, stated)
 
 
 @lru_cache(maxsize=256)
@@ -266,7 +264,6 @@ def noise_beside(
         return epsilon((*others, noisier, SampledGaussian(sigma)), delta, accountant, interval) - target
 
     return _round_up(_search(excess, 8.0, 0.4, 5e-4) * (1 + 5e-4))
-
 
 
 def _round_up(value: float, digits: int = 5) -> float:
