@@ -55,7 +55,7 @@ def pipeline(path: Path, overrides: Sequence[str], checked: bool = True) -> None
     run = RunDir(config.run.dir)
     logs, jobs = _logs(run), list[str]()
     # Each job waits for the one before it, and is cancelled if that fails.
-    for stage in config.spec.stages:
+    for stage in config.stages:
         if run.record(stage) is not None:
             print(f"{stage:12} done before")
             continue
@@ -106,7 +106,7 @@ def _array(
     which every task waits for the task of its run in the array before.
     """
     config, number = configs[part[0]], "-".join(after) or "0"
-    wanted = [stage for stage in STAGES if any(stage in configs[at].spec.stages for at in part)]
+    wanted = [stage for stage in STAGES if any(stage in configs[at].stages for at in part)]
     if all(config.slurm.of(stage) == config.slurm.of("run") for stage in wanted):
         wanted = ["run"]
     job = ""
@@ -132,7 +132,7 @@ def _array(
 
 def _task(stage: str, path: Path, overrides: Sequence[str], config: Config) -> str:
     """What one task runs, as words of a shell; empty where a method has no such stage."""
-    if stage != "run" and stage not in config.spec.stages:
+    if stage != "run" and stage not in config.stages:
         return ""
     return shlex.join([stage, str(path), *overrides])
 
@@ -193,9 +193,7 @@ def summary(paths: Sequence[str]) -> None:
         config = load(path / "config.yaml") if (path / "config.yaml").exists() else None
         run = RunDir(path)
         left = (
-            [stage for stage in config.spec.stages if run.record(stage) is None]
-            if config
-            else ["the first stage"]
+            [stage for stage in config.stages if run.record(stage) is None] if config else ["the first stage"]
         )
         print(f"{path}: {'finished' if not left else f'ended before {left[0]} was finished'}")
         unfinished += [path] if left else []

@@ -123,7 +123,7 @@ def plan_run(config: Config) -> RunPlan:
 
 def _query_work(config: Config, device: torch.device) -> list[Work]:
     """Training of the query network: three times a forward pass for each image."""
-    if "query" not in config.spec.stages:
+    if "query" not in config.stages:
         return []
     network, settings = classifier(config.query.network, config.data.channels, 1000).to(device), config.query
 
@@ -189,10 +189,10 @@ def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: Privac
     for used, by_pld, by_rdp in zip(plan.mechanisms, pld.mechanisms, rdp.mechanisms, strict=True):
         row(used.name, used.composition, by_pld.noise_multiplier, by_rdp.noise_multiplier)
     if len(plan.mechanisms) > 1:
-        row("(the same without a query)", plan.training.composition, _alone(pld), _alone(rdp), "dim")
+        row("(the same alone)", plan.training.composition, _alone(pld), _alone(rdp), "dim")
     console.print(table)
     rise = (
-        "; the query raises the noise of the training by "
+        "; the others raise the noise of the training by "
         f"{100 * (plan.training.noise_multiplier / _alone(plan) - 1):.2f} %"
         if len(plan.mechanisms) > 1
         else ""

@@ -1,4 +1,4 @@
-"""The sections of stages that draw from the sensitive set: `select`, `finetune`, `match`, `evolve`."""
+"""The sections of stages that draw from the sensitive set: `select` to `evolve`."""
 
 from typing import Literal
 
@@ -26,6 +26,51 @@ class Select(Section):
     )
     max_rise: float = Field(
         0.005, gt=0, le=1, description="allowed relative rise of the fine-tuning noise when sigma1 is derived"
+    )
+
+
+class Warm(Section):
+    """Warm starts of diffusion models, which spend a little privacy before the private steps.
+
+    A few noisy statistics of each class give images with labels, on which the model is trained without
+    further cost.
+    """
+
+    affects = on("warm")
+
+    starts: tuple[Literal["embedding", "central"], ...] = Field(
+        (),
+        description="embedding: images of a generator that matches the noisy mean embedding (settings of "
+        "`match`); central: noisy means of random parts of each class; [] is off",
+        json_schema_extra=on("warm", "finetune", planned=True),
+    )
+    max_rise: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="allowed relative rise of the fine-tuning noise by each of `starts`",
+        json_schema_extra=on("warm", planned=True),
+    )
+    parts: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="central: random parts of the sensitive set; each gives one image of each class",
+        json_schema_extra=on("warm", planned=True),
+    )
+    batch_size: int = Field(64, ge=1, description="images per step, over all ranks")
+    steps: int = Field(1000, ge=1, description="training steps, which cost no privacy")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate, no weight decay")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)"
+    )
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="probability of hiding an image's label")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints", json_schema_extra=on())
+    log_every: int = Field(
+        50,
+        ge=1,
+        description="steps between lines of the log and points of TensorBoard",
+        json_schema_extra=on(),
     )
 
 
@@ -100,14 +145,14 @@ class Match(Section):
     sensitive set.
     """
 
-    affects = on("match")
+    affects = on("match", "warm")
 
     features: int = Field(
         2000,
         ge=2,
         multiple_of=2,
         description="F, random Fourier features of an image, half of them cosines, half sines",
-        json_schema_extra=on("match", planned=True),
+        json_schema_extra=on("match", "warm", planned=True),
     )
     bandwidth: float = Field(
         0.5,

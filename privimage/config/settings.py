@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from privimage.config.data import Data, RunSection
 from privimage.config.methods import GENERATORS, METHODS, Method, for_method, with_defaults
-from privimage.config.private import Evolve, Finetune, Match, Select
+from privimage.config.private import Evolve, Finetune, Match, Select, Warm
 from privimage.config.promise import Privacy
 from privimage.config.public import Model, Pretrain, Query
 from privimage.config.results import Evaluate, Synthesize
@@ -64,6 +64,7 @@ class Config(Section):
     query: Query = Query()
     select: Select = Select()
     pretrain: Pretrain = Pretrain()
+    warm: Warm = Warm()
     finetune: Finetune = Finetune()
     match: Match = Match()
     evolve: Evolve = Evolve()
@@ -100,6 +101,27 @@ class Config(Section):
     def spec(self) -> Method:
         """What the chosen method pretrains on, which generator it uses, and whether it is private."""
         return METHODS[self.method]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this run, in order: those of the method, and the warm start that it is given."""
+        names = self.spec.stages
+        if not self.warm_starts:
+            return names
+        at = names.index("finetune")
+        return (*names[:at], "warm", *names[at:])
+
+    @property
+    def warm_starts(self) -> tuple[str, ...]:
+        """The warm starts that apply: `warm.starts` for diffusion models that are fine-tuned, else none."""
+        return self.warm.starts if self.spec.generator == "diffusion" else ()
+
+    @property
+    def finetuned_from(self) -> str | None:
+        """The stage whose weights fine-tuning starts from; None for fresh networks."""
+        if self.warm_starts:
+            return "warm"
+        return "pretrain" if self.spec.pretraining != "none" else None
 
     @property
     def noise_copies(self) -> int:

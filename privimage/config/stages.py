@@ -40,10 +40,16 @@ STAGES: dict[str, Stage] = {
         "Pretrain the generator on the selected public images.",
         ("prepare", "select"),
     ),
+    "warm": Stage(
+        "Warm start",
+        "Train the generator on what noisy statistics of the sensitive set tell, before private steps.",
+        ("pretrain",),
+        sensitive=True,
+    ),
     "finetune": Stage(
         "Fine-tune, privately",
         "Fine-tune the generator on the sensitive set with differential privacy.",
-        ("pretrain",),
+        ("pretrain", "warm"),
         sensitive=True,
         trains=True,
     ),

@@ -102,7 +102,7 @@ def write(run: RunDir, config: Config, results: dict) -> None:
     evaluation itself).
     """
     # The evaluation itself is not finished yet, so it has no record to read.
-    measured = {**resources(run, config.spec.stages), "evaluate": results.pop("evaluate")}
+    measured = {**resources(run, config.stages), "evaluate": results.pop("evaluate")}
     report = {
         "method": config.method,
         "run": run.path.resolve().name,

@@ -107,7 +107,7 @@ def state_of(run: PlannedRun) -> State:
                 f"{clashes[0][2]!r})"
             ),
         )
-    left = [stage for stage in config.spec.stages if folder.record(stage) is None]
+    left = [stage for stage in config.stages if folder.record(stage) is None]
     if not left:
         return State("finished")
     if folder.is_running:

@@ -191,6 +191,15 @@ class FineTuned(ABC):
         Raises ValueError for the weights of other networks.
         """
 
+    def warm_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PublicTraining:
+        """Training on the images of a warm start, from the `weights` of public training or fresh networks.
+
+        Raises NotImplementedError for a family without warm starts.
+        """
+        raise NotImplementedError
+
     def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
         """Seconds per image of a private step on `device`, without noise and update, measured briefly."""
         # The real step on grey images: rules, clipping and summation included.

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config import Config
+from privimage.config.private import Warm
+from privimage.config.public import Pretrain
 from privimage.config.seeds import public_seed
 from privimage.data.sensitive import dropped
-from privimage.distributed.engine import make_engine
+from privimage.distributed.engine import DDPEngine, Engine, adam, make_engine
 from privimage.distributed.microbatch import fitting
 from privimage.distributed.world import World
 from privimage.families.base import (
@@ -44,20 +46,29 @@ def losses_of_nothing(
 class DiffusionPublic(PublicTraining):
     """EDM's loss on public images through an engine, with an exponential average of the weights."""
 
+    stage = "pretrain"
+
     def __init__(self, config: Config, n_classes: int, world: World):
         self.config, self.n_classes, self.world = config, n_classes, world
+        self.settings = self._settings()
         torch.manual_seed(public_seed(config, "networks"))
         self.denoiser = build_diffusion(config, n_classes).to(world.device)
         network = self.denoiser.network
         assert isinstance(network, DDPMpp)  # the family's
         network.recompute = config.pretrain.recompute
-        self.engine = make_engine(config, self.denoiser, world)
-        self.ema = EMA(self.denoiser, config.pretrain.ema_decay)
+        self.engine = self._engine()
+        self.ema = EMA(self.denoiser, self.settings.ema_decay)
         self.loss_sum, self.steps = torch.zeros((), device=world.device), 0
-        batch_size = -(-config.pretrain.batch_size // world.size)
+        batch_size = -(-self.settings.batch_size // world.size)
         of_nothing = losses_of_nothing(self.denoiser, image_shape(config), world.device)
-        self.at_once = fitting(batch_size, of_nothing, config.runtime.precision, world, "pretrain")
+        self.at_once = fitting(batch_size, of_nothing, config.runtime.precision, world, self.stage)
         self.operations = flops.of_training(of_nothing)
+
+    def _settings(self) -> Pretrain | Warm:
+        return self.config.pretrain
+
+    def _engine(self) -> Engine:
+        return make_engine(self.config, self.denoiser, self.world)
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""
@@ -75,19 +86,19 @@ class DiffusionPublic(PublicTraining):
         """Images in [-1, 1], labels with dropout, noise levels and noise: the random part of a step,
         repeatable.
         """
-        settings, device = self.config.pretrain, self.world.device
+        device = self.world.device
         generator = torch.Generator(device).manual_seed(
-            public_seed(self.config, "pretraining step", step, self.world.rank)
+            public_seed(self.config, f"{self.stage} step", step, self.world.rank)
         )
         # The order of these draws is part of a repeatable step.
         x = edm.to_unit(images)
         count = len(x)
-        if settings.flip:
+        if self.config.pretrain.flip:
             flipped = torch.rand(count, generator=generator, device=device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(3), x)
         sigma = edm.draw_sigma(torch.randn(count, generator=generator, device=device))
         noise = torch.randn(x.shape, generator=generator, device=device)
-        hidden = torch.rand(count, generator=generator, device=device) < settings.label_dropout
+        hidden = torch.rand(count, generator=generator, device=device) < self.settings.label_dropout
         return x, torch.where(hidden, self.n_classes, labels), sigma, noise
 
     def scalars(self) -> dict[str, float]:
@@ -123,6 +134,34 @@ class DiffusionPublic(PublicTraining):
         return {"raw": self.denoiser.state_dict(), "ema": self.ema.averages}
 
 
+class DiffusionWarm(DiffusionPublic):
+    """The same on images that noisy statistics of the sensitive set have given, from pretrained weights."""
+
+    stage = "warm"
+
+    def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
+        super().__init__(config, n_classes, world)
+        if pretrained is not None:
+            load_pretrained(self.denoiser, pretrained["ema"], _fresh_label(config))
+            self.ema = EMA(self.denoiser, self.settings.ema_decay)
+
+    def _settings(self) -> Pretrain | Warm:
+        return self.config.warm
+
+    def _engine(self) -> Engine:
+        optimizer = adam(self.denoiser, self.settings.learning_rate)
+        return DDPEngine(self.denoiser, optimizer, self.world, self.config.runtime.precision == "bf16")
+
+
+def _fresh_label(config: Config) -> str | None:
+    """The name of the embedding that is not taken from pretraining.
+
+    Embeddings of public labels mean nothing for the sensitive ones, unless the selection gave them the
+    sensitive classes.
+    """
+    return LABEL if config.spec.pretraining == "all" else None
+
+
 class DiffusionPrivate(PrivateTraining):
     """DP-SGD on the denoiser, with an exponential average of its weights after each private step."""
 
@@ -130,10 +169,9 @@ class DiffusionPrivate(PrivateTraining):
         torch.manual_seed(public_seed(config, "networks"))
         self.module = build_diffusion(config, n_classes).to(world.device)
         if pretrained is not None:
-            # Embeddings of public labels mean nothing for the sensitive ones, unless the selection gave them
-            # the sensitive classes.
-            weights = pretrained[config.finetune.start_from]
-            load_pretrained(self.module, weights, LABEL if config.spec.pretraining == "all" else None)
+            # A warm start knows the sensitive classes already.
+            fresh = None if config.finetuned_from == "warm" else _fresh_label(config)
+            load_pretrained(self.module, pretrained[config.finetune.start_from], fresh)
         self.losses = DenoisingLosses(config, world, n_classes)
         self.optimizer = torch.optim.Adam(trained_parameters(self.module), lr=config.finetune.learning_rate)
         self.ema = EMA(self.module, config.finetune.ema_decay)

@@ -21,9 +21,14 @@ from privimage.families.base import (
     PublicTraining,
     image_shape,
 )
-from privimage.families.denoising import DiffusionPrivate, DiffusionPublic, losses_of_nothing
+from privimage.families.denoising import (
+    DiffusionPrivate,
+    DiffusionPublic,
+    DiffusionWarm,
+    losses_of_nothing,
+)
 from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
-from privimage.models import build_diffusion, edm, parameters
+from privimage.models import build_diffusion, build_generator, edm, parameters
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
@@ -94,6 +99,17 @@ class DiffusionFamily(Family, Pretrained):
 class Diffusion(DiffusionFamily, FineTuned):
     """A denoiser that is fine-tuned by DP-SGD: see `Family`, `Pretrained` and `FineTuned`."""
 
+    def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
+        """The denoiser, and the generator of a warm start that has one."""
+        matched = {"matched generator": build_generator(config, n_classes)}
+        return super().networks(config, n_classes) | (matched if "embedding" in config.warm_starts else {})
+
+    def warm_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PublicTraining:
+        """EDM's loss on the images of a warm start."""
+        return DiffusionWarm(config, n_classes, world, pretrained)
+
     def private_training(
         self, config: Config, n_classes: int, world: World, pretrained: dict | None
     ) -> PrivateTraining:
@@ -124,7 +140,10 @@ class Diffusion(DiffusionFamily, FineTuned):
             * (2 if settings.sampler == "heun" else 1)
             * (2 if settings.guidance else 1)
         )
+        start = config.warm
+        warm = passes.work("warm", start.steps, start.batch_size, 3, start.batch_size)
         return [
+            *([warm] if config.warm_starts else []),
             Work(
                 "finetune",
                 finetune.steps,

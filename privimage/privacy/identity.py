@@ -87,7 +87,7 @@ def settings_read(config: Config, stage: str) -> dict:
     public one through the networks that it trained.
     """
     # Settings of all stages up to this one, since their outputs are its inputs.
-    settings = settings_of(config, upstream(stage, config.spec.stages)) | settings_of_plan(config)
+    settings = settings_of(config, upstream(stage, config.stages)) | settings_of_plan(config)
     return {key: value for key, value in settings.items() if not effect(key).place}
 
 

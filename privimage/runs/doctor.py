@@ -59,7 +59,7 @@ def diagnose(config: Config, world: World, device_error: str = "") -> Diagnosis:
     `device_error` is why no device could be taken; `world` is then one without it.
     """
     run = RunDir(config.run.dir)
-    stages = frozenset(stage for stage in config.spec.stages if run.record(stage) is None)
+    stages = frozenset(stage for stage in config.stages if run.record(stage) is None)
     visit = Visit(config, run, world, stages)
     diagnosis = Diagnosis()
     for name, check in CHECKS.items():
@@ -162,7 +162,7 @@ def _bytes(text: str) -> int:
 def requests(config: Config) -> list[Row]:
     """What the jobs ask for fits what the stages do."""
     rows = []
-    for stage in set(config.spec.stages) - {"prepare", "evaluate"}:
+    for stage in set(config.stages) - {"prepare", "evaluate"}:
         if config.runtime.device == "cuda" and config.slurm.of(stage).gpus == 0:
             told = f"slurm.stages.{stage}: no GPU is asked for, and runtime.device is cuda; set gpus"
             rows.append(Row("jobs", "mistake", told))

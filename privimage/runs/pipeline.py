@@ -88,11 +88,11 @@ def _known(stages: Sequence[str], config: Config) -> Sequence[str]:
     """`stages`, or all of the method where none are named. Raises UserError for one that it does not have."""
     # A misspelt stage is refused before anything is opened.
     for name in stages:
-        if name not in config.spec.stages:
+        if name not in config.stages:
             raise UserError(
-                f"method: {config.method} has no stage {name}; it runs {', '.join(config.spec.stages)}"
+                f"method: {config.method} has no stage {name}; it runs {', '.join(config.stages)}"
             )
-    return stages or config.spec.stages
+    return stages or config.stages
 
 
 def _in_short(error: BaseException) -> str:

@@ -104,7 +104,7 @@ def packages(visit: Visit) -> Iterator[str]:
         wanted["deepspeed"] = stages & {"pretrain"}
     for module, needed_by in wanted.items():
         if needed_by and importlib.util.find_spec(module) is None:
-            first = next(stage for stage in config.spec.stages if stage in needed_by)
+            first = next(stage for stage in config.stages if stage in needed_by)
             yield f"{first}: needs {module}, which is not installed; pip install {PACKAGES[module]}"
     if "prepare" not in stages or beton.ffcv_installed():
         return

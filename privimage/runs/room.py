@@ -53,10 +53,10 @@ def written(
     if config.data.public.kind == "beton":
         found["prepare"] = 0
     # The decoded set, once in parts and once in order, by the first stage that reads it.
-    first = next((stage for stage in config.spec.stages if STAGES[stage].sensitive), None)
+    first = next((stage for stage in config.stages if STAGES[stage].sensitive), None)
     if first in found:
         found[first] += 2 * sensitive * (pixels + 64)
-    if "query" in config.spec.stages:
+    if "query" in config.stages:
         with torch.device("meta"):
             network = parameters(classifier(config.query.network, config.data.channels, max(len(classes), 1)))
         found["query"] = QUERY * network + 8 * count

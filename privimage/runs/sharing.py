@@ -31,7 +31,7 @@ def settings_of_stage(stage: str, config: Config) -> dict:
 
     Of the method, the generator alone: methods that pretrain the same share it.
     """
-    stages = upstream(stage, config.spec.stages)
+    stages = upstream(stage, config.stages)
     settings = {key: value for key, value in settings_of(config, stages).items() if key != "method"}
     return settings | ({"generator": config.spec.generator} if "pretrain" in stages else {})
 

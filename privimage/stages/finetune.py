@@ -41,7 +41,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     # Go on from the last checkpoint, else from the pretrained weights. Both carry the names of the charges
     # that made them; what an unknown charge has made could never be released.
     training, behind = _training(config, run_dir, world, n_classes)
-    account.require_known(behind, run_dir.path / "pretrain" / "weights.pt", world)
+    account.require_known(behind, run_dir.path / str(config.finetuned_from) / "weights.pt", world)
     file = run_dir.stage("finetune") / "checkpoint.pt"
     first, behind = _resumed(file, training, account, behind, world)
 
@@ -120,16 +120,16 @@ def _save(file: Path, training: PrivateTraining, step: int, behind: Behind, worl
 def _training(
     config: Config, run_dir: RunDir, world: World, n_classes: int
 ) -> tuple[PrivateTraining, Behind]:
-    """The networks with the pretrained weights, and the charges behind those.
+    """The networks with the weights of pretraining or of a warm start, and the charges behind those.
 
-    Fresh ones for methods without pretraining.
+    Fresh ones for methods without either.
     """
-    kind = finetuned_family(config)
-    if config.spec.pretraining == "none":
+    kind, stage = finetuned_family(config), config.finetuned_from
+    if stage is None:
         return kind.private_training(config, n_classes, world, None), {}
-    run_dir.require("pretrain")
-    path = run_dir.stage("pretrain") / "weights.pt"
-    pretrained = checkpoint.required(path, "pretrain", world)
+    run_dir.require(stage)
+    path = run_dir.stage(stage) / "weights.pt"
+    pretrained = checkpoint.required(path, stage, world)
     try:
         return kind.private_training(config, n_classes, world, pretrained), dict(pretrained["charges"])
     except ValueError as error:

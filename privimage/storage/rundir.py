@@ -194,9 +194,7 @@ class RunDir:
         if not path.exists():
             return []
         # A stage depends on the settings of all stages before it, also of those whose folder was deleted.
-        begun = {
-            name: set(upstream(name, config.spec.stages)) for name in STAGES if (self.path / name).exists()
-        }
+        begun = {name: set(upstream(name, config.stages)) for name in STAGES if (self.path / name).exists()}
         plan_is_fixed = (self.path / "private" / "account.json").exists()
         clashes = []
         for key, old, new in differences(_plain(path), config.model_dump(mode="json")):

@@ -49,7 +49,7 @@ def configuration(folder: Path, method: str) -> Config:
 
 def stages(config: Config) -> tuple[str, ...]:
     """All stages of the method but the evaluation."""
-    return config.spec.stages[:-1]
+    return config.stages[:-1]
 
 
 def start(config: Config) -> int:

@@ -219,7 +219,7 @@ class Trial:
         )
         torch.set_num_threads(1)
         config = self.config(run, images)
-        os._exit(pipeline.run(config, config.spec.stages[:-1]))
+        os._exit(pipeline.run(config, config.stages[:-1]))
 
     def killed(self, run: Run, longest: float) -> bool:
         """Start once, kill at a random moment; false if it ended by itself before."""

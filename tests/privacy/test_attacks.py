@@ -72,7 +72,7 @@ def go(config: Config, stop_after: int | None = None, stages: tuple[str, ...] | 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiffusionPrivate, "after_step", signalled)
-        return pipeline.run(config, stages or config.spec.stages[:-1])
+        return pipeline.run(config, stages or config.stages[:-1])
 
 
 def stated(folder: Path) -> dict:

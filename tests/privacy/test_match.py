@@ -24,7 +24,7 @@ from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.accounting import SampledGaussian
 from privimage.runs import pipeline
-from privimage.stages import match
+from privimage.stages import noisy_statistic
 from privimage.storage.files import read_json
 
 FIXED = ("method=dp-merf", "privacy.insecure_fixed_key=7")
@@ -35,7 +35,7 @@ def settings(folder: Path, *overrides: str) -> Config:
 
 
 def embedding(folder: Path) -> np.ndarray:
-    return np.load(folder / "match" / "embedding.npz")["embedding"]
+    return np.load(folder / "match" / "embedding.npz")["values"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_a_crash_after_the_charge_is_repeated_to_the_bit_and_charged_once(
 ) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(match, "write_arrays", crash)
+        patch.setattr(noisy_statistic, "write_arrays", crash)
         assert pipeline.run(settings(folder), ["match"]) == 1
     assert charges(folder) == charges(undisturbed) and not (folder / "match" / "embedding.npz").exists()
     assert pipeline.run(settings(folder), ["match"]) == 0
@@ -108,7 +108,7 @@ def test_in_another_arrangement_it_is_not_drawn_again(
     """
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(match, "write_arrays", crash)
+        patch.setattr(noisy_statistic, "write_arrays", crash)
         assert pipeline.run(settings(folder), ["match"]) == 1
     before = charges(folder)
     capfd.readouterr()

@@ -59,7 +59,7 @@ def test_a_plan_reads_back_from_json_and_names_its_mechanisms(method: str) -> No
     assert isinstance(plan.training, KINDS[method])
     assert plan_from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert len({part.name for part in plan.mechanisms}) == len(plan.mechanisms)
-    assert plan.training.stage in load(TINY, [f"method={method}"]).spec.stages
+    assert plan.training.stage in load(TINY, [f"method={method}"]).stages
 
 
 @pytest.mark.parametrize("method", ["dp-merf", "private-evolution"])

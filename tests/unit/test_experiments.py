@@ -69,7 +69,7 @@ def finish(run: PlannedRun, accuracy: float | None, distance: float = 1.0, **res
     folder = RunDir(run.config.run.dir)
     folder.path.mkdir(parents=True)
     folder.reconcile(run.config)
-    for stage in run.config.spec.stages:
+    for stage in run.config.stages:
         folder.finish(stage, {"images": 1})
     write_json(
         folder.path / "evaluate" / "report.json",

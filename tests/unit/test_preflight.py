@@ -198,7 +198,7 @@ def test_all_mistakes_are_told_at_once_and_the_run_goes_on_when_they_are_mended(
     ]
     assert all(line.startswith("privimage: error: ") for line in lines)
     assert (RunDir(tmp_path / "run").failure or "").endswith("no such file or folder (and 2 more)")
-    assert door()[::2] == (0, list(load(TINY, []).spec.stages))
+    assert door()[::2] == (0, list(load(TINY, []).stages))
 
 
 def test_only_what_is_still_to_be_done_is_looked_at(door: Callable, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_only_what_is_still_to_be_done_is_looked_at(door: Callable, tmp_path: Pa
     )
     assert "lost.npz" in door(*lost, stages=("query", "select"))[1][0]
     assert door(*lost, stages=("query",))[0] == 0  # which needs neither
-    for stage in load(TINY, []).spec.stages:
+    for stage in load(TINY, []).stages:
         write_json(
             RunDir(tmp_path / "run").stage(stage) / "done.json", {"images": 1, "count": 1, "classes": ["a"]}
         )
@@ -265,7 +265,7 @@ def test_a_disk_without_room_is_told_with_the_numbers(
 )
 def test_other_methods_pass(method: str, door: Callable) -> None:
     status, lines, ran = door(f"method={method}")
-    assert (status, lines, ran) == (0, [], list(load(TINY, [f"method={method}"]).spec.stages))
+    assert (status, lines, ran) == (0, [], list(load(TINY, [f"method={method}"]).stages))
 
 
 def test_the_plan_that_was_made_at_the_door_is_not_made_again(

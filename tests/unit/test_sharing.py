@@ -79,7 +79,7 @@ def test_every_setting_that_a_stage_reads_is_declared_for_it(tmp_path: Path, mor
     run, reads = RunDir(settings.run.dir), {}
     run.path.mkdir()
     run.reconcile(settings)
-    for name in settings.spec.stages:
+    for name in settings.stages:
         read: set[str] = set()
         stage = importlib.import_module(f"privimage.stages.{name}")
         run.finish(name, stage.run(Watched(settings, read), run, ALONE))
@@ -105,13 +105,13 @@ def test_public_stages_are_taken_from_another_run_and_private_ones_never_are(tmp
     assert kept(tmp_path) == ["prepare", "query"]
     assert pipeline.run(second) == 0
     assert kept(tmp_path) == ["prepare", "query"]
-    for stage in first.spec.stages:
+    for stage in first.stages:
         taken = [
             ("shared" in read_json(settings.run.dir / stage / "done.json")) for settings in (first, second)
         ]
         assert taken == [False, stage in ("prepare", "query")]
     inodes = {path.stat().st_ino for path in files(tmp_path / "shared").values()}
-    private = [stage for stage in first.spec.stages if stage not in ("prepare", "query")]
+    private = [stage for stage in first.stages if stage not in ("prepare", "query")]
     for settings in (first, second):
         for folder in (*private, "private", "release", *(f"tensorboard/{stage}" for stage in private)):
             assert not [

@@ -69,7 +69,7 @@ def test_a_lot_favours_no_class(tmp_path: Path) -> None:
 
 def test_a_run_by_lot_pays_for_no_query(tmp_path: Path) -> None:
     settings = config(tmp_path, "method=random+d")
-    assert settings.spec.stages == ("prepare", "select", "pretrain", "finetune", "synthesize", "evaluate")
+    assert settings.stages == ("prepare", "select", "pretrain", "finetune", "synthesize", "evaluate")
     assert pipeline.run(settings) == 0
     said = read_json(settings.run.dir / "release" / "PRIVACY.json")
     assert [m["name"] for m in said["mechanisms"]] == ["DP-SGD fine-tuning"]

@@ -1,12 +1,24 @@
 """The mechanisms by which a run may draw from the sensitive set, by the stage that uses them."""
 
 from privimage.privacy.mechanisms.base import Mechanism
+from privimage.privacy.mechanisms.central import CentralImages
 from privimage.privacy.mechanisms.dpsgd import DPSGD
-from privimage.privacy.mechanisms.embedding import MeanEmbedding
+from privimage.privacy.mechanisms.embedding import MeanEmbedding, WarmEmbedding
 from privimage.privacy.mechanisms.histogram import NearestHistogram, SemanticHistogram
 
+# In the order in which a run uses them.
 MECHANISMS: dict[str, type[Mechanism]] = {
-    kind.stage: kind for kind in (SemanticHistogram, DPSGD, MeanEmbedding, NearestHistogram)
+    kind.stage: kind
+    for kind in (SemanticHistogram, WarmEmbedding, CentralImages, DPSGD, MeanEmbedding, NearestHistogram)
 }
 
-__all__ = ["DPSGD", "MECHANISMS", "MeanEmbedding", "Mechanism", "NearestHistogram", "SemanticHistogram"]
+__all__ = [
+    "DPSGD",
+    "MECHANISMS",
+    "CentralImages",
+    "MeanEmbedding",
+    "Mechanism",
+    "NearestHistogram",
+    "SemanticHistogram",
+    "WarmEmbedding",
+]

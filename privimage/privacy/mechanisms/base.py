@@ -28,7 +28,8 @@ class Mechanism(ABC):
     """One mechanism of a run, with its public parameters and its noise, before it is used."""
 
     name: ClassVar[str]  # in PRIVACY.json and for people
-    stage: ClassVar[str]  # the stage that uses it; a stage uses one
+    # Its name in the plan and in the ledger: the stage that uses it, and what for where it uses several.
+    stage: ClassVar[str]
     noise_multiplier: float  # standard deviation of the noise over the L2 sensitivity; 0: none
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from privimage.config import Config
 from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.base import Mechanism
+from privimage.privacy.mechanisms.base import Mechanism, Share
 from privimage.privacy.noise import gaussian
 
 # Features are summed as whole multiples of it: integer sums are exact, in any order and on any number of
@@ -50,6 +50,19 @@ class MeanEmbedding(Mechanism):
     def parameters(self) -> dict[str, Any]:
         """See `Mechanism.parameters`."""
         return {"features": self.features}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmEmbedding(MeanEmbedding):
+    """The same before DP-SGD, which goes on from what it tells (FETA-Pro, arXiv 2601.06368)."""
+
+    name: ClassVar[str] = "noisy mean embedding for the warm start"
+    stage: ClassVar[str] = "warm-embedding"
+
+    @classmethod
+    def share(cls, config: Config) -> Share | None:
+        """Of runs whose warm start uses it."""
+        return Share(None, config.warm.max_rise) if "embedding" in config.warm_starts else None
 
 
 def embedding_sum(features: Tensor, labels: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,70 @@
+"""Central images of the sensitive set: noisy means of its classes over random parts of it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from privimage.config import Config
+from privimage.distributed.blocks import BLOCK
+from privimage.distributed.microbatch import block_size
+from privimage.distributed.world import World
+from privimage.models.edm import to_uint8
+from privimage.privacy.mechanisms import CentralImages
+from privimage.privacy.mechanisms.central import central_sum, noisy_central_means, random_parts
+from privimage.privacy.noise import bit_generator
+from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once
+from privimage.storage.rundir import RunDir
+
+
+def central_means(
+    config: Config, run_dir: RunDir, world: World, sensitive: Sensitive, mechanism: CentralImages, path: Path
+) -> Drawn:
+    """Noisy means float64 (parts * rows, values), rows last; kept in `path`: see `draw_once`."""
+    source, rows = config.privacy.noise_source, sensitive.rows
+
+    def exact(name: str) -> np.ndarray:
+        key = sensitive.account.root.derive("central parts", name)
+        bits = bit_generator(source, key).random_raw(len(sensitive.images.labels))
+        groups = random_parts(bits, mechanism.parts) * rows + sensitive.images.labels
+        return _sum_over_ranks(world, sensitive, groups, mechanism)
+
+    def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
+        return noisy_central_means(total, mechanism, source, key)
+
+    return draw_once(config, run_dir, world, sensitive, mechanism, path, exact, noisy)
+
+
+def enlarged(means: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
+    """Images uint8 (n, C, H, W) of `shape` (C, H, W) from noisy means float64 (n, values) of small ones."""
+    channels, side = shape[0], math.isqrt(means.shape[1] // shape[0])
+    small = torch.from_numpy(means).float().view(-1, channels, side, side).clamp(-1, 1)
+    return to_uint8(F.interpolate(small, size=shape[1:], mode="bilinear", align_corners=False))
+
+
+def moved(images: Tensor, normal: Tensor) -> Tensor:
+    """Images uint8 (B, C, H, W), each turned, scaled and shifted by its own normal numbers (B, 4)."""
+    # Radians, logarithm of the scale, and shifts of a whole image of width 2: small, as between photographs.
+    angle, scale = normal[:, 0] * 0.15, (normal[:, 1] * 0.08).exp()
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    theta = torch.stack(
+        [torch.stack([cos, -sin, normal[:, 2] * 0.1], 1), torch.stack([sin, cos, normal[:, 3] * 0.1], 1)], 1
+    )
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    turned = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return turned.round().clamp(0, 255).to(torch.uint8)
+
+
+def _sum_over_ranks(
+    world: World, sensitive: Sensitive, groups: np.ndarray, mechanism: CentralImages
+) -> np.ndarray:
+    images, groups_count = sensitive.images.images, mechanism.parts * sensitive.rows
+    total = torch.zeros(groups_count, mechanism.values, dtype=torch.int64, device=world.device)
+    size = block_size(images.shape, BLOCK)
+    for start in range(world.rank * size, len(images), world.size * size):
+        block, own = (torch.from_numpy(array[start : start + size]) for array in (images, groups))
+        total += central_sum(block.to(world.device), own.to(world.device), groups_count, mechanism)
+    return world.all_reduce_(total).cpu().numpy()

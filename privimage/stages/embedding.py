@@ -1,0 +1,87 @@
+"""The noisy mean embedding of the sensitive set, and the generator that is trained towards it."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from privimage.config import Config
+from privimage.config.seeds import public_seed
+from privimage.data.private_store import ImageSet
+from privimage.distributed.blocks import BLOCK, blockwise
+from privimage.distributed.microbatch import block_size
+from privimage.distributed.world import World
+from privimage.families.base import image_shape
+from privimage.families.matching import MatchedGenerator
+from privimage.models.edm import to_unit
+from privimage.models.random_features import RandomFeatures
+from privimage.privacy.mechanisms import MeanEmbedding
+from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
+from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once
+from privimage.stages.training import Schedule, train
+from privimage.storage.rundir import RunDir
+
+
+def mean_embedding(
+    config: Config,
+    run_dir: RunDir,
+    world: World,
+    sensitive: Sensitive,
+    mechanism: MeanEmbedding,
+    path: Path,
+) -> Drawn:
+    """The noisy mean embedding, float64 (rows, F), drawn once and kept in `path`: see `draw_once`."""
+
+    def exact(_: str) -> np.ndarray:
+        return _sum_over_ranks(config, world, sensitive.images, sensitive.rows)
+
+    def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
+        return noisy_mean_embedding(total, mechanism, config.privacy.noise_source, key)
+
+    return draw_once(config, run_dir, world, sensitive, mechanism, path, exact, noisy)
+
+
+def matched_generator(
+    config: Config, run_dir: RunDir, world: World, n_classes: int, embedding: np.ndarray, name: str
+) -> MatchedGenerator:
+    """A generator trained towards an embedding float64 (rows, F) in the settings of `match`.
+
+    It resumes from its checkpoint in the folder `name` of the run. Training is post-processing: its steps may
+    be repeated, changed or stopped without any cost. Raises Stopped.
+    """
+    settings = config.match
+    target = torch.from_numpy(embedding).float().to(world.device)
+    features = _features(config, world, torch.float32)
+    generator = MatchedGenerator(config, n_classes, world, features, target)
+
+    def steps(first: int) -> Iterator[None]:
+        for step in itertools.count(first):
+            generator.step(step)
+            yield
+
+    schedule = Schedule(settings.steps, settings.batch_size, settings.log_every, settings.checkpoint_every)
+    train(name, schedule, generator, steps, run_dir, world)
+    return generator
+
+
+def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int) -> np.ndarray:
+    features = _features(config, world, torch.float64)
+    total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
+    # Blocks of one size, and sums of integers: the total is the same to the bit for any number of ranks.
+    size = block_size(sensitive.images.shape, BLOCK)
+    for start in range(world.rank * size, len(sensitive.images), world.size * size):
+        images, labels = (
+            torch.from_numpy(array[start : start + size]).to(world.device)
+            for array in (sensitive.images, sensitive.labels)
+        )
+        for _, embedded in blockwise(lambda block: features(to_unit(block)), images, size=size):
+            total += embedding_sum(embedded, labels, rows)
+    return world.all_reduce_(total).cpu().numpy()
+
+
+def _features(config: Config, world: World, dtype: torch.dtype) -> RandomFeatures:
+    pixels, seed = math.prod(image_shape(config)), public_seed(config, "random features")
+    return RandomFeatures(pixels, config.match.features, config.match.bandwidth, seed, world.device, dtype)

@@ -1,0 +1,79 @@
+"""A noisy statistic of the whole sensitive set: drawn and charged once, kept in a file of its stage."""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from privimage.config import Config
+from privimage.data.private_store import ImageSet
+from privimage.distributed import told
+from privimage.distributed.world import World
+from privimage.errors import UserError
+from privimage.privacy.account import Account, charge_name
+from privimage.privacy.identity import computation, digest_of_tensors
+from privimage.privacy.mechanisms import Mechanism
+from privimage.storage.files import write_arrays
+from privimage.storage.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A noisy statistic, and the name of the charge that it cost."""
+
+    values: np.ndarray
+    charge: str
+
+
+@dataclass(frozen=True)
+class Sensitive:
+    """The sensitive set, and the account of the run that draws from it."""
+
+    images: ImageSet
+    account: Account
+    n_classes: int  # 0 for an unlabelled set
+
+    @property
+    def rows(self) -> int:
+        """Rows of a statistic by class; an unlabelled set has one."""
+        return max(self.n_classes, 1)
+
+
+def draw_once(
+    config: Config,
+    run_dir: RunDir,
+    world: World,
+    sensitive: Sensitive,
+    mechanism: Mechanism,
+    path: Path,
+    exact: Callable[[str], np.ndarray],
+    noisy: Callable[[np.ndarray, bytes], np.ndarray],
+) -> Drawn:
+    """The statistic in `path`, or the only one that is ever drawn; all ranks call it together.
+
+    `exact(name)` is the statistic without noise, int64, equal on all ranks, from the name of its charge;
+    `noisy(exact, key)` adds noise from 32 secret bytes. The folder of `path` is the stage's. Raises UserError
+    if the statistic was drawn before and is lost or damaged.
+    """
+    account = sensitive.account
+    if not told.exists(path, world):
+        # The charge is named by public inputs and the set as a whole, the noise also by the sum that it
+        # hides: two different sums can never have the same noise.
+        stage = path.parent.name
+        own = {"plan": account.plan.to_dict(), "rows": sensitive.rows, "mechanism": mechanism.stage}
+        identity = computation(world, account.root, sensitive.images.content, config, stage, own)
+        name = charge_name(account.root, identity).hex()
+        # Summed before it is charged: what fails until then has cost nothing.
+        total = exact(name)
+        account.charge_once(mechanism, name, world, run_dir.path)
+        if world.is_main:
+            key = account.root.derive(f"{mechanism.stage} noise", name, digest_of_tensors([total]).hex())
+            write_arrays(path, {"values": noisy(total, key), "charge": np.array(name)})
+        world.barrier()
+    try:
+        file = told.arrays(path, world)
+        return Drawn(file["values"], str(file["charge"]))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        raise UserError(f"{path}: damaged, and charged already; choose another run.dir") from None
