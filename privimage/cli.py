@@ -72,6 +72,23 @@ def doctor(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def rehearse(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    tries: Annotated[
+        list[str] | None,
+        typer.Option("--try", metavar="KEY=VALUE,...", help="a setting and values to try; may be repeated"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each combination")] = 1,
+) -> None:
+    """Try settings on a part of the public set in the place of the sensitive one; costs no privacy."""
+    from privimage.commands.rehearse import run
+    from privimage.config import load
+
+    sys.exit(run(load(config, overrides or ()), tries or (), seeds))
+
+
+@app.command()
 def submit(
     words: Annotated[
         list[str],

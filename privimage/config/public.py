@@ -11,7 +11,7 @@ from privimage.config.section import Section, on
 class Model(Section):
     """The generator: DDPM++ for diffusion methods, BigGAN for GAN methods."""
 
-    affects = on("pretrain", "finetune", "match", "evolve", "synthesize", "evaluate")
+    affects = on("pretrain", "warm", "finetune", "match", "evolve", "synthesize", "evaluate")
 
     width: int = Field(32, ge=8, le=512, description="base width nf of DDPM++")
     multipliers: tuple[int, ...] = Field(
@@ -92,11 +92,12 @@ class Pretrain(Section):
     recompute: bool = Field(
         False,
         description="diffusion: compute activations again in the backward pass, for large networks",
+        json_schema_extra=on("pretrain", "warm"),
     )
     flip: bool = Field(
         True,
         description="random horizontal flips; off for characters",
-        json_schema_extra=on("pretrain", "evaluate"),
+        json_schema_extra=on("pretrain", "warm", "evaluate"),
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints", json_schema_extra=on())
     log_every: int = Field(

@@ -69,6 +69,7 @@ class Watched:
         ("method=dp-merf",),
         ("method=private-evolution",),
         ("method=nonpriv",),
+        ("warm.starts=[embedding,central]", "warm.steps=4", "method=pdp-diffusion"),
         ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20"),
     ],
     ids=lambda more: more[0],
@@ -132,7 +133,7 @@ def test_public_stages_are_taken_from_another_run_and_private_ones_never_are(tmp
 
 def test_no_method_shares_a_stage_that_follows_from_the_sensitive_set() -> None:
     for name, method in METHODS.items():
-        assert not {"select", "finetune", "synthesize", "evaluate"} & set(method.public_stages), name
+        assert not {"select", "warm", "finetune", "synthesize", "evaluate"} & set(method.public_stages), name
         assert ("pretrain" in method.public_stages) == (method.pretraining == "all"), name
         assert set(method.public_stages) <= set(method.stages)
 
