@@ -118,7 +118,8 @@ def _base(config: Config, folder: Path, count: int, classes: int) -> str:
 def _experiment(config: Config, folder: Path, axes: dict[str, dict[str, list[str]]], seeds: int) -> dict:
     return {
         "title": f"Rehearsal for {config.run.dir}",
-        "notes": "A part of the public set stands for the sensitive set, which was not opened.",
+        "notes": "A part of the public set stands for the sensitive set, which was not opened: "
+        "accuracies that are marked below follow from public images alone.",
         "base": "base.yaml",
         "runs": str(folder / "runs"),
         "axes": axes or {"settings": {"as given": []}},

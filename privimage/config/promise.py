@@ -8,7 +8,7 @@ from pydantic import Field
 from privimage.config.section import Section, on
 from privimage.config.stages import TRAINING
 
-DRAWING = ("select", *TRAINING, "synthesize")
+DRAWING = ("select", "warm", *TRAINING, "synthesize")
 
 
 class Budget(Section):
