@@ -25,6 +25,7 @@ from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
 
 MOST = 200_000  # public images of a rehearsal
+PREPARING = "pdp-diffusion"  # a method with a stage `prepare`
 HELD_OUT = 0.2  # of the images of a stand-in's classes: for the evaluation
 MEASURES = {
     "LR": {"key": "accuracy.lr", "best": "highest", "unit": "%"},
@@ -47,8 +48,9 @@ def run(config: Config, tries: Sequence[str], seeds: int) -> int:
     axes = dict(_axis(text) for text in tries)
     folder = config.run.dir.with_name(f"{config.run.dir.name}-rehearsal")
     public = RunDir(folder / "public")
-    at = config.model_copy(update={"run": config.run.model_copy(update={"dir": public.path})})
-    pipeline.execute(at, ["prepare"], ALONE)
+    # Prepared also for a method that needs no public images.
+    place = config.run.model_copy(update={"dir": public.path})
+    pipeline.execute(config.model_copy(update={"run": place, "method": PREPARING}), ["prepare"], ALONE)
     _stand_in(config, public, folder, count, classes)
     write_whole(folder / "base.yaml", _base(config, folder, count, classes).encode())
     file = folder / "rehearsal.yaml"
