@@ -133,7 +133,11 @@ class Finetune(Section):
         "folded", description="per-image gradients: folded is fast, vmap(grad) is the plain oracle"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "fp32", description="of forward and backward; norms, sums and noise are always fp32 or better"
+        "auto",
+        description=(
+            "of forward and backward; norms, sums and noise are always fp32 or better; auto: bf16 on GPUs "
+            "that have it, else fp32"
+        ),
     )
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints", json_schema_extra=on())
 

@@ -39,8 +39,8 @@ class Runtime(Section):
         json_schema_extra=on(*RANDOM),
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "fp32",
-        description="of public training and of synthesis; auto: bf16 where the device is faster in it",
+        "auto",
+        description="of public training and of synthesis; auto: bf16 on GPUs that have it, else fp32",
         json_schema_extra=on(*RANDOM),
     )
     profile: tuple[int, int] | None = Field(

@@ -1,20 +1,17 @@
 """The precision that `auto` stands for."""
 
-from pathlib import Path
-
 import torch
 
 from privimage.config import Config
 from privimage.distributed.world import World
-
-PROCESSOR = Path("/proc/cpuinfo")
 
 
 def resolved(config: Config, world: World) -> Config:
     """The settings with `auto` of `runtime.precision` and `finetune.precision` replaced by what suits the
     main rank's device.
 
-    All ranks get the main rank's answer, so that a result does not depend on which of them computed it.
+    All ranks get the main rank's answer, so that a result does not depend on which of them computed it. What
+    is computed from sensitive images is named by the answer (`privacy.identity`), not by `auto`.
     """
     found = world.broadcast_object("bf16" if faster_in_bf16(world.device) else "fp32")
     changed = {
@@ -26,14 +23,8 @@ def resolved(config: Config, world: World) -> Config:
 
 
 def faster_in_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix instructions.
+    """Whether it is a GPU with bf16 matrix instructions, as all since Ampere.
 
-    GPUs since Ampere, CPUs with AMX or AVX-512 BF16.
+    A CPU is not asked: its gain is small without AMX, and without AVX-512 it would be slower.
     """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = PROCESSOR.read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

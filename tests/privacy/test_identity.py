@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config, parse
+from privimage.distributed import precision
+from privimage.distributed.world import ALONE
 from privimage.privacy import identity
 from privimage.privacy.account import charge_name
 from privimage.privacy.identity import computation, digest_of, digest_of_tensors
@@ -76,11 +78,25 @@ def test_images_key_inputs_ranks_and_what_the_stage_adds_make_another_one(tiny_c
     assert len(names) == 6
 
 
+def test_a_precision_that_the_device_decides_is_in_the_name(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto, chosen = tiny_config, tiny_config
+    for section in ("runtime", "finetune"):
+        auto = changed(auto, f"{section}.precision", "auto")
+        chosen = changed(chosen, f"{section}.precision", "bf16")
+    on_a_cpu = precision.resolved(auto, ALONE)
+    monkeypatch.setattr(precision, "faster_in_bf16", lambda device: True)
+    on_a_gpu = precision.resolved(auto, ALONE)
+    assert named(on_a_gpu) == named(chosen) != named(on_a_cpu)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("runtime.seed", 1),
         ("runtime.precision", "bf16"),
+        ("finetune.precision", "bf16"),
         ("finetune.max_grad_norm", 0.02),
         ("finetune.learning_rate", 0.5),
         ("finetune.noise_copies", 3),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import TINY
 
 from privimage import cli
@@ -232,46 +233,34 @@ def test_ranks_that_torchrun_starts_again_after_a_mistake_end_at_once_with_its_s
     assert command("run", "nothing.yaml") == (2, "", "")
 
 
-@pytest.mark.parametrize(
-    ("flags", "found"),
-    [("avx2 amx_bf16 amx_tile", "bf16"), ("avx512f avx512_bf16", "bf16"), ("avx2 fma", "fp32")],
-)
-def test_auto_is_the_precision_that_the_processor_is_fast_in(
-    flags: str, found: str, tmp_path: Path, tiny_config: Config, stages: dict, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fast", "found"), [(False, "fp32"), (True, "bf16")])
+def test_precision_is_by_default_that_of_the_device(
+    fast: bool, found: str, tmp_path: Path, stages: dict, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "cpuinfo").write_text(flags)
-    monkeypatch.setattr(precision, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "faster_in_bf16", lambda device: fast)
     seen = []
     stages["prepare"] = lambda config, run, world: (
         seen.append((config.runtime.precision, config.finetune.precision)) or {"images": 1}
     )
-    folder = tiny_config.run.dir
-    assert (
-        pipeline.run(
-            load(
-                TINY,
-                [
-                    f"run.dir={folder}",
-                    "runtime.precision=auto",
-                    "finetune.precision=auto",
-                    "runtime.device=cpu",
-                ],
-            ),
-            ["prepare"],
-        )
-        == 0
-    )
+    folder = tmp_path / "run"
+    assert pipeline.run(load(TINY, [f"run.dir={folder}"]), ["prepare"]) == 0
     assert seen == [(found, found)]
-    assert (
-        load(folder / "config.yaml").runtime.precision == "auto"
-    )  # the run may go on with another kind of machine
+    # The run may go on with another kind of machine.
+    assert load(folder / "config.yaml").runtime.precision == "auto"
 
 
-def test_a_precision_that_was_chosen_stays(tiny_config: Config, stages: dict):
+def test_a_cpu_computes_in_fp32_by_default() -> None:
+    assert not precision.faster_in_bf16(torch.device("cpu"))
+
+
+def test_a_precision_that_was_chosen_stays(tmp_path: Path, stages: dict):
+    seen = []
     stages["prepare"] = lambda config, run, world: (
-        {"images": 1} if (config.runtime.precision, config.finetune.precision) == ("fp32", "fp32") else {}
+        seen.append((config.runtime.precision, config.finetune.precision)) or {"images": 1}
     )
-    assert pipeline.run(tiny_config, ["prepare"]) == 0
+    chosen = [f"run.dir={tmp_path}/run", "runtime.precision=bf16", "finetune.precision=bf16"]
+    assert pipeline.run(load(TINY, chosen), ["prepare"]) == 0
+    assert seen == [("bf16", "bf16")]
 
 
 def test_the_command_answers_before_the_long_imports() -> None:
