@@ -37,7 +37,7 @@ setup(
         "pydantic>=2.7,<3",
         "typer>=0.12,<1",
         "rich>=13,<16",
-        "pillow>=10",
+        "pillow>=10.1",
         "tensorboard>=2.16,<3",
         "torch-fidelity>=0.4.0,<0.5",
         "scikit-learn>=1.4,<2",
@@ -50,6 +50,9 @@ setup(
             "mpi4py>=4.0,<5",
             "openmpi>=5.0.8,<6; platform_system == 'Linux'",
         ],
+        "dicom": ["pydicom>=3,<4"],
+        "hdf5": ["h5py>=3.10,<4"],
+        "parquet": ["pyarrow>=15"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -58,6 +61,11 @@ setup(
             "mypy>=1.10",
             "pre-commit>=3.7",
             "types-PyYAML",
+            # what the tests of the readers need
+            "h5py>=3.10,<4",
+            "pyarrow>=15",
+            "pydicom>=3,<4",
+            "webdataset>=0.2,<2",
         ],
     },
     classifiers=[

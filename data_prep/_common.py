@@ -64,6 +64,8 @@ def main(
         if given.resolution < 1 or given.workers < 0:
             raise UserError("--resolution must be at least 1, --workers at least 0")
         source = open_source(kind, given.source, given.split, labelled)
+        for line in source.notes:
+            print(line, file=sys.stderr)
         sidecar = store.write(
             source, given.output, Form(given.resolution, given.channels), given.workers, given.skip_bad
         )

@@ -41,7 +41,7 @@ def public_size(config: Config) -> tuple[int, int]:
     """
     sensitive = config.data.sensitive
     known = KNOWN.get(sensitive.kind, (None, None))
-    count, classes = sensitive.count or known[0], sensitive.classes or known[1]
+    count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
     if count is None:
         raise UserError(
             "data.sensitive.count: `plan` does not touch data; give the number of sensitive images"

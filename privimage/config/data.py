@@ -9,7 +9,22 @@ from pydantic import Field, field_validator
 from privimage.config.section import Section, on
 from privimage.config.stages import SENSITIVE, STAGES
 
-SensitiveKind = Literal["folder", "npz", "beton", "cifar10", "celeba", "mnist", "fashion-mnist", "digits"]
+SensitiveKind = Literal[
+    "folder",
+    "zip",
+    "webdataset",
+    "parquet",
+    "hdf5",
+    "csv",
+    "jsonl",
+    "npz",
+    "beton",
+    "cifar10",
+    "celeba",
+    "mnist",
+    "fashion-mnist",
+    "digits",
+]
 Byte = Annotated[int, Field(ge=0, le=255)]
 PublicKind = SensitiveKind | Literal["glyphs"]
 
@@ -48,6 +63,12 @@ class PublicData(Section):
     skip_bad: bool = Field(
         False, description="leave out images that do not decode, and count them, in place of stopping"
     )
+    image_column: str | None = Field(
+        None, description="column or array of the images, or of their paths; unset: the usual names"
+    )
+    label_column: str | None = Field(
+        None, description="column or array of the labels; unset: the usual names"
+    )
     images_per_class: int = Field(400, ge=1, description="for kind glyphs: images rendered of each character")
 
 
@@ -70,6 +91,12 @@ class SensitiveData(Section):
         description="whether its labels are used; without them there is one row and one class",
         json_schema_extra=on(*SENSITIVE, "pretrain"),
     )
+    image_column: str | None = Field(
+        None, description="column or array of the images, or of their paths; unset: the usual names"
+    )
+    label_column: str | None = Field(
+        None, description="column or array of the labels; unset: the usual names"
+    )
     group: str | None = Field(
         None,
         description="column or array that names whom each image belongs to (a person, a patient)",
@@ -91,11 +118,25 @@ class SensitiveData(Section):
         ge=1,
         description="N, the number of training images, taken as public; `plan` needs it, the data must agree",
     )
-    classes: int | None = Field(
+    classes: Annotated[int, Field(ge=1)] | tuple[str, ...] | None = Field(
         None,
-        ge=1,
-        description="the number of classes, taken as public; `plan` and an npz without names need it",
+        description=(
+            "the number of classes, or a list of their names, taken as public; `plan` and sets that do not "
+            "name their classes need it"
+        ),
     )
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_differ(cls, classes: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:
+        if isinstance(classes, tuple) and (not classes or len(set(classes)) < len(classes)):
+            raise ValueError("a list of names, each once")
+        return classes
+
+    @property
+    def class_count(self) -> int | None:
+        """The stated number of classes."""
+        return len(self.classes) if isinstance(self.classes, tuple) else self.classes
 
 
 class Data(Section):

@@ -1,13 +1,16 @@
-"""Image sets from arrays, and what is known of their classes."""
+"""Image sets from arrays."""
 
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
 
+from privimage.data import labels as label_reading
+from privimage.data import pixels
 from privimage.data.decode import Source
 from privimage.data.request import Known
 from privimage.errors import UserError
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 
 def from_arrays(
@@ -17,46 +20,39 @@ def from_arrays(
     name: str,
     known: Known | None,
 ) -> Source:
-    """Images uint8 (N, H, W) or (N, H, W, C) in memory, and labels (N,).
+    """Images of any type of numbers in memory, of a shape that `channels_first` knows, and their labels.
 
     Raises UserError for what does not fit.
     """
-    if (
-        images.dtype != np.uint8
-        or images.ndim not in (3, 4)
-        or (images.ndim == 4 and images.shape[3] not in (1, 3))
-    ):
-        raise UserError(
-            f"{name}: images must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} "
-            f"{images.shape}"
-        )
-    if len(images) == 0:
-        raise UserError(f"{name}: holds no image")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{name}: {len(images)} images need as many labels, whole numbers; found {labels.dtype} "
-            f"{labels.shape}"
-        )
-    # Classes that the file does not name: by number.
-    if classes is None:
-        classes = _unnamed(labels, name, known)
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(
-            f"{name}: labels from {labels.min()} to {labels.max()} do not fit {len(classes)} classes"
-        )
-    empty = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=len(classes)) == 0)
-    if len(empty) and known is None:
-        raise UserError(f"{name}: class {classes[empty[0]]!r} has no image")
+    first = channels_first(images.shape, images.dtype, name)
+    if len(labels) != len(images):
+        raise UserError(f"{name}: {len(images)} images need as many labels; found {labels.shape}")
+    numbers, classes = label_reading.numbered(labels, classes, name, known)
+    pictures = images.transpose(0, 2, 3, 1) if first else images
     # Pillow wants grey images without a channel axis.
-    grey = images.ndim == 4 and images.shape[3] == 1
-    pixels = images[..., 0] if grey else images
-    return Source(
-        pixels,
-        Image.fromarray,
-        [f"{name}: image {i}" for i in range(len(images))],
-        labels.astype(np.int64),
-        classes,
-    )
+    grey = pictures.ndim == 4 and pictures.shape[3] == 1
+    names = [f"{name}: image {i}" for i in range(len(images))]
+    return Source(pictures[..., 0] if grey else pictures, pixels.of_array, names, numbers, classes)
+
+
+def channels_first(shape: tuple[int, ...], dtype: np.dtype, name: str) -> bool:
+    """Whether images of a shape are (N, C, H, W), not (N, H, W) or (N, H, W, C).
+
+    Raises UserError for any other shape, for one that could be either, and for what are not numbers.
+    """
+    wanted = "(N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels"
+    if dtype.kind not in "uif":
+        raise UserError(f"{name}: images are {dtype}; write them as uint8 of shape {wanted}")
+    last, first = (len(shape) == 4 and shape[axis] in CHANNELS for axis in (3, 1))
+    if len(shape) != 3 and not last and not first:
+        raise UserError(f"{name}: images have the shape {tuple(shape)}; write them as {wanted}")
+    if last and first:
+        raise UserError(f"{name}: images of shape {tuple(shape)} could have their channels first or last")
+    if len(shape) == 4 and shape[3 if last else 1] == 4 and dtype != np.uint8:
+        raise UserError(f"{name}: images of 4 channels must be uint8 (RGBA), not {dtype}")
+    if shape[0] == 0:
+        raise UserError(f"{name}: holds no image")
+    return first
 
 
 def with_groups(source: Source, groups: np.ndarray, name: str) -> Source:
@@ -64,16 +60,3 @@ def with_groups(source: Source, groups: np.ndarray, name: str) -> Source:
     if groups.shape != (len(source),):
         raise UserError(f"{name}: {len(source)} images need as many groups; found {groups.shape}")
     return replace(source, groups=[str(group) for group in groups])
-
-
-def _unnamed(labels: np.ndarray, name: str, known: Known | None) -> tuple[str, ...]:
-    """The classes of a set that does not name them. Raises UserError where they must not be counted."""
-    if known and known.names is not None:
-        return known.names
-    if known and known.count is None:
-        raise UserError(
-            f"data.sensitive.classes: needed, since {name} does not name its classes"
-            " (an npz does by an array 'classes'); counted from the labels, they could tell whether"
-            " a single image is in the set"
-        )
-    return tuple(str(i) for i in range(known.count if known and known.count else int(labels.max()) + 1))

@@ -40,7 +40,9 @@ class Source:
     """An image set on disk or in memory.
 
     `opener(items[i])` is the i-th image, `names[i]` identifies it in messages, `labels[i]` is its class, and
-    `groups[i]` names whom it belongs to, where the set says it (`data.sensitive.group`).
+    `groups[i]` names whom it belongs to, where the set says it (`data.sensitive.group`). `notes` are lines
+    for the user: what is left out, and how.
+
     Items are what worker processes get (paths, arrays); `opener` and `side` are functions of a module, which
     worker processes import.
     """
@@ -52,6 +54,7 @@ class Source:
     classes: tuple[str, ...]
     side: Callable[[Image.Image], int] = transforms.shorter_side
     groups: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from privimage.errors import UserError
+
 Split = Literal["train", "test"]
 ONE_CLASS = ("all",)  # the class of sets without labels
 
@@ -43,3 +45,17 @@ class Request:
     labelled: bool = True
     known: Known | None = None
     columns: Columns = Columns()
+
+
+def part(request: Request, suffix: str = "") -> Path:
+    """Where the split is: a folder with train/ and test/ holds both, any other path is one split.
+
+    `suffix` is that of the files, as train.npz. Raises UserError for a folder without the held-out images.
+    """
+    inside = request.path / f"{request.split}{suffix}"
+    if inside.exists():
+        return inside
+    if request.split == "test":
+        reason = f"has no {inside.name}; name the held-out images in data.sensitive.test_path"
+        raise UserError(f"{request.path}: {reason}")
+    return request.path

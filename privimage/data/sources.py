@@ -35,7 +35,8 @@ def public_source(config: Config) -> Source:
         return glyphs if public.labelled else without_labels(glyphs)
     if public.path is None and public.kind not in EMBEDDED:
         raise UserError(f"data.public.path: kind {public.kind} needs one")
-    return open_source(public.kind, public.path, "train", public.labelled)
+    columns = Columns(public.image_column, public.label_column)
+    return open_source(public.kind, public.path, "train", public.labelled, columns=columns)
 
 
 def has_test_split(config: Config) -> bool:
@@ -104,18 +105,27 @@ def sensitive_source(config: Config, split: Split) -> Source:
         return held_out_source(config, sensitive_source(config, "train").classes)
     if sensitive.path is None and sensitive.kind not in EMBEDDED:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
-    # The number of classes is a public statement of the owner; it is never counted from the labels.
-    known = Known(count=sensitive.classes)
-    columns = Columns(group=sensitive.group)
-    source = open_source(sensitive.kind, sensitive.path, "train", sensitive.labelled, known, columns)
+    # Classes are a public statement of the owner, or named by the data; they are never counted from labels.
+    names = sensitive.classes if isinstance(sensitive.classes, tuple) else None
+    known = Known(names, None if names else sensitive.class_count)
+    source = open_source(
+        sensitive.kind, sensitive.path, "train", sensitive.labelled, known, _sensitive_columns(config)
+    )
+    if names and sensitive.labelled:
+        source = aligned(source, names, f"data.sensitive.classes: {sensitive.path}", "those that were stated")
     # What was stated is in the promise, so a difference is an error and never corrected in silence.
     stated = {"count": (sensitive.count, len(source))}
     if sensitive.labelled:
-        stated["classes"] = (sensitive.classes, len(source.classes))
+        stated["classes"] = (sensitive.class_count, len(source.classes))
     for name, (said, true) in stated.items():
         if said is not None and said != true:
             raise UserError(f"data.sensitive.{name}: {said} was stated, the data have {true}")
     return source
+
+
+def _sensitive_columns(config: Config) -> Columns:
+    sensitive = config.data.sensitive
+    return Columns(sensitive.image_column, sensitive.label_column, sensitive.group)
 
 
 def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
@@ -128,6 +138,6 @@ def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
         path, key = sensitive.test_path, "test_path"
         if sensitive.kind not in OWN_TEST_SPLIT and not holds_test_split(sensitive.kind, path):
             part = "train"
-    columns = Columns(group=sensitive.group)
-    source = open_source(sensitive.kind, path, part, sensitive.labelled, Known(names=classes), columns)
+    known = Known(names=classes)
+    source = open_source(sensitive.kind, path, part, sensitive.labelled, known, _sensitive_columns(config))
     return aligned(source, classes, f"data.sensitive.{key}: {path}")

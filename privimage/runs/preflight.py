@@ -152,7 +152,13 @@ def public_set(visit: Visit) -> None:
 
 
 def _sample(visit: Visit, source: Source, skip_bad: bool) -> None:
-    """See that the first image of each class can be used. Raises UserError for one that cannot."""
+    """See that the first image of each class can be used, and say what is left out of the set.
+
+    Raises UserError for one that cannot.
+    """
+    if visit.world.is_main:
+        for line in source.notes:
+            say(line)
     for index in np.sort(np.unique(source.labels, return_index=True)[1])[:SAMPLED]:
         with suppress(*([DamagedError] if skip_bad else [])):
             source.image(int(index), form(visit.config))

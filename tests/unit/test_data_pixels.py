@@ -173,9 +173,8 @@ def test_the_fingerprint_is_that_of_the_pixels_as_found(tmp_path: Path) -> None:
     assert found(*names)[0] != kept
 
 
-def test_a_large_image_is_read_and_a_bomb_is_not(tmp_path: Path) -> None:
-    Image.new("L", (20_000, 10_000), 77).save(tmp_path / "a.png", compress_level=1)
-    assert (decoded(tmp_path / "a.png", Form(8, 1)) == 77).all()
+def test_a_small_file_of_a_huge_image_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
     head = (tmp_path / "a.png").read_bytes()[:16] + struct.pack(">II", 60_000, 60_000) + b"\x08\0\0\0\0"
     data = struct.pack(">I", zlib.crc32(head[12:])) + struct.pack(">I", 99) + b"IDAT" + bytes(103)
     (tmp_path / "b.png").write_bytes(head + data)
