@@ -50,7 +50,8 @@ def read(request: Request) -> Source:
             numbers, classes = labels.numbered(raw, _names(file, names), str(path), request.known)
         groups = _array(file[columns.group]) if columns.group else None
     items = [(str(path), image, index, first) for index in range(count)]
-    source = Source(items, opened, [f"{path}: image {index}" for index in range(count)], numbers, classes)
+    texts = [f"{path}: {image} {index}" for index in range(count)]
+    source = Source(items, opened, texts, numbers, classes)
     return with_groups(source, groups, str(path)) if groups is not None else source
 
 

@@ -87,7 +87,9 @@ def _read(names: dict, file: np.lib.npyio.NpzFile, path: Path, split: Split, req
     labels = array(label) if request.labelled else np.zeros(len(images), np.int64)
     named = next((name for name in CLASSES if name in names), None)
     classes = tuple(map(str, array(named))) if named else None
-    source = from_arrays(images, labels, classes if request.labelled else ONE_CLASS, str(path), request.known)
+    # Images of other arrays have other names: what was decoded of one is never taken for another.
+    name = str(path) if image == "images" else f"{path}: {image}"
+    source = from_arrays(images, labels, classes if request.labelled else ONE_CLASS, name, request.known)
     others = {name for pair in (*PAIRS["train"], *PAIRS["test"]) for name in pair} | set(CLASSES)
     if left := [name for name in names if name not in {*wanted, *others}]:
         source = replace(source, notes=(f"{path}: arrays that are not read: {', '.join(left[:10])}",))

@@ -66,7 +66,7 @@ def read(request: Request) -> Source:
     numbers, classes = labels.none(len(items))
     if request.labelled:
         numbers, classes = labels.numbered(np.concatenate(raw), names, str(path), request.known)
-    texts = [f"{file}: row {row} of part {part}" for file, _, part, row in items]
+    texts = [f"{file}: {column}, row {row} of part {part}" for file, column, part, row in items]
     skipped = files.others(path, {item[0] for item in items}, "test")
     source = Source(items, opened, texts, numbers, classes, notes=files.notes(str(path), (), skipped))
     return with_groups(source, np.concatenate(groups), str(path)) if groups else source

@@ -194,7 +194,7 @@ class RunDir:
         if not path.exists():
             return []
         # A stage depends on the settings of all stages before it, also of those whose folder was deleted.
-        begun = {name: set(upstream(name, config.stages)) for name in STAGES if (self.path / name).exists()}
+        begun = {name: set(upstream(name, config.stages)) for name in STAGES if self._has_begun(name)}
         plan_is_fixed = (self.path / "private" / "account.json").exists()
         clashes = []
         for key, old, new in differences(_plain(path), config.model_dump(mode="json")):
@@ -205,6 +205,15 @@ class RunDir:
             elif stages:
                 clashes.append(Clash(key, old, new, stages))
         return clashes
+
+    def _has_begun(self, stage: str) -> bool:
+        """Whether a stage holds something that its settings made.
+
+        What `prepare` has decoded so far has an identity of its own: a setting that was missing for some
+        image may be added until the store is there.
+        """
+        place = self.path / stage
+        return (place / "done.json" if stage == "prepare" else place).exists()
 
 
 def _plain(path: Path) -> dict:

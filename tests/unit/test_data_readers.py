@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 from data_sets import numbered, read, read_sensitive, save_folder, save_npz, source_of
 from PIL import Image
+from ranks import TINY
 
 from privimage import torchvision_operators
-from privimage.config import Config
-from privimage.data import store
-from privimage.data.decode import Source
+from privimage.config import Config, load
+from privimage.data import shards, store
+from privimage.data.decode import Decoder, Source
 from privimage.data.private_store import ImageSet
 from privimage.data.readers import open_source
-from privimage.data.sources import has_test_split, sensitive_source
+from privimage.data.sources import form, has_test_split, open_sensitive, sensitive_source
 from privimage.data.transforms import Form
+from privimage.distributed.world import ALONE
 from privimage.errors import UserError
 
 LABELS = np.arange(30) % 3
@@ -431,3 +434,41 @@ def test_groups_of_images_are_read_from_an_array(tmp_path: Path, tiny_config: Co
         sensitive_source(with_sensitive(config, path=short), "train")
     with pytest.raises(UserError, match=r"data\.sensitive\.group: kind digits"):
         sensitive_source(with_sensitive(config, kind="digits"), "train")
+
+
+def test_a_set_that_is_read_otherwise_is_decoded_again(tmp_path: Path, tiny_config: Config) -> None:
+    """What is kept of a set is named by every setting that changes its pixels."""
+    path = save_folder(tmp_path / "set", numbered(30), LABELS)
+    transparent = np.arange(8 * 12 * 4).reshape(8, 12, 4) % 251
+    Image.fromarray(transparent.astype(np.uint8)).save(path / "class0" / "wide.png")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path / "class0" / "deep.png")
+    config = with_sensitive(tiny_config, kind="folder", path=path)
+    contents = []
+    for change in ({}, {"window": (0, 50_000)}, {"background": (0, 0, 0)}, {"fit": "squash"}, {"fit": "pad"}):
+        data = config.data.model_copy(update={"window": (0, 65_535)} | change)
+        other = config.model_copy(update={"data": data})
+        contents.append(open_sensitive(other, "train", ALONE, tmp_path / "kept").content)
+        # Parts that a kill left behind are of one form only.
+        source = sensitive_source(other, "train")
+        shards.decode(
+            source, tmp_path / "kept" / "train.parts", Decoder(source, form(other)), 0, ALONE, "read"
+        )
+        (tmp_path / "kept" / "train" / "set.json").unlink()
+    assert len(set(contents)) == len(contents)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("data.window=[5, 1]", "data.window: the first value must be smaller than the second"),
+        ("data.window=auto", "data.window"),
+        ("data.background=[0, 0, 256]", "data.background.2: input should be less than or equal to 255"),
+        ("data.fit=stretch", "data.fit: input should be 'crop', 'pad' or 'squash'"),
+        ("data.sensitive.classes=[a, b, a]", "data.sensitive.classes: a list of names, each once"),
+        ("data.sensitive.classes=0", "data.sensitive.classes"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(setting: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        load(TINY, [setting])
+    assert "\n" not in str(caught.value)
