@@ -104,8 +104,11 @@ def _stand_in(config: Config, public: RunDir, folder: Path, count: int, classes:
 def _base(config: Config, folder: Path, count: int, classes: int) -> str:
     """The configuration with the stand-in for the sensitive set, and a ledger of its own."""
     tree = config.model_dump(mode="json")
-    tree["data"]["public"] |= {"kind": "npz", "path": str((folder / "rest.npz").absolute())}
+    # The columns that are named are those of the original.
+    usual = {"image_column": None, "label_column": None}
+    tree["data"]["public"] |= {"kind": "npz", "path": str((folder / "rest.npz").absolute()), **usual}
     tree["data"]["sensitive"] |= {
+        **usual,
         "kind": "npz",
         "path": str((folder / "train.npz").absolute()),
         "test_path": str((folder / "test.npz").absolute()),
