@@ -55,8 +55,23 @@ def read(request: Request) -> Source:
         raise UserError(f"{root}: holds no image{_kinds(skipped)}")
     beside = [str(entry) for entry in entries if request.labelled and not entry.is_dir()]
     classes = tuple(folder.name for folder in folders)
-    told = (*_beside(root, beside), *files.notes(str(root), images, skipped))
+    told = (
+        *_other_parts(request),
+        *_beside(root, beside),
+        *files.notes(str(root), images, skipped),
+    )
     return Source(images, files.open_file, images, np.array(labels), classes, notes=told)
+
+
+def _other_parts(request: Request) -> tuple[str, ...]:
+    """What lies beside train/ and test/, where there are these."""
+    path = request.path
+    if part(request) == path:
+        return ()
+    others = [entry for entry in path.iterdir() if not files.is_hidden(entry.name)]
+    others = [entry for entry in others if entry.name not in ("train", "test")]
+    lost = [file for entry in others for file in (files.below(entry) if entry.is_dir() else [str(entry)])]
+    return files.notes(str(path), (), lost)
 
 
 def _beside(root: Path, beside: list[str]) -> tuple[str, ...]:

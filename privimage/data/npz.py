@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from privimage.data import files
 from privimage.data.arrays import from_arrays, with_groups
 from privimage.data.decode import Source
 from privimage.data.request import ONE_CLASS, Columns, Request, Split, part
@@ -41,14 +42,17 @@ def read(request: Request) -> Source:
     """
     # A file may hold both splits, a folder has a file for each.
     path, split = request.path, request.split
+    skipped: list[str] = []
     if path.is_dir():
         path, split = part(request, ".npz"), "train"
+        skipped = files.others(request.path, {str(path)}, "test")
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.ndarray):
             return _single(found, path, request)
         with found as file:
-            return _read(dict.fromkeys(file.files), file, path, split, request)
+            source = _read(dict.fromkeys(file.files), file, path, split, request)
+            return replace(source, notes=(*source.notes, *files.notes(str(request.path), (), skipped)))
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy each have their own for a damaged file

@@ -344,6 +344,17 @@ def test_held_out_arrays_beside_those_for_training(tmp_path: Path) -> None:
             open_source(kind, path, "test")
 
 
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_other_parts_of_a_set_are_counted(tmp_path: Path, kind: str) -> None:
+    save, end = (save_folder, "") if kind == "folder" else (save_npz, ".npz")
+    for split in ("train", "test", "val"):
+        save(tmp_path / f"{split}{end}", numbered(3), np.arange(3))
+    (tmp_path / "readme.txt").write_text("x")
+    source = open_source(kind, tmp_path, "train")
+    left = "4 files skipped: 3 .png, 1 .txt" if kind == "folder" else "2 files skipped: 1 .npz, 1 .txt"
+    assert len(source) == 3 and source.notes == (f"{tmp_path}: {left}",)
+
+
 def odd_files(root: Path) -> Path:
     """A folder of 40 files as they come from phones, cameras, microscopes and other people's computers."""
     path = save_folder(root / "mine", numbered(18), LABELS[:18])

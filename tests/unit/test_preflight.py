@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "no sensitive path": (lambda _: ("data.sensitive.kind=folder",),
         "data.sensitive.path: kind folder needs one"),
     "not images": (lambda d: good(d, images=numbered(30).astype(np.float32)),
-        "set.npz: images must be uint8"),
+        "set.npz: image 0: its pixels are float32, not 8 bits; data.window: [low, high]"),
     "a damaged image": (undecodable, "class1/0000.png: not readable as an image"),
     "unnamed classes": (lambda d: of_npz(d, images=numbered(30), labels=LABELS),
         "data.sensitive.classes: needed, since"),
