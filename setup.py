@@ -66,6 +66,7 @@ setup(
             "pyarrow>=15",
             "pydicom>=3,<4",
             "webdataset>=0.2,<2",
+            "datasets>=2.19",
         ],
     },
     classifiers=[

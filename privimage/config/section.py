@@ -1,6 +1,7 @@
 """What all sections of settings have in common: how they are read, and how mistakes are reported."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
@@ -35,6 +36,8 @@ def on(*stages: str, planned: bool = False, place: bool = False) -> dict[str, An
     return {"stages": list(stages), "planned": planned, "place": place}
 
 
+# How pydantic names the choice of a union beside the key.
+OF_A_UNION = re.compile(r"\[|^constrained-|^(int|float|str)$")
 S = TypeVar("S", bound=Section)
 
 
@@ -80,7 +83,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def _one_line(model: type[Section], error: ValidationError) -> str:
     # One mistake at a time: pydantic's own list names its classes, which mean nothing to a user.
     first = error.errors()[0]
-    location, key = first["loc"], ".".join(str(part) for part in first["loc"])
+    location = first["loc"]
+    key = ".".join(str(part) for part in location if not OF_A_UNION.search(str(part)))
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown setting{nearest(str(location[-1]), _known_keys(model, location[:-1]))}"
     if first["type"] == "missing":

@@ -461,11 +461,11 @@ def test_a_set_that_is_read_otherwise_is_decoded_again(tmp_path: Path, tiny_conf
     ("setting", "told"),
     [
         ("data.window=[5, 1]", "data.window: the first value must be smaller than the second"),
-        ("data.window=auto", "data.window"),
+        ("data.window=auto", "data.window: input should be a valid tuple, not 'auto'"),
         ("data.background=[0, 0, 256]", "data.background.2: input should be less than or equal to 255"),
         ("data.fit=stretch", "data.fit: input should be 'crop', 'pad' or 'squash'"),
         ("data.sensitive.classes=[a, b, a]", "data.sensitive.classes: a list of names, each once"),
-        ("data.sensitive.classes=0", "data.sensitive.classes"),
+        ("data.sensitive.classes=0", "data.sensitive.classes: input should be greater than or equal to 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(setting: str, told: str) -> None:
