@@ -111,6 +111,8 @@ class Decoder:
             # A disk that fails, or rights that are missing, do not make an image damaged.
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise UserError(f"{name}: not readable ({error.strerror})") from None
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = "of no kind that Pillow knows"
             if isinstance(error, FileNotFoundError):
                 link = Path(name).is_symlink()
                 reason = "a link to a file that is not there" if link else "no such file"
