@@ -1,20 +1,27 @@
 """Strong scaling of pretraining and private fine-tuning from one rank to more, and what 64 or 512 GPUs would
 take.
 
-    python benchmarks/scaling.py [--device cuda] [--ranks 2] [--rounds 5]
+    python benchmarks/scaling.py [--device cuda] [--ranks 2 4] [--rounds 5]
 
-The same global batch on 1 rank and on `--ranks` ranks, one thread each on a CPU, in turn in one run; medians.
-Beside them the machine's own limit: as many processes that share the work and nothing else, since cores share
-memory. Also counts the all-reduces of a logical step and their bytes, and models the time on clusters from
-the measured computing and stated figures of a network.
+The same global batch on 1 rank and on each of `--ranks`, one thread each on a CPU, in turn in one run;
+medians. Beside them the machine's own limit: as many processes that share the work and nothing else, since
+cores share memory. Also counts the all-reduces of a logical step and their bytes, and models the time of a
+private step on clusters: computing as stated, with batches filled up; noise, names of steps, samples and the
+ledger as measured here; a network as its makers state it.
 """
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,10 +34,16 @@ from privimage.distributed.launch import free_port
 from privimage.distributed.world import World, connect
 from privimage.models import edm
 from privimage.models.ddpmpp import DDPMpp
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.batching import GPU_COPIES
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import FoldedGradients
+from privimage.privacy.identity import digest_of_tensors
 from privimage.privacy.keys import insecure_fixed
+from privimage.privacy.ledger import Ledger
 from privimage.privacy.mechanisms import DPSGD
+from privimage.privacy.noise import gaussian
+from privimage.privacy.sampling import poisson_sample
 
 BATCH, COPIES, PHYSICAL, COUNT = (
     128,
@@ -41,6 +54,9 @@ BATCH, COPIES, PHYSICAL, COUNT = (
 
 # A node of 8 GPUs on NVLink, nodes on one 400 Gb/s InfiniBand port a GPU: what their makers state, halved.
 NODE_BANDWIDTH, NETWORK_BANDWIDTH, HOP_SECONDS, NODE_GPUS = 225e9, 25e9, 10e-6, 8
+# The private step that is modelled: images, copies, seconds of an image and copy on one GPU, numbers of a
+# gradient; the CPU cores of each GPU, which draw its noise; steps between two writes of the ledger.
+IMAGES, MODEL_COPIES, IMAGE_SECONDS, NUMBERS, CORES, SETTLED = 16_384, 8, 100e-6, 1_754_499, 8, 10
 
 
 def pretraining(world: World, batch: int):
@@ -194,19 +210,67 @@ class Ranks:
             process.wait()
 
 
-def model(compute_seconds: float, size: int, gradient_bytes: int) -> tuple[float, float]:
-    """Seconds of computing and of the all-reduce of a step on `size` GPUs.
+@dataclass(frozen=True)
+class Overheads:
+    """Seconds of one core for what a step needs beside its gradients; of the ledger, for one write."""
 
-    A ring in each node, a ring between the nodes.
+    noise: float  # of a whole gradient
+    name: float  # the digest of the weights
+    sample: float  # of 50,000 images
+    ledger: float
 
-    `compute_seconds` is the time of the whole batch on one GPU.
-    """
+
+def overheads() -> Overheads:
+    """Measured here; medians of five."""
+    weights, numbers = [torch.randn(NUMBERS)], iter(range(1000))
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder), "f" * 64)
+        return Overheads(
+            _seconds(lambda: gaussian("aes-ctr", bytes(32), NUMBERS, 1.0)),
+            _seconds(lambda: digest_of_tensors(weights)),
+            _seconds(lambda: poisson_sample("aes-ctr", bytes(32), 50_000, Fraction(1, 3))),
+            _seconds(
+                lambda: ledger.charge("run", "part", SampledGaussian(1.0), str(next(numbers)), 1000),
+                time.perf_counter,
+            ),
+        )
+
+
+def _seconds(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    # Of the processor, so that other work on the machine does not count.
+    taken = []
+    for _ in range(5):
+        start = clock()
+        function()
+        taken.append(clock() - start)
+    return statistics.median(taken)
+
+
+def all_reduce(size: int, gradient_bytes: int) -> float:
+    """Seconds of an all-reduce over `size` GPUs: a ring in each node, a ring between the nodes."""
     inside, nodes = min(size, NODE_GPUS), max(1, size // NODE_GPUS)
     seconds = 2 * (inside - 1) / inside * gradient_bytes / NODE_BANDWIDTH + 2 * (inside - 1) * HOP_SECONDS
-    seconds += (
+    return seconds + (
         2 * (nodes - 1) / nodes * gradient_bytes / inside / NETWORK_BANDWIDTH + 2 * (nodes - 1) * HOP_SECONDS
     )
-    return compute_seconds / size, seconds
+
+
+def model(size: int, cost: Overheads) -> tuple[float, ...]:
+    """Seconds of a private step on `size` GPUs, and its efficiency.
+
+    Computing, what filling up adds, noise that computing does not hide, name and sample, the ledger, the
+    all-reduce.
+    """
+    share = IMAGES / size
+    largest = math.ceil(share + 3 * math.sqrt(share))  # as in privacy.batching.physical_batch_size
+    batches = math.ceil(largest / (GPU_COPIES // MODEL_COPIES))
+    filled = batches * math.ceil(largest / batches)
+    image = MODEL_COPIES * IMAGE_SECONDS
+    # A thread draws meanwhile, in parts for all cores of the rank.
+    noise = max(0.0, cost.noise / CORES - filled * image)
+    parts = (share * image, (filled - share) * image, noise, cost.name + cost.sample, cost.ledger / SETTLED)
+    seconds = (*parts, all_reduce(size, NUMBERS * 4))
+    return *seconds, IMAGES * image / size / sum(seconds)
 
 
 def main() -> None:
@@ -216,47 +280,57 @@ def main() -> None:
     )
     parser.add_argument("--serve", choices=("pretrain", "finetune"), help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=5, help="0: the model alone")
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve)
         return
-    print(
-        f"1.75M DDPM++, {BATCH} images a step ({COPIES} copies each in fine-tuning), {arguments.device}, "
-        f"medians of {arguments.rounds} interleaved rounds"
-    )
-    print(
-        f"{'':10}{'1 rank, s':>12}{f'{arguments.ranks} ranks, s':>12}{'efficiency':>12}{'the limit':>12}"
-        f"{'all-reduces':>13}{'bytes':>12}"
-    )
-    for work in ("pretrain", "finetune"):
-        worlds = [Ranks(work, 1, arguments.device), Ranks(work, arguments.ranks, arguments.device)]
-        worlds.append(Ranks(work, arguments.ranks, arguments.device, strangers=True))
-        try:
-            for world in worlds:
-                world.step()
-            rounds = [[world.step() for world in worlds] for _ in range(arguments.rounds)]
-        finally:
-            for world in worlds:
-                world.close()
-        alone, together, apart = (
-            statistics.median(step[number][0] for step in rounds) for number in range(3)
-        )
-        _, calls, count = rounds[0][1]
-        traffic = f"{calls:>13}{count:>12,}" if work == "finetune" else f"{'by DDP':>13}{'':>12}"
+    if arguments.rounds:
         print(
-            f"{work:10}{alone:12.3f}{together:12.3f}{alone / together / arguments.ranks:12.2f}"
-            f"{alone / apart / arguments.ranks:12.2f}{traffic}",
-            flush=True,
+            f"1.75M DDPM++, {BATCH} images a step ({COPIES} copies each in fine-tuning), {arguments.device}, "
+            f"medians of {arguments.rounds} interleaved rounds"
         )
+        print(
+            f"{'':10}{'ranks':>7}{'s':>10}{'efficiency':>12}{'the limit':>12}{'all-reduces':>13}{'bytes':>12}"
+        )
+        for work in ("pretrain", "finetune"):
+            compare(work, arguments.ranks, arguments.device, arguments.rounds)
+    cost = overheads()
     print(
-        "\nmodel of a private step of 16,384 images x 8 copies, 100 us an image and copy on one GPU; seconds"
+        f"\nmodel of a private step of {IMAGES:,} images x {MODEL_COPIES} copies, {IMAGE_SECONDS * 1e6:.0f} "
+        f"us an image and copy on one GPU, {CORES} cores a GPU; seconds"
     )
-    print(f"{'GPUs':>6}{'computing':>12}{'all-reduce':>12}{'efficiency':>12}")
+    print(
+        f"measured here on one core: noise {cost.noise:.4f}, name {cost.name:.4f}, sample {cost.sample:.4f}; "
+        f"a write of the ledger {cost.ledger:.4f}, one in {SETTLED} steps"
+    )
+    names = ("computing", "filling up", "noise", "name, sample", "ledger", "all-reduce", "efficiency")
+    print(f"{'GPUs':>6}" + "".join(f"{name:>14}" for name in names))
     for size in (1, 8, 64, 512):
-        compute, network = model(16_384 * 8 * 100e-6, size, 1_754_499 * 4)
-        print(f"{size:>6}{compute:12.4f}{network:12.5f}{compute / (compute + network):12.3f}")
+        print(f"{size:>6}" + "".join(f"{value:14.5f}" for value in model(size, cost)))
+
+
+def compare(work: str, sizes: list[int], device: str, rounds: int) -> None:
+    """Print a row for one rank and for each of `sizes`."""
+    worlds = [Ranks(work, 1, device)]
+    for size in sizes:
+        worlds += [Ranks(work, size, device), Ranks(work, size, device, strangers=True)]
+    try:
+        for world in worlds:
+            world.step()
+        taken = [[world.step() for world in worlds] for _ in range(rounds)]
+    finally:
+        for world in worlds:
+            world.close()
+    alone, *others = (statistics.median(step[number][0] for step in taken) for number in range(len(worlds)))
+    print(f"{work:10}{1:7}{alone:10.3f}")
+    for number, size in enumerate(sizes):
+        together, apart = others[2 * number : 2 * number + 2]
+        _, calls, count = taken[0][1 + 2 * number]
+        traffic = f"{calls:>13}{count:>12,}" if work == "finetune" else f"{'by DDP':>13}"
+        row = f"{work:10}{size:7}{together:10.3f}{alone / together / size:12.2f}{alone / apart / size:12.2f}"
+        print(row + traffic, flush=True)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,15 @@ class QueryTraining:
         """`held_out` are the indices of the public images to validate on."""
         self.config, self.world, self.task = config, world, query_task(config, public)
         torch.manual_seed(public_seed(config, "query network"))
-        self.network = query_network(config, public).to(world.device)
+        # Channels last: a tenth faster on CPUs, and the layout of a GPU's bf16 convolutions.
+        network = query_network(config, public).to(world.device)
+        self.network = network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(), lr=config.query.learning_rate, momentum=0.9, weight_decay=5e-4
+            network.parameters(),
+            lr=config.query.learning_rate,
+            momentum=0.9,
+            weight_decay=5e-4,
+            fused=world.device.type == "cuda" or None,
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.query.steps)
         bf16 = config.runtime.precision == "bf16"

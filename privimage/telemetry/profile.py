@@ -21,7 +21,7 @@ class Window:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self.folder.mkdir(parents=True, exist_ok=True)
-        handler = tensorboard_trace_handler(str(self.folder))
+        handler = tensorboard_trace_handler(str(self.folder), use_gzip=True)
         self.running = profile(activities=activities, profile_memory=True, on_trace_ready=handler)
         self.running.start()
 

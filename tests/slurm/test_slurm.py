@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
@@ -20,9 +21,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_sets import save_folder
 from ranks import REPOSITORY, SMALL, TINY, clean_environment
 
-from privimage.distributed import checkpoint
+from privimage.data import store
+from privimage.data.readers import open_source
+from privimage.data.transforms import Form
+from privimage.distributed import checkpoint, launch
 from privimage.distributed.launch import free_port
 from privimage.storage.files import read_json
 from privimage.telemetry import curves
@@ -302,3 +307,79 @@ def assert_curves_have_each_point_once(folder: Path, undisturbed: Path) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+def marked(mark: str) -> dict[int, list[str]]:
+    """Process ids and command lines of all processes with `mark` (NAME=value) in their environment."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+    return found
+
+
+def test_the_main_rank_is_killed_while_images_are_decoded(cluster: Cluster, tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 300, 400, 3), dtype=np.uint8)
+    different = sorted(save_folder(tmp_path / "some", images, np.arange(30) % 3).rglob("*.png"))
+    for number in range(2000):
+        kind = tmp_path / "set" / "abc"[number % 3]
+        kind.mkdir(parents=True, exist_ok=True)
+        os.link(different[number % 30], kind / f"{number:05d}.png")
+    folder, log, mark = tmp_path / "run", tmp_path / "job.out", f"PRIVIMAGE_TRIAL={tmp_path}"
+    data = ("data.public.kind=folder", f"data.public.path={tmp_path}/set", "data.workers=1")
+    job = cluster.call(
+        "sbatch",
+        *("--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"),
+        *(REPOSITORY / "slurm" / "stage.sbatch", "prepare", TINY, f"run.dir={folder}", *data),
+        PRIVIMAGE_HOME=str(REPOSITORY),
+        PRIVIMAGE_TRIAL=str(tmp_path),
+    ).strip()
+
+    def parts() -> int:
+        return len(list(folder.glob("prepare/.public.npy.parts/*.npz")))
+
+    cluster.wait_until(lambda: parts() > 1)
+    words = {pid: " ".join(command) for pid, command in marked(mark).items()}
+    before = {pid for pid in words if "forkserver" in words[pid] or "bin/privimage" in words[pid].split()[1]}
+    (main,) = {pid for pid in before & marked("SLURM_PROCID=0").keys() if "forkserver" not in words[pid]}
+    done = parts()
+    killed = time.monotonic()
+    os.kill(main, signal.SIGKILL)
+    cluster.wait_until(
+        lambda: not before & set(marked(mark)), 60
+    )  # no rank and no decoder is left of this start
+    cluster.wait_until(lambda: parts() > done or (folder / "prepare" / "done.json").exists(), 60)
+    assert time.monotonic() - killed < 60, log.read_text()
+    assert cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    assert "no reason of their own; starting them again" in log.read_text()
+    assert not marked(mark)
+    source = open_source("folder", tmp_path / "set", "train")
+    alone = store.write(source, tmp_path / "alone.npy", Form(8, 1), 2)
+    assert store.verify(folder / "prepare" / "public.npy") == alone
+
+
+def test_a_port_that_is_taken_is_no_end(cluster: Cluster, tmp_path: Path):
+    log = tmp_path / "job.out"
+    job = cluster.call(
+        "sbatch",
+        *("--parsable", "--hold", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"),
+        *(REPOSITORY / "slurm" / "stage.sbatch", "prepare", TINY, f"run.dir={tmp_path}/run"),
+        PRIVIMAGE_HOME=str(REPOSITORY),
+    ).strip()
+    # Somebody else on the first node listens where the first start of the ranks would meet.
+    port = launch._port_of(f"{job}.0.0")
+    listen = f"import socket; s = socket.create_server(('', {port})); print('on', flush=True); input()"
+    command = ["ip", "netns", "exec", "pinode1", sys.executable, "-c", listen]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "on\n"
+        try:
+            cluster.call("scontrol", "release", job)
+            ended = cluster.wait(job)
+        finally:
+            other.kill()
+    assert ended["JobState"] == "COMPLETED", log.read_text()
+    assert f":{port} is in use; the ranks must be started again" in log.read_text()
+    assert log.read_text().count("no reason of their own; starting them again") == 1

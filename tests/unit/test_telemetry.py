@@ -1,5 +1,6 @@
 """What a run shows of itself: scalars as JSON lines, speed, operations, a profiled window."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -72,8 +73,8 @@ def test_a_window_of_steps_is_profiled(tiny_config: Config) -> None:
     runtime = tiny_config.runtime.model_copy(update={"profile": (3, 4)})
     config = tiny_config.model_copy(update={"runtime": runtime, "method": "pdp-diffusion"})
     assert pipeline.run(config, ["prepare"]) == 0 and pipeline.run(config, ["pretrain"]) == 0
-    (trace,) = (config.run.dir / "tensorboard" / "pretrain" / "profile").glob("*.pt.trace.json")
-    assert "conv" in trace.read_text()
+    (trace,) = (config.run.dir / "tensorboard" / "pretrain" / "profile").glob("*.pt.trace.json.gz")
+    assert b"conv" in gzip.decompress(trace.read_bytes())
     shown = lines(config.run.dir / "tensorboard" / "pretrain")
     assert [line["step"] for line in shown] == [4, 8, 12, 16, 20, 24]
     assert all({"loss", "images per second", "TFLOP per second", "memory"} <= set(line) for line in shown)
