@@ -52,6 +52,19 @@ def main(
         help="which part of the set (default %(default)s)",
     )
     parser.add_argument(
+        "--fit",
+        choices=("crop", "pad", "squash"),
+        default="crop",
+        help="what is done with images that are not square (default %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="values of 16-bit and float pixels that become black and white",
+    )
+    parser.add_argument(
         "--workers", type=int, default=2, help="processes that decode (default %(default)s; 0: this one)"
     )
     parser.add_argument(
@@ -63,12 +76,14 @@ def main(
     try:
         if given.resolution < 1 or given.workers < 0:
             raise UserError("--resolution must be at least 1, --workers at least 0")
+        if given.window and not given.window[0] < given.window[1]:
+            raise UserError("--window: the first value must be smaller than the second")
         source = open_source(kind, given.source, given.split, labelled)
         for line in source.notes:
             print(line, file=sys.stderr)
-        sidecar = store.write(
-            source, given.output, Form(given.resolution, given.channels), given.workers, given.skip_bad
-        )
+        window = tuple(given.window) if given.window else None
+        form = Form(given.resolution, given.channels, given.fit, window=window)
+        sidecar = store.write(source, given.output, form, given.workers, given.skip_bad)
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

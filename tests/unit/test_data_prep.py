@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_sets import numbered, save_folder, save_npz
+from PIL import Image
 from ranks import REPOSITORY
 
 from privimage.data import beton, store
@@ -132,3 +133,16 @@ def test_what_is_wrong_with_the_input_is_one_line_and_status_2(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and str(npz) in done.stderr
+
+
+def test_deep_images_are_written_within_a_window(script, tmp_path: Path) -> None:
+    place, out = tmp_path / "set" / "class0", tmp_path / f"set{FORMAT}"
+    place.mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(np.full((8, 16), 1000 * number, np.uint16)).save(place / f"{number}.png")
+    settings = ("--resolution", 8, "--channels", 1, "--workers", 0)
+    refused = script("folder", tmp_path / "set", out, *settings)
+    assert refused.status == 2 and "its pixels are uint16, not 8 bits" in refused.err
+    assert script("folder", tmp_path / "set", out, *settings, "--window", 5, 5).status == 2
+    done = script("folder", tmp_path / "set", out, *settings, "--fit", "squash", "--window", 0, 2000)
+    assert done.status == 0 and store.read(out, np.arange(3))[:, 0, 0, 0].tolist() == [0, 128, 255]
