@@ -16,6 +16,7 @@ from ranks import TINY
 from typer.testing import CliRunner
 
 from privimage.cli import app
+from privimage.data import files
 from privimage.data.private_store import ImageSet
 from privimage.data.readers import holds_test_split, open_source
 from privimage.data.request import Columns, Known
@@ -353,6 +354,19 @@ def test_other_parts_of_a_set_are_counted(tmp_path: Path, kind: str) -> None:
     source = open_source(kind, tmp_path, "train")
     left = "4 files skipped: 3 .png, 1 .txt" if kind == "folder" else "2 files skipped: 1 .npz, 1 .txt"
     assert len(source) == 3 and source.notes == (f"{tmp_path}: {left}",)
+
+
+def test_a_pillow_without_a_format_is_told_and_no_image_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even under `skip_bad`: the whole kind would be missing."""
+    path = one("0.avif", lambda file: file.write_bytes(b"x"))(tmp_path)
+    files.suffixes.cache_clear()
+    files.suffixes()
+    monkeypatch.delitem(Image.EXTENSION, ".avif", raising=False)
+    files.suffixes.cache_clear()
+    with pytest.raises(UserError, match=r"0\.avif: this Pillow cannot read \.avif; pip install"):
+        read(open_source("folder", path, "train"), skip_bad=True)
 
 
 def odd_files(root: Path) -> Path:
