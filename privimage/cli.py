@@ -54,6 +54,52 @@ for _name, _stage in STAGES.items():
 
 
 @app.command()
+def init(
+    sensitive: Annotated[
+        str,
+        typer.Option(metavar="PATH", help="the images that must stay private; or digits, an embedded set"),
+    ],
+    public: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="images that anyone may see; left out: embedded characters"),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="held-out sensitive images to measure accuracy on")
+    ] = None,
+    hours: Annotated[float, typer.Option(min=0.01, max=10_000, help="what the run may take")] = 2.0,
+    epsilon: Annotated[float, typer.Option(min=1e-6, help="of the whole run")] = 10.0,
+    delta: Annotated[float | None, typer.Option(min=0, max=1, help="left out: 1 / (N ln N)")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="state N in place of counting")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="state the number of classes, or their names: no,yes")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, max=256, help="pixels of a side")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, max=3, help="1 grey, 3 colour")] = None,
+    method: Annotated[str, typer.Option(help="one of `privimage methods`")] = "privimage+d",
+    run_dir: Annotated[Path, typer.Option(help="where the run will live")] = Path("runs/mine"),
+) -> None:
+    """Write a complete, commented configuration that this machine finishes in the time given."""
+    from privimage.commands.init import Wanted, write
+
+    write(
+        Wanted(
+            sensitive,
+            public,
+            test,
+            hours,
+            epsilon,
+            delta,
+            count,
+            classes,
+            resolution,
+            channels,
+            method,
+            run_dir,
+        )
+    )
+
+
+@app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Show budget, noise, steps, parameters, and the time and memory to ask for, without touching data."""
     from privimage.commands.plan import show
@@ -127,10 +173,11 @@ def audit(
     A lower bound on epsilon beside the claim, without touching data.
     """
     from privimage.commands.audit import run
-    from privimage.commands.plan import public_size
     from privimage.config import load
+    from privimage.recipes import settled
+    from privimage.recipes.facts import public_size
 
-    settings = load(config, overrides or ())
+    settings = settled(load(config, overrides or ()))
     sys.exit(run(settings, public_size(settings)[0], canaries, confidence))
 
 

@@ -8,52 +8,21 @@ from math import prod
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from privimage.config import Config
-from privimage.distributed.microbatch import activations
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import World
-from privimage.errors import UserError
 from privimage.families import family
 from privimage.families.base import image_shape
-from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
-from privimage.models import parameters
-from privimage.models.resnet import classifier
+from privimage.families.work import Work
 from privimage.privacy.accounting import SampledGaussian, training_noise
 from privimage.privacy.mechanisms import SemanticHistogram
 from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
-
-# (images, classes) of the training splits that are read by kind: public facts.
-KNOWN = {
-    "cifar10": (50_000, 10),
-    "mnist": (60_000, 10),
-    "fashion-mnist": (60_000, 10),
-    "celeba": (202_599, 1),
-    "digits": (1437, 10),
-}
-
-
-def public_size(config: Config) -> tuple[int, int]:
-    """N and the number of classes (0 if unlabelled), as stated by the configuration.
-
-    Raises UserError if it does not.
-    """
-    sensitive = config.data.sensitive
-    known = KNOWN.get(sensitive.kind, (None, None))
-    count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
-    if count is None:
-        raise UserError(
-            "data.sensitive.count: `plan` does not touch data; give the number of sensitive images"
-        )
-    if not sensitive.labelled:
-        return count, 0
-    if classes is None:
-        raise UserError(
-            "data.sensitive.classes: `plan` does not touch data; give the number of sensitive classes, or "
-            "labelled: false"
-        )
-    return count, classes
+from privimage.recipes import settled
+from privimage.recipes.cost import work_of
+from privimage.recipes.facts import public_size
+from privimage.recipes.usefulness import too_little_signal, too_long
+from privimage.storage.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -77,9 +46,11 @@ class RunPlan:
     @property
     def warnings(self) -> list[str]:
         """What may make the result useless or the promise weak, one line each."""
+        long = too_long(self.config, self.work)
         if self.other is None:
-            return []
-        return [*_noise_of_query(self), *_large_delta(self)]
+            return [*long]
+        useless = too_little_signal(self.config, self.count, self.classes)
+        return [*useless, *_noise_of_query(self), *_large_delta(self), *long]
 
     def render(self, console: Console) -> None:
         """Print it on a console of rich."""
@@ -102,8 +73,12 @@ def plan_run(config: Config) -> RunPlan:
     """The plan of a run, without touching data. Raises UserError if the promise cannot be kept."""
     # N and classes come from the configuration or from what is known of a public set.
     count, classes = public_size(config)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
     # Time is measured where this runs, which should be the kind of machine that will train.
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
+    # What a run would choose here for settings that are left at `auto`, or has chosen.
+    config = settled(config, World(0, 0, 1, 1, device), RunDir(config.run.dir))
     other = None
     # The other accountant is shown beside the one that is used: a check, and the price of the choice.
     if config.spec.private:
@@ -113,30 +88,10 @@ def plan_run(config: Config) -> RunPlan:
         privacy = plan_without_noise(config, count)
     if config.spec.generator == "none":
         return RunPlan(config, count, classes, privacy, other, {}, [], device.type)
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    # `auto` settings are resolved for the machine at hand, as a run would.
-    kind, measured = family(config), resolved(config, World(0, 0, 1, 1, device))
-    work = [*_query_work(measured, device), *kind.work(measured, privacy, classes, device)]
-    return RunPlan(config, count, classes, privacy, other, kind.sizes(config, classes), work, device.type)
-
-
-def _query_work(config: Config, device: torch.device) -> list[Work]:
-    """Training of the query network: three times a forward pass for each image."""
-    if "query" not in config.stages:
-        return []
-    network, settings = classifier(config.query.network, config.data.channels, 1000).to(device), config.query
-
-    def forward(images: int) -> Tensor:
-        return network(torch.zeros(images, *image_shape(config), device=device))
-
-    precision = config.runtime.precision
-    seconds = 3 * seconds_of_a_pass(forward, device, precision, settings.batch_size)
-    memory = PARAMETER_BYTES * parameters(network) + settings.batch_size * activations(
-        forward, device, precision
-    )
-    images = settings.steps * settings.batch_size
-    return [Work("query", settings.steps, settings.batch_size, images * seconds, memory)]
+    # `auto` settings of the precision are resolved for the machine at hand, as a run would.
+    work = work_of(resolved(config, World(0, 0, 1, 1, device)), privacy, count, classes, device)
+    sizes = family(config).sizes(config, classes)
+    return RunPlan(config, count, classes, privacy, other, sizes, work, device.type)
 
 
 def show(config: Config) -> None:
@@ -224,6 +179,8 @@ def _show_cost(console: Console, plan: RunPlan) -> None:
             f"{row.memory / 2**30:.2g} GiB",
         )
     console.print(table)
+    hours = sum(row.seconds for row in plan.work) / 3600
+    console.print(f"about {hours:.2g} hours in all; run.hours is {plan.config.run.hours:g}")
     console.print(
         "Hours and memory are of one rank that does all the work: divide by the number of ranks. Batches of "
         "public training that have no room go through the network in pieces. The decoded sensitive set takes "

@@ -35,6 +35,12 @@ class RunSection(Section):
     affects = on()
 
     dir: Path = Field(description="the run directory; everything that a run writes is below it")
+    hours: float = Field(
+        2.0,
+        gt=0,
+        le=10_000,
+        description="hours that the run may take; settings left at auto are chosen by it",
+    )
     shared: Path | None = Field(
         None,
         description=(

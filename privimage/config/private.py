@@ -1,10 +1,10 @@
 """The sections of stages that draw from the sensitive set: `select` to `evolve`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from privimage.config.section import Section, on
+from privimage.config.section import AUTO, Auto, Section, on
 
 
 class Select(Section):
@@ -12,10 +12,11 @@ class Select(Section):
 
     affects = on("select", planned=True)
 
-    per_image: int = Field(1, ge=1, description="k1: public classes that each sensitive image votes for")
-    per_class: int = Field(
-        1,
-        ge=1,
+    per_image: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO, description="k1: public classes that each sensitive image votes for"
+    )
+    per_class: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO,
         description="k2: public classes kept for each sensitive class",
         json_schema_extra=on("select"),
     )
@@ -24,8 +25,8 @@ class Select(Section):
         gt=0,
         description="sigma1; unset: the smallest that raises the noise of fine-tuning by at most max_rise",
     )
-    max_rise: float = Field(
-        0.005, gt=0, le=1, description="allowed relative rise of the fine-tuning noise when sigma1 is derived"
+    max_rise: Auto[Annotated[float, Field(gt=0, le=1)]] = Field(
+        AUTO, description="allowed relative rise of the fine-tuning noise when sigma1 is derived"
     )
 
 
@@ -79,37 +80,33 @@ class Finetune(Section):
 
     affects = on("finetune")
 
-    logical_batch_size: int = Field(
-        16384,
-        ge=1,
+    logical_batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO,
         description="B, the expected number of images per step; the sample rate is B / N",
         json_schema_extra=on("finetune", planned=True),
     )
     physical_batch_size: int | Literal["auto"] = Field(
-        "auto", description="images per rank that go through the network at once"
+        AUTO, description="images per rank that go through the network at once"
     )
-    steps: int = Field(
-        152,
-        ge=1,
+    steps: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO,
         description="T, the number of private steps; of a GAN's discriminator",
         json_schema_extra=on("finetune", planned=True),
     )
-    noise_copies: int = Field(
-        8,
-        ge=1,
+    noise_copies: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO,
         description="diffusion: K, noised copies over which an image's gradient is averaged before clipping",
         json_schema_extra=on("finetune", planned=True),
     )
     # Squares below 1e-38 are lost in float32: over 1e9 parameters a norm of at most 1e-14, which must be
     # little beside C.
-    max_grad_norm: float = Field(
-        1e-3,
-        ge=1e-8,
+    max_grad_norm: Auto[Annotated[float, Field(ge=1e-8)]] = Field(
+        AUTO,
         description="C, the bound on the L2 norm of one image's gradient",
         json_schema_extra=on("finetune", planned=True),
     )
-    learning_rate: float = Field(
-        3e-4, gt=0, description="Adam learning rate of the private steps, no weight decay"
+    learning_rate: Auto[Annotated[float, Field(gt=0)]] = Field(
+        AUTO, description="Adam learning rate of the private steps, no weight decay"
     )
     discriminator_steps: int = Field(
         5, ge=1, le=100, description="GAN: private steps for each step of the generator"

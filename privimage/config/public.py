@@ -1,11 +1,11 @@
 """The sections of stages that use public images alone: `model`, `query`, `pretrain`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from privimage.config.section import Section, on
+from privimage.config.section import AUTO, Auto, Section, on
 
 
 class Model(Section):
@@ -13,11 +13,11 @@ class Model(Section):
 
     affects = on("pretrain", "warm", "finetune", "match", "evolve", "synthesize", "evaluate")
 
-    width: int = Field(32, ge=8, le=512, description="base width nf of DDPM++")
-    multipliers: tuple[int, ...] = Field(
-        (1, 2, 2), min_length=1, max_length=6, description="channel multiplier of each level"
+    width: Auto[Annotated[int, Field(ge=8, le=512)]] = Field(AUTO, description="base width nf of DDPM++")
+    multipliers: Auto[Annotated[tuple[int, ...], Field(min_length=1, max_length=6)]] = Field(
+        AUTO, description="channel multiplier of each level"
     )
-    attention: tuple[int, ...] = Field((16,), description="resolutions with self-attention")
+    attention: Auto[tuple[int, ...]] = Field(AUTO, description="resolutions with self-attention")
     gan_width: int = Field(96, ge=8, le=256, description="width of BigGAN's generator and discriminator")
 
 
@@ -40,15 +40,15 @@ class Query(Section):
         le=10_000,
         description="number of clusters of the public set, by k-means; for semantics clusters",
     )
-    network: Literal["resnet50", "resnet-small"] = Field(
-        "resnet50",
+    network: Auto[Literal["resnet50", "resnet-small"]] = Field(
+        AUTO,
         description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28",
         json_schema_extra=on("query", "select", "evolve"),
     )
-    batch_size: int = Field(8192, ge=1, description="images per step, over all ranks")
-    steps: int = Field(9400, ge=1, description="training steps")
-    learning_rate: float = Field(
-        0.01, gt=0, description="SGD learning rate, cosine schedule, momentum 0.9, weight decay 5e-4"
+    batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="images per step, over all ranks")
+    steps: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="training steps")
+    learning_rate: Auto[Annotated[float, Field(gt=0)]] = Field(
+        AUTO, description="SGD learning rate, cosine schedule, momentum 0.9, weight decay 5e-4"
     )
     validation_fraction: float = Field(
         0.05, gt=0, lt=0.5, description="part of the public set held out to choose the checkpoint"
@@ -72,10 +72,10 @@ class Pretrain(Section):
     deepspeed_config: Path | None = Field(
         None, description="DeepSpeed's JSON; unset: ZeRO stage 1 with bf16 on GPUs"
     )
-    batch_size: int = Field(2048, ge=1, description="images per step, over all ranks")
-    steps: int = Field(128_000, ge=1, description="training steps")
-    learning_rate: float = Field(
-        1e-4, gt=0, description="Adam learning rate, no weight decay; of both networks of a GAN"
+    batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="images per step, over all ranks")
+    steps: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="training steps")
+    learning_rate: Auto[Annotated[float, Field(gt=0)]] = Field(
+        AUTO, description="Adam learning rate, no weight decay; of both networks of a GAN"
     )
     discriminator_steps: int = Field(
         5,

@@ -1,11 +1,11 @@
 """The sections `synthesize` and `evaluate` of the settings."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from privimage.config.section import Section, on
+from privimage.config.section import AUTO, Auto, Section, on
 
 
 class Synthesize(Section):
@@ -13,9 +13,8 @@ class Synthesize(Section):
 
     affects = on("synthesize")
 
-    samples: int = Field(
-        50_000,
-        ge=1,
+    samples: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO,
         description="images to synthesise, labels in turn so that each class gets the same share",
     )
     sampler: Literal["dpm++", "euler", "heun"] = Field(
@@ -35,22 +34,21 @@ class Evaluate(Section):
     classifiers: tuple[Literal["lr", "mlp", "cnn"], ...] = Field(
         ("lr", "mlp", "cnn"), description="trained on synthetic images, tested on real ones"
     )
-    cnn_epochs: int = Field(50, ge=1, description="epochs of the CNN")
-    cnn_batch_size: int = Field(512, ge=2, description="batch size of the CNN")
+    cnn_epochs: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="epochs of the CNN")
+    cnn_batch_size: Auto[Annotated[int, Field(ge=2)]] = Field(AUTO, description="batch size of the CNN")
     before: bool = Field(
         True,
         description="also measure the pretrained generator, before private fine-tuning",
         json_schema_extra=on("synthesize", "evaluate"),
     )
     features: Literal["auto", "2048", "768", "stand-in"] = Field(
-        "auto", description="features of FID and KID; auto: what the weights allow"
+        AUTO, description="features of FID and KID; auto: what the weights allow"
     )
     inception_weights: Path | None = Field(
         None, description="Inception 2015-12-05 weights in torch-fidelity's format"
     )
-    fidelity_samples: int = Field(
-        5000,
-        ge=10,
+    fidelity_samples: Auto[Annotated[int, Field(ge=10)]] = Field(
+        AUTO,
         description="synthetic images that enter FID, KID, precision and recall",
         json_schema_extra=on("synthesize", "evaluate"),
     )

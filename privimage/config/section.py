@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,6 +39,14 @@ def on(*stages: str, planned: bool = False, place: bool = False) -> dict[str, An
 # How pydantic names the choice of a union beside the key.
 OF_A_UNION = re.compile(r"\[|^constrained-|^(int|float|str)$")
 S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+# A setting that may be "auto", for a value that depends on the size of the set or on the machine. Its type is
+# that of the value: `privimage.recipes` puts one in place of every "auto" before anything else is done.
+if TYPE_CHECKING:
+    Auto = Annotated[T, "auto"]
+else:
+    Auto = T | Literal["auto"]
+AUTO: Any = "auto"
 
 
 def validated(model: type[S], tree: dict, origin: str) -> S:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed.world import World
-from privimage.families.work import Work, seconds_an_image
+from privimage.families.work import FEW, Work, seconds_an_image
 from privimage.models import parameters
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.gradients import GRADIENTS, clip_and_sum_, trained_parameters
@@ -213,7 +213,8 @@ class FineTuned(ABC):
             gradients.backward(losses, *losses.probe(images))
             return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
 
-        return seconds_an_image(step, 1, cpu_batch_size(config.finetune))
+        at_once = cpu_batch_size(config.finetune)
+        return seconds_an_image(step, min(FEW, at_once), at_once)
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 FEW = 8  # images to begin with: a large network is slow enough with them
 PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
-ENOUGH = 0.5  # seconds beside which the overhead of calls is small
+ENOUGH = 1.5  # seconds of a measurement; the overhead of calls is small beside its last part
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,14 @@ def seconds_of_a_pass(
 
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
-    """Seconds of `run(n)` divided by n; n grows from `images` until it can be measured, or to `at_once`."""
-    # The best of three: other work on the machine only ever adds time.
-    while (best := min(_seconds(run, images) for _ in range(3))) < ENOUGH and images < at_once:
+    """Seconds of `run(n)` divided by n; n grows from `images` to `at_once`, or until enough time is spent."""
+    started = time.perf_counter()
+    while True:
+        # The better of two: the first call sets things up, and other work on the machine only adds time.
+        best = min(_seconds(run, images) for _ in range(2))
+        if images >= at_once or time.perf_counter() - started > ENOUGH:
+            return best / images
         images = min(2 * images, at_once)
-    return best / images
 
 
 def _seconds(run: Callable[[int], Tensor], images: int) -> float:

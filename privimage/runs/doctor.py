@@ -21,6 +21,7 @@ from privimage.config import Config
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.families.work import PARAMETER_BYTES
+from privimage.recipes import settled
 from privimage.runs import preflight, room
 from privimage.runs.devices import Row, connection, devices, in_job
 from privimage.runs.visit import Visit
@@ -59,6 +60,7 @@ def diagnose(config: Config, world: World, device_error: str = "") -> Diagnosis:
     `device_error` is why no device could be taken; `world` is then one without it.
     """
     run = RunDir(config.run.dir)
+    config = settled(config, world, run)
     stages = frozenset(stage for stage in config.stages if run.record(stage) is None)
     visit = Visit(config, run, world, stages)
     diagnosis = Diagnosis()
@@ -82,10 +84,12 @@ def diagnose(config: Config, world: World, device_error: str = "") -> Diagnosis:
 
 
 def _rows(name: str, visit: Visit, check: Callable[[Visit], Iterable[str] | None]) -> list[Row]:
-    visit.mistakes = []
+    visit.mistakes, visit.warnings = [], []
     visit.attempt(check)
     if visit.mistakes:
         return [Row(name, "mistake", line) for line in visit.mistakes]
+    if visit.warnings:
+        return [Row(name, "warning", line) for line in visit.warnings]
     return [Row(name, "ok", _detail(name, visit))]
 
 
@@ -181,6 +185,7 @@ CHECKS: dict[str, Callable[[Visit], Iterable[str] | None]] = {
     "votes": preflight.votes,
     "networks": preflight.networks,
     "privacy plan": preflight.privacy_plan,
+    "usefulness": preflight.usefulness,
     "ledger": preflight.ledger,
     "disk space": preflight.disk_space,
 }

@@ -13,6 +13,7 @@ from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
 from privimage.errors import Mistakes, Stopped, UserError, leave_status, tell
+from privimage.recipes import settled
 from privimage.runs import preflight, sharing
 from privimage.storage import owner_only
 from privimage.storage.files import read_json, write_json
@@ -53,9 +54,9 @@ def execute(config: Config, stages: Sequence[str], world: World) -> RunDir:
     """
     owner_only.close_process()
     # One run at a time in a directory, whose settings must agree with what was made there before.
-    with _claimed(config, world) as run_dir:
-        resolved = precision.resolved(config, world)
-        names = _known(stages, config)
+    with _claimed(config, world) as (run_dir, settings):
+        resolved = precision.resolved(settings, world)
+        names = _known(stages, settings)
         # Everything that later stages need is checked now, before hours are spent.
         preflight.check(resolved, run_dir, world, names)
         for name in names:
@@ -64,18 +65,20 @@ def execute(config: Config, stages: Sequence[str], world: World) -> RunDir:
 
 
 @contextlib.contextmanager
-def _claimed(config: Config, world: World) -> Iterator[RunDir]:
-    # The main rank holds the directory and answers for its settings; where it fails, the others end in this
-    # barrier.
+def _claimed(config: Config, world: World) -> Iterator[tuple[RunDir, Config]]:
+    # The main rank holds the directory and answers for its settings, those that were left at `auto` too;
+    # where it fails, the others end in this barrier.
     run_dir = RunDir(config.run.dir)
     with run_dir.lock() if world.is_main else contextlib.nullcontext():
         try:
             if world.is_main:
                 run_dir.close_to_others()
+            config = settled(config, world, run_dir)
+            if world.is_main:
                 run_dir.reconcile(config)
                 run_dir.note_failure(None)
             world.barrier()
-            yield run_dir
+            yield run_dir, config
         except Stopped:
             world.barrier()  # nobody ends while another rank is saving
             raise

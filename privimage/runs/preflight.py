@@ -32,6 +32,7 @@ from privimage.families import family, pretrained_family
 from privimage.privacy import account
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import make_plan
+from privimage.recipes.usefulness import too_little_signal
 from privimage.runs import room
 from privimage.runs.devices import devices
 from privimage.runs.visit import CHARGED, Check, Visit, together
@@ -71,6 +72,8 @@ def check(config: Config, run: RunDir, world: World, stages: Iterable[str]) -> N
     # All mistakes of all ranks at once, so that a user does not find them one by one.
     if mistakes := together(world.gather_objects(visit.mistakes)):
         raise Mistakes(mistakes)
+    for warning in visit.warnings:
+        say(f"warning: {warning}")
     _whole_set(visit)
 
 
@@ -231,6 +234,13 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
         yield f"privacy.budget: this run alone needs epsilon {needed:.4g}, more than {budget.epsilon:g}"
 
 
+def usefulness(visit: Visit) -> None:
+    """Say where noise must drown what the set can teach; the run goes on."""
+    if visit.needs(TRAINING) and visit.sensitive is not None:
+        for line in too_little_signal(visit.config, len(visit.sensitive), visit.rows or 0):
+            visit.warnings.append(line)
+
+
 def ledger(visit: Visit) -> None:
     """The ledger can be written, and is the one that a run has written to."""
     if visit.opens_account:
@@ -268,4 +278,4 @@ EVERYWHERE: tuple[Check, ...] = (
     word_vectors,
 )
 # On the main rank: what is the same for all.
-ONCE: tuple[Check, ...] = (votes, networks, privacy_plan, ledger, disk_space)
+ONCE: tuple[Check, ...] = (votes, networks, privacy_plan, usefulness, ledger, disk_space)

@@ -25,6 +25,7 @@ class Visit:
     public: tuple[int, tuple[str, ...]] | None = None  # of the public set: images, classes; on the main rank
     sizes: dict[str, int] = field(default_factory=dict)  # parameters of each network; on the main rank
     mistakes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # of what may make the result useless; the run goes on
 
     def needs(self, stages: Iterable[str]) -> bool:
         """Whether one of `stages` is about to run."""

@@ -185,19 +185,26 @@ class RunDir:
             )
         write_whole(path, config.to_yaml().encode())
 
+    def settings(self) -> dict:
+        """The settings that this run was made with, as plain values; empty before its first start.
+
+        Raises UserError for a damaged config.yaml.
+        """
+        path = self.path / "config.yaml"
+        return _plain(path) if path.exists() else {}
+
     def clashes(self, config: Config) -> list[Clash]:
         """The settings that differ from those of this run although something depends on their old values.
 
         Raises UserError for a damaged config.yaml.
         """
-        path = self.path / "config.yaml"
-        if not path.exists():
+        if not (before := self.settings()):
             return []
         # A stage depends on the settings of all stages before it, also of those whose folder was deleted.
         begun = {name: set(upstream(name, config.stages)) for name in STAGES if self._has_begun(name)}
         plan_is_fixed = (self.path / "private" / "account.json").exists()
         clashes = []
-        for key, old, new in differences(_plain(path), config.model_dump(mode="json")):
+        for key, old, new in differences(before, config.model_dump(mode="json")):
             declared = effect(key)
             stages = tuple(name for name, read in begun.items() if read & declared.stages)
             if declared.planned and plan_is_fixed:

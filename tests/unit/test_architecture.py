@@ -18,6 +18,7 @@ LAYERS = (
     {"data", "evaluation"},
     {"privacy"},
     {"families"},
+    {"recipes"},
     {"stages"},
     {"runs"},
     {"experiments"},

@@ -60,6 +60,20 @@ def test_the_paper_s_files_have_the_constants_of_its_gans(
     assert (then.max_grad_norm, config.noise_copies) == (1.0, 1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("finetune.steps=0", r"finetune\.steps: input should be greater than or equal to 1, not 0"),
+        ("finetune.steps=many", r"finetune\.steps: input should be a valid integer"),
+        ("model.multipliers=[1,x]", r"model\.multipliers\.1: input should be a valid integer"),
+        ("data.workers=-1", r"data\.workers: input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_of_a_setting_that_may_be_auto_names_its_key(setting: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load(TINY, [setting])
+
+
 def test_a_gan_has_defaults_of_its_own_which_any_setting_replaces() -> None:
     tree = {
         "run": {"dir": "runs/x"},
@@ -67,9 +81,9 @@ def test_a_gan_has_defaults_of_its_own_which_any_setting_replaces() -> None:
     }
     diffusion, gan = parse(tree), parse(tree | {"method": "privimage+g", "finetune": {"steps": 7}})
     assert (diffusion.finetune.max_grad_norm, diffusion.pretrain.batch_size, diffusion.noise_copies) == (
-        1e-3,
-        2048,
-        8,
+        "auto",
+        "auto",
+        "auto",
     )
     assert (gan.finetune.max_grad_norm, gan.pretrain.batch_size, gan.noise_copies, gan.finetune.steps) == (
         1.0,
@@ -126,7 +140,7 @@ def test_a_mistake_in_the_section_gan_is_told_even_where_it_is_not_used(
         ("model.widht=3", "model.widht: unknown setting (did you mean 'width'?)"),
         ("privcy.epsilon=3", "privcy: unknown setting (did you mean 'privacy'?)"),
         ("method=privimage+x", "method: unknown 'privimage+x' (did you mean"),
-        ("data.sensitive.kind=zip", "data.sensitive.kind: input should be"),
+        ("data.sensitive.kind=floppy", "data.sensitive.kind: input should be"),
         ("finetune.steps=many", "finetune.steps: input should be a valid integer"),
         ("finetune.physical_batch_size=fast", "finetune.physical_batch_size"),
         ("data=3", "data: "),

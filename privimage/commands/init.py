@@ -1,0 +1,251 @@
+"""`privimage init`: a complete configuration for a set of one's own, with a reason on every line."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from privimage.config import Config, parse
+from privimage.data.sources import sensitive_source
+from privimage.distributed.world import World
+from privimage.errors import UserError
+from privimage.privacy.plan import default_delta
+from privimage.recipes.choose import Choices
+from privimage.recipes.settle import chosen
+
+SUFFIXES = {
+    ".npz": "npz",
+    ".beton": "beton",
+    ".npy": "beton",
+    ".zip": "zip",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".tar": "webdataset",
+    ".parquet": "parquet",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+}
+EMBEDDED = ("digits", "glyphs")
+CHARACTERS = ("digits", "glyphs", "mnist", "fashion-mnist")  # kinds whose images must not be mirrored
+RESOLUTIONS = (8, 16, 28, 32, 64)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for and states; None: to be looked up or chosen."""
+
+    sensitive: str  # a path, or the name of an embedded set
+    public: str | None = None
+    test: Path | None = None
+    hours: float = 2.0
+    epsilon: float = 10.0
+    delta: float | None = None
+    count: int | None = None
+    classes: str | None = None  # their number, or their names with commas between them
+    resolution: int | None = None
+    channels: int | None = None
+    method: str = "privimage+d"
+    run: Path = Path("runs/mine")
+
+
+def write(wanted: Wanted) -> None:
+    """Print the configuration to standard output, and to standard error what of the set becomes public.
+
+    Raises UserError for a set that cannot be opened, and where no public set suits.
+    """
+    config = _settings(wanted)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count, sensitive = config.data.sensitive.count, config.data.sensitive
+    assert count is not None
+    choices = chosen(
+        config,
+        count,
+        (sensitive.class_count or 2) if sensitive.labelled else 0,
+        World(0, 0, 1, 1, device),
+    )
+    sys.stdout.write(rendered(config, choices, device))
+
+
+def kind_of(path: str) -> tuple[str, str | None]:
+    """The kind of a set by the ending of its name or by what is in the folder, and its path."""
+    if path in EMBEDDED:
+        return path, None
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if place.is_dir():
+        ends = {entry.suffix for entry in place.iterdir() if entry.is_file()}
+        inside = {".parquet": "parquet", ".tar": "webdataset"}
+        return next((kind for suffix, kind in inside.items() if suffix in ends), "folder"), path
+    if place.suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise UserError(f"{path}: not a folder, and its ending is none of {known}")
+    return SUFFIXES[place.suffix], path
+
+
+def _settings(wanted: Wanted) -> Config:
+    """The sections that say what is asked for; everything else is `auto`."""
+    kind, path = kind_of(wanted.sensitive)
+    stated: dict[str, Any] = {"kind": kind, "path": path, "count": wanted.count, "classes": _classes(wanted)}
+    stated["test_path"] = str(wanted.test) if wanted.test else None
+    tree: dict[str, Any] = {
+        "method": wanted.method,
+        "run": {"dir": str(wanted.run), "hours": wanted.hours},
+        "data": {
+            "resolution": wanted.resolution or 32,
+            "channels": wanted.channels or 3,
+            "sensitive": stated,
+            "public": {"kind": "glyphs"},
+        },
+        "privacy": {"epsilon": wanted.epsilon, "delta": wanted.delta},
+        "finetune": {"precision": "auto"},
+        "runtime": {"precision": "auto"},
+    }
+    if None in (wanted.count, wanted.classes, wanted.resolution, wanted.channels):
+        _look(tree, wanted)
+    data = tree["data"]
+    data["public"] = _public(wanted, data["resolution"], data["channels"])
+    tree["privacy"]["delta"] = wanted.delta or float(f"{default_delta(stated['count']):.1g}")
+    if kind in CHARACTERS or data["public"]["kind"] in CHARACTERS:
+        tree["query"], tree["pretrain"] = {"flip": False}, {"flip": False}
+    return parse(tree, "init")
+
+
+def _classes(wanted: Wanted) -> int | list[str] | None:
+    if wanted.classes is None:
+        return None
+    return int(wanted.classes) if wanted.classes.isdecimal() else wanted.classes.split(",")
+
+
+def _look(tree: dict[str, Any], wanted: Wanted) -> None:
+    """Fill in what was not stated, from the sensitive set, and say that it becomes public."""
+    stated = tree["data"]["sensitive"]
+    source = sensitive_source(parse(tree, "init"), "train")
+    stated["count"], found = len(source), [f"{len(source):,} images"]
+    if wanted.classes is None:
+        stated["classes"] = len(source.classes)
+        names = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
+        found.append(f"{len(source.classes)} classes ({names})")
+    if None in (wanted.resolution, wanted.channels):
+        side, channels = _shape(source.opener(source.items[0]))
+        tree["data"]["resolution"] = wanted.resolution or _resolution(side)
+        tree["data"]["channels"] = wanted.channels or channels
+        colours = "grey" if channels == 1 else "in colours"
+        found.append(f"the first one {side} pixels wide or high, {colours}")
+    print(
+        f"init: looked at {wanted.sensitive}: {'; '.join(found)}. The configuration states this, so it "
+        "becomes public; --count, --classes, --resolution and --channels together state something else, and "
+        "nothing is looked at",
+        file=sys.stderr,
+    )
+
+
+def _shape(image: Any) -> tuple[int, int]:
+    """Shorter side and channels, 1 or 3, of an image as its reader opens it."""
+    if hasattr(image, "mode"):
+        return min(image.size), 1 if image.mode in ("1", "L", "LA", "I;16", "I", "F") else 3
+    shape = image.array.shape
+    return min(shape[:2]), 3 if len(shape) == 3 and shape[2] >= 3 else 1
+
+
+def _resolution(side: int) -> int:
+    """The largest usual one that the images have; above 32 a CPU takes days."""
+    most = 64 if torch.cuda.is_available() else 32
+    return max((one for one in RESOLUTIONS if one <= min(side, most)), default=RESOLUTIONS[0])
+
+
+def _public(wanted: Wanted, resolution: int, channels: int) -> dict[str, Any]:
+    if wanted.public is not None:
+        kind, path = kind_of(wanted.public)
+        labelled = kind != "folder" or any(entry.is_dir() for entry in Path(wanted.public).iterdir())
+        return {"kind": kind, "path": path, "labelled": labelled}
+    if channels == 1 and resolution <= 32:
+        return {"kind": "glyphs"}
+    raise UserError(
+        f"--public: {'colour' if channels == 3 else 'large'} images need a public set that resembles them, a "
+        "folder with a sub-folder for each class (ImageNet, say); the embedded characters suit small grey "
+        "images only"
+    )
+
+
+WHY = {
+    "method": "`privimage methods` lists the others",
+    "run.dir": "everything that the run writes",
+    "run.hours": "what all else was chosen to fit into",
+    "data.resolution": "images are cropped and resized to it",
+    "data.channels": "1 grey, 3 colour",
+    "data.public.kind": "how to read it",
+    "data.public.path": "anyone may see these images",
+    "data.public.labelled": "without class folders images are grouped into clusters",
+    "data.sensitive.kind": "how to read it",
+    "data.sensitive.path": "the images that stay private",
+    "data.sensitive.test_path": "held-out images to measure accuracy on; not covered by the promise",
+    "data.sensitive.count": "N, public from now on",
+    "data.sensitive.classes": "public from now on",
+    "privacy.epsilon": "of the whole run, query and training together",
+    "privacy.delta": "below 1 / N",
+    "query.flip": "characters must not be mirrored",
+    "query.semantics": "no labels to choose by",
+    "pretrain.flip": "characters must not be mirrored",
+    "finetune.precision": "bf16 where the device is faster in it",
+    "runtime.precision": "bf16 where the device is faster in it",
+}
+
+
+def rendered(config: Config, choices: Choices, device: torch.device) -> str:
+    """The YAML text: what was asked for and what was chosen, a reason beside each line."""
+    lines = {key: (value, WHY[key]) for key, value in _given(config).items()}
+    lines |= {key: (choice.value, choice.why) for key, choice in choices.items()}
+    needed = {"query": "query", "select": "select", "pretrain": "pretrain", "finetune": "finetune"}
+    text = [_head(config, device)]
+    section = ""
+    for key, (value, why) in sorted(lines.items(), key=lambda one: _place(one[0])):
+        parts = key.split(".")
+        if parts[0] in needed and parts[0] not in config.stages:
+            continue
+        for depth in range(1, len(parts)):
+            head = ".".join(parts[:depth])
+            if not f"{section}.".startswith(f"{head}."):
+                text.append(f"{'  ' * (depth - 1)}{parts[depth - 1]}:")
+        section = ".".join(parts[:-1])
+        line = f"{'  ' * (len(parts) - 1)}{parts[-1]}: {_scalar(value)}"
+        text.append(f"{line:<44} # {why}")
+    return "\n".join(text) + "\n"
+
+
+def _given(config: Config) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    found = {}
+    for key in WHY:
+        value: Any = tree
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
+    flips = not config.pretrain.flip
+    hidden = {"query.flip": flips, "pretrain.flip": flips, "query.semantics": not config.data.public.labelled}
+    hidden["data.public.labelled"] = not config.data.public.labelled
+    return {key: value for key, value in found.items() if value is not None and hidden.get(key, True)}
+
+
+def _place(key: str) -> tuple[int, ...]:
+    """Sections in the order of the settings; the lines of one stay in the order in which they were given."""
+    order = list(Config.model_fields)
+    first, *rest = key.split(".")
+    nested = ("resolution", "channels", "public", "sensitive")
+    return order.index(first), nested.index(rest[0]) if rest and rest[0] in nested else 0
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+
+def _head(config: Config, device: torch.device) -> str:
+    cores = f"{torch.get_num_threads()} CPU cores"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    return (
+        f"# Written by `privimage init` for {machine} and {config.run.hours:g} hours.\n"
+        "# `privimage plan` shows what it promises and costs, `privimage run` does it."
+    )

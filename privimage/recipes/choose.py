@@ -1,0 +1,278 @@
+"""The rules: one value, with its reason, for every setting that is `auto`.
+
+They come from sweeps on public sets (`benchmarks/recipes.py`, docs/results.md) and from the papers named
+beside them. A value that the configuration gives is kept, and the others are chosen to suit it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from privimage.config import Config, parse
+from privimage.families import family
+from privimage.recipes.facts import Facts
+from privimage.recipes.signal import needed, reach, share
+
+Speeds = dict[str, float]  # seconds per image of a step, by stage; of finetune per noised copy
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value, and why, in a few words."""
+
+    value: Any
+    why: str
+
+
+Choices = dict[str, Choice]
+BATCH = "finetune.logical_batch_size"
+
+# Of the time that a run may take: the rest is kept for slower moments of the machine, and for the start.
+OF_TIME, START_SECONDS = 0.75, 30.0
+# Shares of that time; those of stages that a method does not have go to the others.
+SHARES = {
+    "query": 0.08,
+    "pretrain": 0.27,
+    "finetune": 0.4,
+    "match": 0.4,
+    "synthesize": 0.08,
+    "evaluate": 0.17,
+}
+# Where the signal is rich, private steps are worth more than all else.
+RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.68, "evaluate": 0.12}
+RICH = 0.01  # noise over signal below which less noise brings nothing any more (MNIST at epsilon 10)
+NEAR = 1.1  # noise over the least noise, where that is more: nine tenths of the signal
+FEWEST, MOST, COPIES = 60, 1600, 8  # private steps; noised copies of an image
+LARGEST = 0.6  # of the set in a batch: more buys hardly any signal
+EPOCHS = 20.0  # of the CNN of the evaluation, where there is time
+
+
+def choose(config: Config, facts: Facts, measure: Callable[[Config], Speeds]) -> Choices:
+    """A choice for every `auto` of `config`, by ``section.key``.
+
+    `measure` returns the speeds of a configuration without `auto`, which has the chosen networks and any
+    number of steps.
+    """
+    chosen = _open(config, {**networks(facts), **constants(facts)})
+    config = applied(config, chosen)
+    trial = applied(config, _open(config, TRIAL | {BATCH: Choice(min(64, facts.count), "")}))
+    speeds = {stage: seconds / facts.speed for stage, seconds in measure(trial).items()}
+    steps = _open(config, schedule(config, facts, speeds, private_parameters(config, facts.classes)))
+    chosen, config = chosen | steps, applied(config, steps)
+    return chosen | _open(config, rates(config, facts))
+
+
+def private_parameters(config: Config, classes: int) -> int:
+    """Parameters of the network that takes private steps; 0 where none does."""
+    if config.spec.training != "finetune" or config.spec.generator == "none":
+        return 0
+    sizes = family(config).sizes(config, classes)
+    return sizes.get("discriminator", sizes["generator"])
+
+
+def is_auto(value: object) -> bool:
+    """Whether a setting is left to be chosen."""
+    return value == "auto"
+
+
+def _open(config: Config, choices: Choices) -> Choices:
+    """Those of settings that are `auto`."""
+    tree = config.model_dump(mode="json")
+    return {key: choice for key, choice in choices.items() if is_auto(_at(tree, key))}
+
+
+def _at(tree: dict, key: str) -> Any:
+    section, name = key.split(".")
+    return tree[section][name]
+
+
+def applied(config: Config, choices: Choices) -> Config:
+    """The configuration with chosen values. Raises UserError for one that is out of range."""
+    tree = config.model_dump(mode="json")
+    for key, choice in choices.items():
+        section, name = key.split(".")
+        tree[section][name] = choice.value
+    return parse(tree, "recipe")
+
+
+# What is measured with: one gradient of four copies, batches as they will be.
+TRIAL: Choices = {
+    key: Choice(value, "")
+    for key, value in {
+        "query.steps": 1,
+        "pretrain.steps": 1,
+        "finetune.steps": 1,
+        "finetune.noise_copies": 4,
+        "finetune.learning_rate": 1e-3,
+        "synthesize.samples": 1000,
+        "evaluate.cnn_epochs": int(EPOCHS),
+        "evaluate.fidelity_samples": 1000,
+    }.items()
+}
+
+
+def networks(facts: Facts) -> Choices:
+    """The generator and the query network."""
+    levels = 2 if facts.resolution <= 16 else 3 if facts.resolution <= 40 else 4
+    while facts.resolution % 2 ** (levels - 1):
+        levels -= 1
+    multipliers = {1: [1], 2: [1, 2], 3: [1, 2, 2], 4: [1, 1, 2, 2]}[levels]
+    lowest = facts.resolution // 2 ** (levels - 1)
+    large = facts.device == "cuda"
+    width = 32 if large else 8
+    # The total noise grows with the square root of the parameters, that is with the width.
+    signal = reach(facts.count, facts.epsilon, facts.delta)
+    while width > 8 and 40 * width / signal > 0.11:
+        width //= 2
+    deep = large and facts.resolution >= 32
+    return {
+        "model.width": Choice(
+            width,
+            "the fewer parameters, the less noise on all of them together"
+            + ("" if large else ", and the more steps in the same time"),
+        ),
+        "model.multipliers": Choice(multipliers, f"channels of each level, down to {lowest}x{lowest} pixels"),
+        "model.attention": Choice([lowest], "attention where it costs least"),
+        "query.network": Choice(
+            "resnet50" if deep else "resnet-small",
+            "the paper's" if deep else "one that a CPU, or a small image, can train",
+        ),
+    }
+
+
+def constants(facts: Facts) -> Choices:
+    """What depends neither on time nor on speed."""
+    large, small = facts.device == "cuda", facts.count <= 5000
+    kept = max(1, round(0.05 * facts.public_classes / facts.rows))
+    return {
+        "query.batch_size": Choice(512 if large else 128, "small batches make many steps"),
+        "query.learning_rate": Choice(0.1 if facts.resolution >= 32 else 0.05, "SGD with a cosine schedule"),
+        "select.per_image": Choice(kept, "as many votes as classes that are kept, as in the paper"),
+        "select.per_class": Choice(
+            kept,
+            f"about 5 % of the {facts.public_classes} public classes, at least one a class: fewer are better",
+        ),
+        "select.max_rise": Choice(
+            0.05 if small else 0.005,
+            "a small set: at 0.005 the query would be too loud"
+            if small
+            else "the query costs next to nothing",
+        ),
+        "pretrain.batch_size": Choice(256 if large else 64, "small batches make many steps"),
+        "pretrain.learning_rate": Choice(5e-4 if large else 2e-3, "Adam; narrow networks bear a larger one"),
+        "finetune.max_grad_norm": Choice(
+            0.01, "below the norm of nearly all gradients; Adam removes the scale"
+        ),
+        "evaluate.cnn_batch_size": Choice(512 if large else 64, "small sets need small batches"),
+    }
+
+
+def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> Choices:
+    """Steps, batches and samples that fill the time; `parameters` are those of the private network."""
+    least = math.sqrt(max(parameters, 1)) / reach(facts.count, facts.epsilon, facts.delta)
+    shares = RICH_SHARES if least < RICH / 2 else SHARES
+    stages = [stage for stage in shares if stage in config.stages and speeds.get(stage)]
+    whole = sum(shares[stage] for stage in stages)
+    total = OF_TIME * 3600 * facts.hours - START_SECONDS
+    # A warm start has steps of its own, if it is asked for.
+    total -= config.warm.steps * config.warm.batch_size * speeds.get("warm", 0.0)
+    total = max(total, 30.0)
+    seconds = {stage: total * shares[stage] / whole for stage in stages}
+    private: Choices = {}
+    if "finetune" in stages:
+        private = private_steps(config, facts, seconds["finetune"] / speeds["finetune"], parameters)
+        spent = math.prod(choice.value for key, choice in private.items()) * speeds["finetune"]
+        # What the private steps do not need makes pretraining longer.
+        if "pretrain" in stages:
+            seconds["pretrain"] += max(0.0, seconds["finetune"] - spent)
+    return private | _public_steps(config, seconds, speeds) | _samples(config, facts, seconds, speeds)
+
+
+def private_steps(config: Config, facts: Facts, budget: float, parameters: int) -> Choices:
+    """B, T and K for `budget` noised copies in all; see `privimage.recipes.signal`.
+
+    Where the signal is rich (large sets), many small steps with one copy; where noise is the limit, copies of
+    each image first, which cost no privacy, and as many steps as leave nine tenths of the signal.
+    """
+    given = config.finetune
+    signal = reach(facts.count, facts.epsilon, facts.delta)
+    least = math.sqrt(parameters) / signal
+    x = needed(least / max(NEAR * least, RICH))
+    rich = least < RICH / 2
+    copies = (
+        1 if rich or config.noise_copies == 1 else _within(budget / (x * signal * FEWEST**0.5), 1, COPIES)
+    )
+    copies = copies if is_auto(given.noise_copies) else given.noise_copies
+    steps = _within((budget / (copies * x * signal)) ** 2, FEWEST, MOST)
+    steps = steps if is_auto(given.steps) else given.steps
+    batch = tidy(_within(budget / (steps * copies), min(16, facts.count), max(1, LARGEST * facts.count)))
+    batch = batch if is_auto(given.logical_batch_size) else given.logical_batch_size
+    bought = 100 * share(batch * steps**0.5 / signal)
+    return {
+        "finetune.logical_batch_size": Choice(
+            batch, f"{bought:.0f} % of the signal that this budget can buy from {facts.count:,} images"
+        ),
+        "finetune.steps": Choice(
+            steps, "many small steps: the signal is rich" if rich else "as many as the time allows"
+        ),
+        "finetune.noise_copies": Choice(
+            copies,
+            "more steps are worth more than copies here"
+            if copies == 1
+            else "quieter gradients, at no cost in privacy",
+        ),
+    }
+
+
+def _public_steps(config: Config, seconds: Speeds, speeds: Speeds) -> Choices:
+    chosen: Choices = {}
+    for stage, batch, most in (
+        ("query", config.query.batch_size, 9400),
+        ("pretrain", config.pretrain.batch_size, 128_000),
+    ):
+        if stage in seconds:
+            steps = tidy(_within(seconds[stage] / (batch * speeds[stage]), 50, most))
+            chosen[f"{stage}.steps"] = Choice(
+                steps, f"about {batch * steps * speeds[stage] / 60:.1f} minutes"
+            )
+    return chosen
+
+
+def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> Choices:
+    # As many images as the set has, if there is time to draw them and to train classifiers on them.
+    most = float(min(max(2000, facts.count), 50_000))
+    for stage in ("synthesize", "evaluate"):
+        if stage in seconds:
+            most = min(most, seconds[stage] / speeds[stage])
+    samples = tidy(max(most, 500.0))
+    epochs = EPOCHS
+    if "evaluate" in seconds:
+        epochs *= seconds["evaluate"] / (speeds["evaluate"] * (samples + 1000))
+    return {
+        "synthesize.samples": Choice(samples, "as many as there is time to draw and to judge"),
+        "evaluate.cnn_epochs": Choice(_within(epochs, 5, 50), "of the CNN that judges the result"),
+    }
+
+
+def rates(config: Config, facts: Facts) -> Choices:
+    """What follows from the steps and samples."""
+    # 5e-3 for 60 steps (digits) and 1e-3 for 1,600 (MNIST) of width 8.
+    rate = 5e-3 * math.sqrt(FEWEST / max(config.finetune.steps, FEWEST)) * 8 / max(config.model.width, 8)
+    samples = config.synthesize.samples
+    return {
+        "finetune.learning_rate": Choice(float(f"{rate:.1g}"), "Adam; falls with the root of the steps"),
+        "evaluate.fidelity_samples": Choice(
+            max(10, min(5000, samples // 2)), "enough for a distance, quickly computed"
+        ),
+    }
+
+
+def _within(value: float, low: float, high: float) -> int:
+    return int(max(low, min(value, high)))
+
+
+def tidy(number: int | float) -> int:
+    """Rounded down to two digits, for people; numbers below 100 stay."""
+    scale = 10 ** max(0, math.floor(math.log10(max(number, 1))) - 1)
+    return int(number // scale * scale)

@@ -1,0 +1,91 @@
+"""Time and memory of every stage, from short measurements."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from privimage.config import Config
+from privimage.distributed.microbatch import activations
+from privimage.families import family
+from privimage.families.base import image_shape
+from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
+from privimage.models import parameters
+from privimage.models.resnet import classifier, resnet9
+from privimage.privacy.plan import PrivacyPlan
+
+BEFORE = 1000  # images of the pretrained generator that are judged too
+# Seconds of scikit-learn's classifiers per image, pixel and epoch, of one core: LR, MLP.
+LR_SECONDS, MLP_SECONDS, MLP_IMAGES = 4e-7, 4e-8, 2_000_000
+
+
+def work_of(config: Config, plan: PrivacyPlan, count: int, classes: int, device: torch.device) -> list[Work]:
+    """The work of all stages of the method but `prepare`, whose time is that of the disk, in order.
+
+    `config` has no `auto` but those of precision. `count` and `classes` (0 if unlabelled) are those of the
+    sensitive set.
+    """
+    found = [*_query(config, count, device), *family(config).work(config, plan, classes, device)]
+    return [*found, *_evaluate(config, classes, device)]
+
+
+@lru_cache
+def classifier_pass(
+    network: str, shape: tuple[int, int, int], classes: int, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """Seconds of a forward pass of a classifier per image, and bytes of its activations.
+
+    `network` is one of `query.network`, or "cnn", that of the evaluation; `shape` is (C, H, W).
+    """
+    model = (
+        resnet9(shape[0], classes, shape[1]) if network == "cnn" else classifier(network, shape[0], classes)
+    )
+    model = model.to(device)
+
+    def forward(images: int) -> Tensor:
+        return model(torch.zeros(images, *shape, device=device))
+
+    return seconds_of_a_pass(forward, device, precision, 128), activations(forward, device, precision)
+
+
+def _query(config: Config, count: int, device: torch.device) -> list[Work]:
+    """Training of the query network, three times a forward pass for each image, and the votes."""
+    if "query" not in config.stages:
+        return []
+    settings = config.query
+    seconds, bytes_ = classifier_pass(
+        settings.network, image_shape(config), 1000, device, config.runtime.precision
+    )
+    with torch.device("meta"):
+        size = PARAMETER_BYTES * parameters(classifier(settings.network, config.data.channels, 1000))
+    images = settings.steps * settings.batch_size
+    works = [
+        Work(
+            "query",
+            settings.steps,
+            settings.batch_size,
+            3 * images * seconds,
+            size + settings.batch_size * bytes_,
+        )
+    ]
+    if config.spec.pretraining == "selected":
+        works.append(Work("select", 1, count, count * seconds, size))
+    return works
+
+
+def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:
+    """Training of the three classifiers on the synthetic images, and on those from before fine-tuning."""
+    if classes < 2 or config.spec.generator == "none":
+        return []
+    settings, samples = config.evaluate, config.synthesize.samples
+    images = samples + (BEFORE if settings.before else 0)
+    channels, height, width = image_shape(config)
+    pixels, seconds = channels * height * width, 0.0
+    if "cnn" in settings.classifiers:
+        a_pass = classifier_pass("cnn", image_shape(config), classes, device, "fp32")[0]
+        seconds += 3 * images * settings.cnn_epochs * a_pass
+    if "lr" in settings.classifiers:
+        seconds += images * pixels * LR_SECONDS
+    if "mlp" in settings.classifiers:
+        seconds += min(200 * images, 2 * MLP_IMAGES) * pixels * MLP_SECONDS
+    return [Work("evaluate", settings.cnn_epochs, images, seconds, 4.0 * 3 * images * pixels)]

@@ -1,0 +1,112 @@
+"""The public facts that a recipe is chosen by."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from privimage.config import Config
+from privimage.data.glyphs import character_classes
+from privimage.errors import UserError
+from privimage.privacy.plan import default_delta
+
+# (images, classes) of the training splits that are read by kind: public facts.
+KNOWN = {
+    "cifar10": (50_000, 10),
+    "mnist": (60_000, 10),
+    "fashion-mnist": (60_000, 10),
+    "celeba": (202_599, 1),
+    "digits": (1437, 10),
+}
+GENERIC = 100  # public classes where the configuration does not show how many there are
+# A large GPU over one core of a CPU in private steps (docs/results.md); for jobs that are planned elsewhere.
+GPU_OVER_CORE = 200.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe is chosen by; all of it is public."""
+
+    count: int  # N
+    classes: int  # sensitive classes, 0 if unlabelled
+    resolution: int
+    channels: int
+    public_classes: int
+    epsilon: float
+    delta: float
+    hours: float  # that the run may take
+    device: str  # "cpu" or "cuda"
+    speed: float = 1.0  # of that device over the one that is measured
+
+    @property
+    def rows(self) -> int:
+        """Sensitive classes, at least 1."""
+        return max(self.classes, 1)
+
+
+def public_size(config: Config) -> tuple[int, int]:
+    """N and the number of classes (0 if unlabelled), as stated by the configuration.
+
+    Raises UserError if it does not.
+    """
+    sensitive = config.data.sensitive
+    known = KNOWN.get(sensitive.kind, (None, None))
+    count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
+    if count is None:
+        raise UserError(
+            "data.sensitive.count: `plan` does not touch data; give the number of sensitive images"
+        )
+    if not sensitive.labelled:
+        return count, 0
+    if classes is None:
+        raise UserError(
+            "data.sensitive.classes: `plan` does not touch data; give the number of sensitive classes, or "
+            "labelled: false"
+        )
+    return count, classes
+
+
+def facts_of(config: Config, count: int, classes: int) -> Facts:
+    """The facts of a configuration for a set of `count` images of `classes` classes (0 if unlabelled)."""
+    device = "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    speed = 1.0
+    # A job that asks for GPUs is chosen for them, wherever its first stage runs.
+    gpus = config.slurm.of("finetune").gpus
+    if gpus and device == "cpu" and config.runtime.device != "cpu":
+        device, speed = "cuda", gpus * GPU_OVER_CORE / torch.get_num_threads()
+    return Facts(
+        count,
+        classes,
+        config.data.resolution,
+        config.data.channels,
+        _public_classes(config),
+        config.privacy.epsilon,
+        config.privacy.delta or default_delta(count),
+        config.run.hours,
+        device,
+        speed,
+    )
+
+
+def _public_classes(config: Config) -> int:
+    """How many classes images vote for, from the names of folders at most."""
+    public = config.data.public
+    if config.query.semantics == "clusters":
+        return config.query.clusters
+    if public.kind == "glyphs":
+        return len(character_classes())
+    if public.kind in KNOWN:
+        return KNOWN[public.kind][1]
+    if public.kind == "folder" and public.path is not None:
+        inside = public.path / "train" if (public.path / "train").is_dir() else public.path
+        return max(_folders(inside), 1)
+    return GENERIC
+
+
+def _folders(path: Path) -> int:
+    try:
+        with os.scandir(path) as entries:
+            return sum(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    except OSError:
+        return GENERIC  # the checks before a run say what is wrong with it

@@ -1,0 +1,101 @@
+"""Values in place of `auto`, found once at the first start of a run and kept."""
+
+import contextlib
+from typing import Any
+
+from privimage.config import Config
+from privimage.config.stages import STAGES
+from privimage.data.sources import sensitive_source
+from privimage.distributed.precision import resolved
+from privimage.distributed.world import ALONE, World
+from privimage.errors import UserError
+from privimage.privacy.plan import plan_without_noise
+from privimage.recipes.choose import Choice, Choices, Speeds, applied, choose, is_auto
+from privimage.recipes.cost import work_of
+from privimage.recipes.facts import KNOWN, facts_of
+from privimage.storage.rundir import RunDir
+
+# Settings that the rules choose. Others that may be "auto" (precision, workers ...) are resolved by what
+# reads them.
+CHOSEN = {
+    "model": ("width", "multipliers", "attention"),
+    "query": ("network", "batch_size", "steps", "learning_rate"),
+    "select": ("per_image", "per_class", "max_rise"),
+    "pretrain": ("batch_size", "steps", "learning_rate"),
+    "finetune": ("logical_batch_size", "steps", "noise_copies", "max_grad_norm", "learning_rate"),
+    "synthesize": ("samples",),
+    "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples"),
+}
+ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run then end it
+
+
+def automatic(config: Config) -> list[str]:
+    """The settings that are still to be chosen, by ``section.key``."""
+    return [
+        f"{section}.{name}"
+        for section, names in CHOSEN.items()
+        for name in names
+        if is_auto(getattr(getattr(config, section), name))
+    ]
+
+
+def settled(config: Config, world: World = ALONE, run: RunDir | None = None) -> Config:
+    """The configuration with a value for every `auto`, the same on all ranks, which call it together.
+
+    Where a stage of `run` has begun, its values are kept: on another machine the rules would choose others,
+    and everything that is stated depends on them.
+    """
+    if not automatic(config):
+        return config
+    kept = _kept(config, run) if world.is_main and run is not None else {}
+    found = kept | ({} if not world.is_main else _new(applied(config, kept), world))
+    return applied(config, world.broadcast_object(found))
+
+
+def _kept(config: Config, run: RunDir) -> Choices:
+    if not any((run.path / stage).exists() for stage in STAGES):
+        return {}
+    before = run.settings()
+    values: dict[str, Any] = {
+        key: before.get(key.split(".")[0], {}).get(key.split(".")[1], "auto") for key in automatic(config)
+    }
+    return {key: Choice(value, "as before") for key, value in values.items() if not is_auto(value)}
+
+
+def _new(config: Config, world: World) -> Choices:
+    if not automatic(config):
+        return {}
+    count, classes = size_of(config)
+    return chosen(config, count, classes, world)
+
+
+def chosen(config: Config, count: int, classes: int, world: World = ALONE) -> Choices:
+    """What the rules choose for a set of `count` images of `classes` classes (0 if unlabelled)."""
+
+    def measure(trial: Config) -> Speeds:
+        plan = plan_without_noise(trial, count)
+        if trial.spec.generator == "none":
+            return {}
+        alone = World(0, 0, 1, 1, world.device)
+        work = work_of(resolved(trial, alone), plan, count, classes, world.device)
+        return {
+            one.stage: one.seconds / (one.steps * one.images) / world.size for one in work if one.steps
+        } | {
+            one.stage: one.seconds / one.images / world.size
+            for one in work
+            if one.stage in ("synthesize", "evaluate")
+        }
+
+    return choose(config, facts_of(config, count, classes), measure)
+
+
+def size_of(config: Config) -> tuple[int, int]:
+    """N and the number of classes (0 if unlabelled), as stated, or as the sensitive set has them."""
+    sensitive = config.data.sensitive
+    known = KNOWN.get(sensitive.kind, (None, None))
+    count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
+    if count is None or (classes is None and sensitive.labelled):
+        with contextlib.suppress(UserError):  # the checks before a run say what is wrong
+            source = sensitive_source(config, "train")
+            count, classes = count or len(source), classes or len(source.classes)
+    return count or ASSUMED, (classes or 2) if sensitive.labelled else 0

@@ -1,0 +1,208 @@
+"""Recipes: what is chosen for a set and a machine, that it is kept, and what is told of useless runs."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from ranks import TINY
+
+from privimage.commands import init
+from privimage.config import Config, load, parse
+from privimage.distributed.world import ALONE
+from privimage.errors import UserError
+from privimage.privacy.accounting import SampledGaussian, epsilon, training_noise
+from privimage.recipes import Facts, automatic, choose, settled
+from privimage.recipes.choose import applied, is_auto
+from privimage.recipes.settle import CHOSEN
+from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
+from privimage.recipes.usefulness import too_little_signal, too_long
+from privimage.runs import pipeline
+from privimage.storage.rundir import RunDir
+
+# Seconds per image of a step, as on two CPU cores at 32x32.
+SPEEDS = {"query": 1.5e-3, "pretrain": 4.6e-3, "finetune": 5.4e-3, "synthesize": 0.019, "evaluate": 0.05}
+
+
+def bare(**sections: dict) -> Config:
+    """The least that a configuration must say."""
+    tree: dict = {
+        "run": {"dir": "runs/x"},
+        "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "npz", "path": "x"}},
+    }
+    return parse(tree | sections)
+
+
+def recipe(count: int, hours: float, *, eps: float = 10, device: str = "cpu", **speeds: float) -> Config:
+    facts = Facts(count, 2, 32, 3, 200, eps, 1e-6, hours, device)
+    return applied(bare(), choose(bare(), facts, lambda _: SPEEDS | speeds))
+
+
+def seconds(config: Config) -> float:
+    """The time that the chosen steps take at `SPEEDS`."""
+    private, query, pretrain = config.finetune, config.query, config.pretrain
+    samples = config.synthesize.samples
+    return (
+        private.steps * private.logical_batch_size * private.noise_copies * SPEEDS["finetune"]
+        + query.steps * query.batch_size * SPEEDS["query"]
+        + pretrain.steps * pretrain.batch_size * SPEEDS["pretrain"]
+        + samples * SPEEDS["synthesize"]
+        + (samples + 1000) * config.evaluate.cnn_epochs / 20 * SPEEDS["evaluate"]
+    )
+
+
+@pytest.mark.parametrize(("eps", "delta"), [(0.1, 1e-5), (1, 1e-5), (10, 1e-4), (1000, 1e-6)])
+def test_mu_is_that_of_the_gaussian_mechanism(eps: float, delta: float) -> None:
+    assert epsilon((SampledGaussian(1 / gaussian_mu(eps, delta)),), delta) == pytest.approx(eps, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "steps", "eps", "delta"),
+    [(50_000, 16384, 152, 1, 1e-5), (1437, 862, 60, 10, 1e-4), (9000, 2000, 100, 1, 1e-5)],
+)
+def test_the_signal_in_closed_form_is_near_that_of_the_accountant(
+    count: int, batch: int, steps: int, eps: float, delta: float
+) -> None:
+    sigma = training_noise(eps, delta, SampledGaussian(0.0, batch / count, steps), stated=False)
+    most = reach(count, eps, delta)
+    assert share(batch * steps**0.5 / most) * most == pytest.approx(steps**0.5 * batch / sigma, rel=0.1)
+    assert share(needed(0.5)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("hours", [0.2, 0.5, 4])
+@pytest.mark.parametrize("count", [300, 3000, 200_000])
+def test_a_recipe_fills_the_time_and_not_more(count: int, hours: float) -> None:
+    config = recipe(count, hours)
+    assert not automatic(config)
+    assert seconds(config) < 3600 * hours
+    assert config.finetune.logical_batch_size <= 0.6 * count
+    if count > 300:  # of so few images no more can be learnt in private; the rest is for pretraining
+        assert seconds(config) > 0.5 * 3600 * hours
+
+
+def test_noise_is_spent_where_it_teaches_most() -> None:
+    """Small sets: copies and nine tenths of the signal; large ones: many small steps, as on MNIST."""
+    small, large = recipe(3000, 4).finetune, recipe(200_000, 4).finetune
+    assert small.noise_copies == 8 and large.noise_copies == 1
+    most = reach(3000, 10, 1e-6)
+    assert 0.85 < share(small.logical_batch_size * math.sqrt(small.steps) / most) < 0.97
+    assert large.steps > 5 * small.steps and large.learning_rate < small.learning_rate
+
+
+def test_what_is_given_is_kept_and_the_rest_suits_it() -> None:
+    facts = Facts(3000, 2, 32, 3, 200, 10, 1e-5, 1, "cpu")
+    config = bare(finetune={"steps": 33}, model={"width": 16})
+    chosen = choose(config, facts, lambda _: SPEEDS)
+    assert not {"finetune.steps", "model.width"} & chosen.keys()
+    done = applied(config, chosen)
+    free = applied(bare(), choose(bare(), facts, lambda _: SPEEDS))
+    assert (done.finetune.steps, done.model.width) == (33, 16)
+    assert done.finetune.logical_batch_size > free.finetune.logical_batch_size
+
+
+def test_every_setting_that_may_be_auto_is_chosen() -> None:
+    tree = bare().model_dump(mode="json")
+    resolved_where_read = {"physical_batch_size", "precision", "features"}
+    left = {
+        f"{section}.{name}"
+        for section, names in CHOSEN.items()
+        for name, value in tree[section].items()
+        if is_auto(value) and name not in {*names, *resolved_where_read}
+    }
+    assert not left
+
+
+def test_values_are_chosen_once_and_kept(tmp_path: Path) -> None:
+    """Also where the machine, or the time that is given, is another one when the run goes on."""
+    open_ = ["finetune.steps=auto", "finetune.learning_rate=auto", "synthesize.samples=auto"]
+    words = [f"run.dir={tmp_path / 'run'}", "run.hours=0.01", *open_]
+    pipeline.execute(load(TINY, words), ["prepare"], ALONE)
+    first = load(tmp_path / "run" / "config.yaml")
+    assert not automatic(first) and first.finetune.logical_batch_size == 64
+    again = load(TINY, [*words, "run.hours=2"])
+    assert settled(again, ALONE, RunDir(tmp_path / "run")).finetune == first.finetune
+    # The same in a fresh directory would be another choice.
+    assert settled(again, ALONE, RunDir(tmp_path / "other")).synthesize.samples != first.synthesize.samples
+
+
+def test_noise_beyond_the_signal_is_told_before_hours_are_spent() -> None:
+    def told(eps: float) -> str:
+        return " ".join(too_little_signal(load(TINY, [f"privacy.epsilon={eps}"]), 500, 10))
+
+    assert noise_over_signal(66_177, 500, 0.1, 1e-4) > 10
+    assert "times the largest signal that 500 images can give" in told(0.1)
+    enough = float(re.search(r"From about epsilon ([\d.e+]+) on", told(0.1))[1])  # type: ignore[index]
+    assert not told(enough) and told(enough / 2)
+
+
+def test_a_hopeless_run_is_told_with_what_to_change() -> None:
+    from privimage.families.work import Work
+
+    work = [Work("query", 1, 1, 10 * 3600, 0), Work("pretrain", 1, 1, 50 * 3600, 0)]
+    config = load(TINY, ["run.hours=5.9"])
+    (line,) = too_long(config, work)
+    assert "most of it is pretrain (50 hours): leave the settings of pretrain at auto" in line
+    assert not [*too_long(config, work, ranks=2)]
+
+
+@pytest.fixture
+def written(capsys: pytest.CaptureFixture, tmp_path: Path) -> Path:
+    """A configuration of `init` for a small npz set of two classes."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (60, 8, 8), np.uint8), np.arange(60) % 2
+    np.savez(tmp_path / "mine.npz", images=images, labels=labels, classes=np.array(["no", "yes"]))
+    init.write(init.Wanted(str(tmp_path / "mine.npz"), hours=0.05))
+    out, told = capsys.readouterr()
+    assert "60 images; 2 classes (no, yes); the first one 8 pixels" in told and "becomes public" in told
+    (tmp_path / "mine.yaml").write_text(out)
+    return tmp_path / "mine.yaml"
+
+
+def test_init_writes_a_complete_commented_configuration(written: Path) -> None:
+    text, config = written.read_text(), load(written)
+    assert not automatic(config)
+    sensitive = config.data.sensitive
+    assert (config.data.resolution, config.data.channels, sensitive.count, sensitive.classes) == (8, 1, 60, 2)
+    lines = [line for line in text.splitlines() if ": " in line and not line.startswith("#")]
+    assert all(re.search(r"# \S", line) for line in lines)
+    # Every setting of the file is one that counts: none is written twice.
+    assert yaml.safe_load(text).keys() <= Config.model_fields.keys()
+
+
+def test_init_looks_at_nothing_where_all_is_stated(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "sealed").mkdir()
+    init.write(
+        init.Wanted(
+            str(tmp_path / "sealed"),
+            hours=0.1,
+            count=100,
+            classes="no,yes",
+            resolution=8,
+            channels=1,
+            method="dpdm",
+        )
+    )
+    out, told = capsys.readouterr()
+    sensitive = parse(yaml.safe_load(out)).data.sensitive
+    assert not told and sensitive.count == 100 and sensitive.classes == ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("sensitive", "public", "message"),
+    [
+        ("nowhere", None, r"nowhere: no such file or folder"),
+        ("colours.npz", None, r"--public: colour images need a public set"),
+        ("colours.npz", "colours.txt", r"colours.txt: not a folder, and its ending is none of"),
+    ],
+)
+def test_a_mistake_of_init_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sensitive: str, public: str | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("colours.txt").write_text("")
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez("colours.npz", images=images, labels=np.arange(4) % 2, classes=np.array(["a", "b"]))
+    with pytest.raises(UserError, match=message):
+        init.write(init.Wanted(sensitive, public))
