@@ -167,6 +167,12 @@ def audit(
     confidence: Annotated[
         float, typer.Option(min=0.5, max=0.999999, help="probability with which the bound holds")
     ] = 0.95,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1000, help="of a canary; several break a promise for single images, as they should"
+        ),
+    ] = None,
 ) -> None:
     """Attack the private training with canaries.
 
@@ -178,7 +184,7 @@ def audit(
     from privimage.recipes.facts import public_size
 
     settings = settled(load(config, overrides or ()))
-    sys.exit(run(settings, public_size(settings)[0], canaries, confidence))
+    sys.exit(run(settings, public_size(settings)[0], canaries, confidence, images))
 
 
 @app.command()

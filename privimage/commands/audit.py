@@ -18,9 +18,11 @@ from privimage.privacy.plan import PrivacyPlan, make_plan
 from privimage.privacy.refutation import Finding, find
 
 
-def run(config: Config, count: int, canaries: int, confidence: float) -> int:
-    """Audit the fine-tuning that `config` plans for `count` images, once as it is and once with a tenth of
+def run(config: Config, count: int, canaries: int, confidence: float, images: int | None = None) -> int:
+    """Audit the fine-tuning that `config` plans for `count` units, once as it is and once with a tenth of
     its noise; print the findings.
+
+    A canary has `images` images: by default 1, or those that a step looks at where groups are the unit.
 
     Returns 0 if the first keeps its promise and the second is seen to break it, 1 otherwise. Touches neither
     sensitive data nor a ledger. Raises UserError for a method without noise, or for so few canaries that even
@@ -29,6 +31,7 @@ def run(config: Config, count: int, canaries: int, confidence: float) -> int:
     if not config.spec.private:
         raise UserError(f"method: {config.method} adds no noise; there is no promise to audit")
     plan = make_plan(config, count)
+    images = images or plan.the(DPSGD).per_group
     claim = epsilon((plan.the(DPSGD).composition,), plan.delta, plan.accountant)
     # Even right guesses throughout must be able to refute the claim, or the audit can only pass.
     most = guesses_of(canaries)[-1]
@@ -48,14 +51,15 @@ def run(config: Config, count: int, canaries: int, confidence: float) -> int:
         runs = {}
         for name, factor in (("as planned", 1.0), ("a tenth", 0.1)):
             root = world.broadcast_object(RootKey(os.urandom(32)))
-            runs[name] = audit(config, plan, canaries, confidence, root, world, factor)
+            runs[name] = audit(config, plan, canaries, confidence, root, world, factor, images)
     except (Exception, KeyboardInterrupt) as error:
         status = world.fail(error)
     else:
         planned, broken = (best(findings) for findings in runs.values())
         status = 0 if planned <= claim < broken else 1
         if world.is_main:
-            _show(f"{canaries} canaries, confidence {100 * confidence:g} %", plan, claim, runs)
+            of = f" of {images} images" if images > 1 else ""
+            _show(f"{canaries} canaries{of}, confidence {100 * confidence:g} %", plan, claim, runs)
     world.close()
     return status
 
@@ -73,7 +77,7 @@ def _show(title: str, plan: PrivacyPlan, claim: float, runs: dict[str, list[Find
     planned, broken = (best(findings) for findings in runs.values())
     console.print(
         f"claimed: epsilon {claim:.3f} at delta {plan.delta:.3g}, by {plan.accountant.upper()}, for "
-        "fine-tuning without the query"
+        f"fine-tuning without the query; neighbours: {plan.training.relation}"
     )
     console.print(
         f"noise as planned: epsilon is at least {planned:.2f}: "

@@ -18,6 +18,7 @@ from privimage.families.work import Work
 from privimage.privacy.accounting import SampledGaussian, training_noise
 from privimage.privacy.mechanisms import SemanticHistogram
 from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
+from privimage.privacy.relation import Relation
 from privimage.recipes import settled
 from privimage.recipes.cost import work_of
 from privimage.recipes.facts import public_size
@@ -33,28 +34,28 @@ class RunPlan:
     count: int  # N
     classes: int  # 0 if unlabelled
     privacy: PrivacyPlan
-    other: PrivacyPlan | None  # the same promise by the other accountant; None for a method without privacy
+    other: PrivacyPlan | None  # the same promise by the other accountant; None where that has no bound
     parameters: dict[str, int]  # of each network
     work: list[Work]  # of each stage, from a short measurement on `device`
     device: str
 
     @property
     def set_bytes(self) -> int:
-        """Bytes of the decoded sensitive set."""
+        """Bytes of the decoded sensitive set; with one image for each group where groups are the unit."""
         return self.count * prod(image_shape(self.config))
 
     @property
     def warnings(self) -> list[str]:
         """What may make the result useless or the promise weak, one line each."""
         long = too_long(self.config, self.work)
-        if self.other is None:
+        if not self.config.spec.private:
             return [*long]
         useless = too_little_signal(self.config, self.count, self.classes)
         return [*useless, *_noise_of_query(self), *_large_delta(self), *long]
 
     def render(self, console: Console) -> None:
         """Print it on a console of rich."""
-        if self.other is None:
+        if not self.config.spec.private:
             console.print(f"{self.config.spec.title} adds no noise: its output is [bold]not private[/].")
         else:
             _show_privacy(console, self.count, self.privacy, self.other)
@@ -83,7 +84,8 @@ def plan_run(config: Config) -> RunPlan:
     # The other accountant is shown beside the one that is used: a check, and the price of the choice.
     if config.spec.private:
         privacy = make_plan(config, count)
-        other = make_plan(config, count, "rdp" if privacy.accountant == "pld" else "pld")
+        if not Relation.of(config).replacement:
+            other = make_plan(config, count, "rdp" if privacy.accountant == "pld" else "pld")
     else:
         privacy = plan_without_noise(config, count)
     if config.spec.generator == "none":
@@ -117,34 +119,32 @@ def _large_delta(plan: RunPlan) -> Iterator[str]:
     if plan.privacy.delta >= 1 / plan.count:
         yield (
             f"delta {plan.privacy.delta:g} is not below 1/N = {1 / plan.count:.2g}: revealing one whole "
-            "image would be within the promise"
+            f"{plan.config.privacy.unit} would be within the promise"
         )
 
 
-def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: PrivacyPlan) -> None:
+def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: PrivacyPlan | None) -> None:
     # One row per mechanism, then the training's noise if the query were free.
-    pld, rdp = (plan, other) if plan.accountant == "pld" else (other, plan)
-    promise = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, add or remove one of {count:,} images"
-    table = Table(title=f"{promise}; used: {plan.accountant.upper()}", title_justify="left")
+    by = {one.accountant: one for one in (plan, other) if one is not None}
+    units = f"{plan.training.relation}; N = {count:,} {plan.training.relation.unit}s"
+    title = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, {units}; used: {plan.accountant.upper()}"
+    table = Table(title=title, title_justify="left")
     for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
 
-    def row(
-        name: str, mechanism: SampledGaussian, by_pld: float, by_rdp: float, style: str | None = None
-    ) -> None:
-        table.add_row(
-            name,
-            f"{mechanism.count}",
-            f"{mechanism.sample_rate:.6g}",
-            f"{by_pld:.4g}",
-            f"{by_rdp:.4g}",
-            style=style,
-        )
+    def row(name: str, mechanism: SampledGaussian, noise: dict[str, float], style: str | None = None) -> None:
+        multipliers = [f"{noise[name]:.4g}" if name in noise else "-" for name in ("pld", "rdp")]
+        table.add_row(name, f"{mechanism.count}", f"{mechanism.sample_rate:.6g}", *multipliers, style=style)
 
-    for used, by_pld, by_rdp in zip(plan.mechanisms, pld.mechanisms, rdp.mechanisms, strict=True):
-        row(used.name, used.composition, by_pld.noise_multiplier, by_rdp.noise_multiplier)
+    for number, used in enumerate(plan.mechanisms):
+        row(
+            used.name,
+            used.composition,
+            {name: one.mechanisms[number].noise_multiplier for name, one in by.items()},
+        )
     if len(plan.mechanisms) > 1:
-        row("(the same alone)", plan.training.composition, _alone(pld), _alone(rdp), "dim")
+        alone = {name: _alone(one) for name, one in by.items()}
+        row("(the same alone)", plan.training.composition, alone, "dim")
     console.print(table)
     rise = (
         "; the others raise the noise of the training by "
@@ -184,5 +184,6 @@ def _show_cost(console: Console, plan: RunPlan) -> None:
     console.print(
         "Hours and memory are of one rank that does all the work: divide by the number of ranks. Batches of "
         "public training that have no room go through the network in pieces. The decoded sensitive set takes "
-        f"{plan.set_bytes / 2**30:.2g} GiB of disk, and of memory where that has room."
+        f"{plan.set_bytes / 2**30:.2g} GiB of disk, and of memory where that has room"
+        + ("." if plan.config.privacy.unit == "image" else ", for each image that a group has.")
     )

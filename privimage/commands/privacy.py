@@ -7,7 +7,9 @@ from rich.table import Table
 
 from privimage.errors import UserError
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.ledger import Ledger, describe, read
+from privimage.privacy.ledger import Ledger, read
+from privimage.privacy.limits import describe
+from privimage.privacy.relation import ONE_IMAGE
 from privimage.privacy.spent import Spent
 from privimage.storage.files import read_json
 
@@ -55,15 +57,16 @@ def _compose(console: Console, title: str, spent: Spent, run: str | None, delta:
     table = Table(title=title, title_justify="left")
     for column in ("mechanism", "noise multiplier", "sample rate", "uses"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
-    # One line per kind of use, then the composition by both accountants.
+    # One line per kind of use, then the composition by the accountants that know the relation.
     for m in mechanisms:
         table.add_row(m.kind, f"{m.noise_multiplier:.5g}", f"{m.sample_rate:.6g}", str(m.count))
     console.print(table)
+    relation = next(iter(spent.relations), ONE_IMAGE)
+    accountants = ("pld",) if relation.replacement else ("pld", "rdp")
     by = ", ".join(
-        f"{epsilon(mechanisms, delta, accountant):.4f} ({accountant.upper()})"
-        for accountant in ("pld", "rdp")
+        f"{epsilon(mechanisms, delta, accountant):.4f} ({accountant.upper()})" for accountant in accountants
     )
-    console.print(f"epsilon {by if mechanisms else '0'} at delta {delta:.3g}")
+    console.print(f"epsilon {by if mechanisms else '0'} at delta {delta:.3g}; neighbours: {relation}")
     if spent.torn:
         console.print(f"{spent.torn} torn lines, from crashes in the middle of a write, are counted as spent")
     without_noise = spent.not_private if run is None else spent.not_private & {run}

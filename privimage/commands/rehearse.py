@@ -90,15 +90,20 @@ def _stand_in(config: Config, public: RunDir, folder: Path, count: int, classes:
     cuts = [round(HELD_OUT * len(images)) for images in of_class]
     test = np.concatenate([images[:cut] for images, cut in zip(of_class, cuts, strict=True)])
     pool = np.concatenate([images[cut:] for images, cut in zip(of_class, cuts, strict=True)])
-    if len(pool) < count:
-        say(f"rehearse: {len(pool)} images stand for {count}; some are drawn several times")
-    train = rng.choice(pool, count, replace=len(pool) < count)
+    # Where groups are the unit each is as large as a step can see.
+    of_group = config.data.sensitive.per_group if config.privacy.unit == "group" else 1
+    if len(pool) < count * of_group:
+        say(f"rehearse: {len(pool)} images stand for {count * of_group}; some are drawn several times")
+    train = rng.choice(pool, count * of_group, replace=len(pool) < count * of_group)
     rest = rng.permutation(np.flatnonzero(~np.isin(labels, chosen)))[:MOST]
     # Labels 0, 1, ... in each part, as a set of its own would have them.
     for name, indices in zip(names, (train, test, rest), strict=True):
         images = np.ascontiguousarray(store.read(public.public_store, indices).transpose(0, 2, 3, 1))
         _, own = np.unique(labels[indices], return_inverse=True)
-        write_arrays(folder / f"{name}.npz", {"images": images, "labels": own.astype(np.int64)})
+        groups = np.array([f"{name} {number // of_group}" for number in range(len(indices))])
+        write_arrays(
+            folder / f"{name}.npz", {"images": images, "labels": own.astype(np.int64), "group": groups}
+        )
 
 
 def _base(config: Config, folder: Path, count: int, classes: int) -> str:
@@ -112,7 +117,7 @@ def _base(config: Config, folder: Path, count: int, classes: int) -> str:
         "kind": "npz",
         "path": str((folder / "train.npz").absolute()),
         "test_path": str((folder / "test.npz").absolute()),
-        "group": None,
+        "group": "group",
         "count": count,
         "classes": classes,
     }

@@ -103,9 +103,18 @@ class SensitiveData(Section):
     label_column: str | None = Field(
         None, description="column or array of the labels; unset: the usual names"
     )
-    group: str | None = Field(
+    group: Annotated[int, Field(ge=1, le=9)] | str | None = Field(
         None,
-        description="column or array that names whom each image belongs to (a person, a patient)",
+        description=(
+            "what names whom an image belongs to (a person, a patient): a column or array; of a folder the "
+            "level of sub-folders (1 is the first), or a regular expression on the path"
+        ),
+    )
+    per_group: int = Field(
+        4,
+        ge=1,
+        description="m, images of a group that a private step averages over, drawn anew in each step",
+        json_schema_extra=on("finetune", planned=True),
     )
     skip_bad: bool = Field(
         False,
@@ -122,7 +131,10 @@ class SensitiveData(Section):
     count: int | None = Field(
         None,
         ge=1,
-        description="N, the number of training images, taken as public; `plan` needs it, the data must agree",
+        description=(
+            "N, the number of training images (of groups where they are the unit), taken as public; `plan` "
+            "needs it, the data must agree"
+        ),
     )
     classes: Annotated[int, Field(ge=1)] | tuple[str, ...] | None = Field(
         None,

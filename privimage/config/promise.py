@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from privimage.config.section import Section, on
 from privimage.config.stages import TRAINING
@@ -29,8 +29,17 @@ class Privacy(Section):
     delta: float | None = Field(
         None, gt=0, lt=1, description="delta of the whole run; unset: 1 / (N ln N), with N taken as public"
     )
+    unit: Literal["image", "group"] = Field(
+        "image",
+        description="whom the promise is for: each image, or each group of images (data.sensitive.group)",
+    )
+    neighbours: Literal["add-or-remove", "replace"] = Field(
+        "add-or-remove",
+        description="sets that the promise compares: with one more or less, or one replaced (more noise)",
+    )
     accountant: Literal["pld", "rdp"] = Field(
-        "pld", description="pld is tighter (6-8 % less noise); rdp is what the paper used"
+        "pld",
+        description="pld is tighter (6-8 % less noise); rdp is what the paper used, and knows no replacement",
     )
     noise_source: Literal["aes-ctr", "chacha20", "insecure-philox"] = Field(
         "aes-ctr",
@@ -56,3 +65,10 @@ class Privacy(Section):
         description="refuse a run that would exceed this total for the sensitive set",
         json_schema_extra=on(),
     )
+
+    @model_validator(mode="after")
+    def _accountant_knows_the_relation(self) -> "Privacy":
+        # dp-accounting's RDP accountant has no bound for Poisson samples under replacement.
+        if self.neighbours == "replace" and self.accountant == "rdp":
+            raise ValueError("accountant: rdp has no bound for neighbours=replace; use pld")
+        return self

@@ -15,7 +15,22 @@ class Synthesize(Section):
 
     samples: Auto[Annotated[int, Field(ge=1)]] = Field(
         AUTO,
-        description="images to synthesise, labels in turn so that each class gets the same share",
+        description="images to synthesise",
+    )
+    labels: Literal["uniform", "noisy"] = Field(
+        "uniform",
+        description=(
+            "uniform: each class gets the same share; noisy: about its share of the sensitive set, by a "
+            "noisy count that is charged"
+        ),
+        json_schema_extra=on("synthesize", planned=True),
+    )
+    max_rise: float = Field(
+        0.005,
+        gt=0,
+        le=1,
+        description="allowed relative rise of the training's noise for the noisy count of labels",
+        json_schema_extra=on("synthesize", planned=True),
     )
     sampler: Literal["dpm++", "euler", "heun"] = Field(
         "dpm++", description="diffusion: DPM-Solver++ (2M), Euler (the paper's), or EDM's stochastic Heun"

@@ -97,6 +97,20 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _groups_are_known(self) -> "Config":
+        if self.privacy.unit == "group" and self.data.sensitive.group is None:
+            raise ValueError(
+                "data.sensitive.group: needed, since the promise of privacy.unit=group is for groups"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_can_be_counted(self) -> "Config":
+        if self.synthesize.labels == "noisy" and not self.data.sensitive.labelled:
+            raise ValueError("synthesize.labels: noisy counts labels, and data.sensitive.labelled is false")
+        return self
+
     @property
     def spec(self) -> Method:
         """What the chosen method pretrains on, which generator it uses, and whether it is private."""

@@ -1,5 +1,6 @@
 """Image sets from arrays."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from privimage.data.request import Known
 from privimage.errors import UserError
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+NOBODY = {"", "nan", "None", "<NA>"}  # missing values, as text
 
 
 def from_arrays(
@@ -55,8 +57,17 @@ def channels_first(shape: tuple[int, ...], dtype: np.dtype, name: str) -> bool:
     return first
 
 
-def with_groups(source: Source, groups: np.ndarray, name: str) -> Source:
-    """The same images, of which each belongs to one of `groups` (N,). Raises UserError for another shape."""
-    if groups.shape != (len(source),):
-        raise UserError(f"{name}: {len(source)} images need as many groups; found {groups.shape}")
-    return replace(source, groups=[str(group) for group in groups])
+def with_groups(source: Source, groups: Sequence | np.ndarray, name: str) -> Source:
+    """The same images, each of which belongs to one of `groups` (N,).
+
+    Raises UserError for another number of them, and for an image that belongs to nobody.
+    """
+    if np.shape(groups) != (len(source),):
+        raise UserError(f"{name}: {len(source)} images need as many groups; found {np.shape(groups)}")
+    named = [str(group) for group in groups]
+    # A missing value is no group: all images without a name would count as one person.
+    nobody = next((i for i, group in enumerate(named) if group in NOBODY), None)
+    if nobody is not None:
+        reason = f"{source.names[nobody]} belongs to no group ({named[nobody]!r})"
+        raise UserError(f"data.sensitive.group: {reason}")
+    return replace(source, groups=named)

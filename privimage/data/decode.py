@@ -64,8 +64,9 @@ class Source:
         return hashlib.sha256("\0".join(self.names).encode()).digest()
 
     def digest_of_labels(self) -> bytes:
-        """SHA-256 of the number of images, the classes and the labels in order."""
-        digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
+        """SHA-256 of the number of images, the classes, and the labels and groups in order."""
+        groups = None if self.groups is None else list(self.groups)
+        digest = hashlib.sha256(json.dumps([len(self), self.classes, groups]).encode())
         digest.update(np.ascontiguousarray(self.labels, np.int64).data)
         return digest.digest()
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from privimage.data import shards
 from privimage.data.decode import Decoder, Source
+from privimage.data.groups import grouping, numbered, units
 from privimage.data.transforms import Form
 from privimage.distributed import told
 from privimage.distributed.world import World
@@ -35,22 +36,28 @@ READ_BYTES = 1 << 26  # that are read and hashed at once
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A decoded set: images uint8 (N, C, H, W), read from a file, and labels int64 (N,).
+    """A decoded set: images uint8 (N, C, H, W), read from a file, and labels and groups int64 (N,).
+
+    Images of one group stand for one unit of the promise; where images are the unit each is its own group.
+    Groups are numbered from 0 in the order of their first images. `grouping` is a digest of which images
+    belong together, empty where images are the unit.
 
     `fingerprint` is a digest of the images before crop and resize, independent of order, resolution, file
-    format and labels; it names the ledger of the set. `content` is the SHA-256 of pixels, labels and class
-    names, in order: whatever is computed from the set is a function of it.
+    format and labels; it names the ledger of the set. `content` is the SHA-256 of pixels, labels, groups and
+    class names, in order: whatever is computed from the set is a function of it.
 
-    `count` is N, the number of images that the set lists. It is public; how many of them are damaged and left
-    out is not.
+    `count` is N, the number of units that the set lists. It is public; how many of them are damaged and left
+    out is not, nor is how many images a group has.
     """
 
     images: Images
     labels: np.ndarray
+    groups: np.ndarray
     classes: tuple[str, ...]
     fingerprint: str
     content: bytes
     count: int
+    grouping: str = ""
 
 
 def open_set(
@@ -84,14 +91,20 @@ def open_set(
         world.barrier()
     told.wait_until_seen(folder / "images.npy", world)
     known = world.broadcast_object(read_json(folder / "set.json") if world.is_main else None)
-    labels = np.load(io.BytesIO(told.content(folder / "labels.npy", world) or b""), allow_pickle=False)
+
+    def array(name: str) -> np.ndarray:
+        return np.load(io.BytesIO(told.content(folder / name, world) or b""), allow_pickle=False)
+
+    labels = array("labels.npy")
     return ImageSet(
         ArrayFile(folder / "images.npy"),
         labels,
+        array("groups.npy") if known["grouping"] else np.arange(len(labels)),
         tuple(known["classes"]),
         known["fingerprint"],
         bytes.fromhex(known["content"]),
         known["count"],
+        known["grouping"],
     )
 
 
@@ -118,15 +131,16 @@ def _holds(folder: Path, key: dict) -> bool:
 
 def _stamps(folder: Path) -> list:
     """What changes with every change of the files, as far as a file system notices."""
-    files = [folder / name for name in ("images.npy", "labels.npy")]
-    if not all(file.exists() for file in files):
+    files = [folder / name for name in ("images.npy", "labels.npy", "groups.npy")]
+    if not all(file.exists() for file in files[:2]):
         return []
+    files = [file for file in files if file.exists()]
     states = [file.stat() for file in files]
     return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for state in states]
 
 
 def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: dict) -> None:
-    """Write the images in the order of their contents, then of their labels.
+    """Write the images in the order of their contents, then of their labels, then of the names of groups.
 
     The order is the same for any names of files, and for any order in which a file system lists them.
     """
@@ -137,7 +151,8 @@ def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: 
         # For the owner alone: the plan of a run and its release know the number of images with these.
         say(f"{len(problems)} of {len(source)} images do not decode and are left out, first {problems[0]}")
     labels = np.asarray(source.labels, np.int64)[indices]
-    order = sorted(range(len(indices)), key=lambda index: (digests[index].tobytes(), labels[index]))
+    names = [""] * len(indices) if source.groups is None else [source.groups[i] for i in indices.tolist()]
+    order = sorted(range(len(indices)), key=lambda i: (digests[i].tobytes(), labels[i], names[i]))
     fingerprint = hashlib.sha256(digests[order].tobytes()).hexdigest()
     place = np.zeros(len(source), np.int64)
     place[indices[order]] = np.arange(len(order))
@@ -155,13 +170,20 @@ def _assemble(source: Source, parts: Path, decoder: Decoder, folder: Path, key: 
         ) from None
     part.replace(folder / "images.npy")
     write_array(folder / "labels.npy", labels[order])
+    (folder / "groups.npy").unlink(missing_ok=True)
+    together = ""
+    if source.groups is not None:
+        groups = numbered([names[i] for i in order])
+        write_array(folder / "groups.npy", groups)
+        together = grouping(digests[order], groups)
     content = _content(folder, source.classes)
     known = {
         "key": key,
         "classes": list(source.classes),
         "fingerprint": fingerprint,
         "content": content.hex(),
-        "count": len(source),
+        "count": units(source),
+        "grouping": together,
     }
     write_json(folder / "set.json", known | {"stamps": _stamps(folder)})
 
@@ -192,6 +214,8 @@ def _content(folder: Path, classes: tuple[str, ...]) -> bytes:
     for start in range(0, len(images), rows):
         digest.update(images[start : start + rows].data)
     digest.update(np.ascontiguousarray(labels).data)
+    if (folder / "groups.npy").exists():
+        digest.update(np.ascontiguousarray(np.load(folder / "groups.npy", allow_pickle=False)).data)
     return digest.digest()
 
 

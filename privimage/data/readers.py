@@ -10,8 +10,9 @@ import numpy as np
 from privimage.data import folder, hdf5, npz, parquet, store, table, webdataset, zip_archive
 from privimage.data.arrays import from_arrays
 from privimage.data.decode import Source
+from privimage.data.folder_groups import grouped_by_path, labelled_below_groups
 from privimage.data.labels import shown
-from privimage.data.request import ONE_CLASS, Columns, Known, Request, Split
+from privimage.data.request import ONE_CLASS, Columns, Known, Request, Split, part
 from privimage.data.torchvision_sets import celeba, torchvision_set
 from privimage.errors import UserError
 
@@ -19,7 +20,7 @@ FOLDERS = {"folder", "npz", "parquet", "webdataset", "beton"}  # kinds that may 
 SPLIT = {"folder", "npz", "parquet", "webdataset"}  # kinds that may hold held-out images too
 EMBEDDED = {"digits"}
 OWN_TEST_SPLIT = {"cifar10", "mnist", "fashion-mnist", "digits"}
-GROUPED = {"csv", "hdf5", "jsonl", "npz", "parquet"}  # kinds that say whom an image belongs to
+GROUPED = {"csv", "folder", "hdf5", "jsonl", "npz", "parquet"}  # kinds that say whom an image belongs to
 
 
 def open_source(
@@ -96,6 +97,16 @@ def holds_test_split(kind: str, path: Path) -> bool:
     return False
 
 
+def _folder(request: Request) -> Source:
+    """A folder with groups, where they are asked for; those of the first level have folders of classes."""
+    group = request.columns.group
+    if group is None:
+        return folder.read(request)
+    above = request.labelled and group == "1"
+    source, root = folder.read(replace(request, labelled=request.labelled and not above)), part(request)
+    return grouped_by_path(labelled_below_groups(source, root) if above else source, root, group)
+
+
 def _digits(split: Split, known: Known | None) -> Source:
     """The UCI handwritten digits inside scikit-learn.
 
@@ -129,7 +140,7 @@ def _stored(request: Request) -> Source:
 READERS: dict[str, Callable[[Request], Source]] = {
     "beton": _stored,
     "csv": table.read_csv,
-    "folder": folder.read,
+    "folder": _folder,
     "hdf5": hdf5.read,
     "jsonl": table.read_json_lines,
     "npz": npz.read,

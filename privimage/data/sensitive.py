@@ -22,8 +22,11 @@ OF_DEVICE, OF_HOST = 0.25, 0.5
 class StepData(Dataset):
     """What private steps draw from: batches by lists of indices, which may be empty."""
 
-    def begin(self, indices: list[int], size: int) -> None:
-        """A step begins, whose batches will be the pieces of `indices` of at most `size`, in order."""
+    def begin(self, indices: list[int], size: int, seed: int) -> None:
+        """A step begins, whose batches will be the pieces of `indices` of at most `size`, in order.
+
+        What is random in them comes from `seed`, which no other step has.
+        """
 
 
 class SensitiveSet(StepData):
@@ -53,8 +56,8 @@ class SensitiveSet(StepData):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def begin(self, indices: list[int], size: int) -> None:
-        """See `StepData.begin`."""
+    def begin(self, indices: list[int], size: int, seed: int) -> None:
+        """See `StepData.begin`; nothing is random."""
         if self.file is None:
             return
         self.reading.clear()
@@ -86,6 +89,52 @@ class SensitiveSet(StepData):
         else:
             rows = self.file[indices]
         return torch.from_numpy(rows).to(self.device)
+
+
+class GroupedSet(StepData):
+    """The groups of a sensitive set: group g is all images i with groups[i] = g, numbered from 0.
+
+    A batch is (images (B, m, C, H, W), labels (B, m), indices (B,) of groups), with m images of each group.
+    """
+
+    def __init__(self, images: SensitiveSet, groups: np.ndarray, per_group: int):
+        """`groups` int64 (N,), one for each image; `per_group` is m."""
+        self.images, self.per_group = images, per_group
+        self.order = np.argsort(groups, kind="stable")  # images, group by group
+        self.ends = np.cumsum(np.bincount(groups))
+        self.chosen: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def members(self, group: int) -> np.ndarray:
+        """The images of a group, int64 (n,)."""
+        return self.order[self.ends[group - 1] if group else 0 : self.ends[group]]
+
+    def choose(self, group: int, seed: int) -> list[int]:
+        """m images of a group: all different where it has as many, else each as often as any other, or once
+        more.
+
+        A function of the seed, the number of the group and its images, whatever other groups there are.
+        """
+        own = self.members(group)
+        rng = np.random.default_rng(_mix(seed, group))
+        rounds = [rng.permutation(own) for _ in range(-(-self.per_group // len(own)))]
+        return np.concatenate(rounds)[: self.per_group].tolist()
+
+    def begin(self, indices: list[int], size: int, seed: int) -> None:
+        """See `StepData.begin`; which images of a group take part is drawn anew in each step."""
+        self.chosen = {group: self.choose(group, seed) for group in indices}
+        self.images.begin([i for group in indices for i in self.chosen[group]], size * self.per_group, seed)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, _ = self.images.__getitems__([i for group in indices for i in self.chosen[group]])
+        shape = (len(indices), self.per_group)
+        at = torch.tensor(indices, dtype=torch.int64, device=self.images.device)
+        return images.view(*shape, *images.shape[1:]), labels.view(shape), at
 
 
 def residence(wanted: str, images: Images, device: torch.device, ranks_of_node: int) -> Residence:

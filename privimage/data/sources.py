@@ -1,10 +1,12 @@
 """The image sets that a configuration names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from privimage.config import Config
 from privimage.data.decode import Source
 from privimage.data.glyphs import glyph_source
+from privimage.data.groups import require_apart, units
 from privimage.data.private_store import ImageSet, open_set, stamp
 from privimage.data.readers import (
     EMBEDDED,
@@ -55,15 +57,18 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
     It is decoded into `folder` once, by all ranks, and read from there by later stages and restarts. Raises
     UserError, on all ranks, for whatever is wrong with the set, and Stopped with what was decoded kept.
     """
-    data = config.data
+    data, grouped = config.data, config.privacy.unit == "group" and split == "train"
 
     def source() -> Source:
         opened = sensitive_source(config, split)
+        # Groups that are not the unit of the promise are for the division into training and test alone.
+        if not grouped:
+            opened = replace(opened, groups=None)
         path = data.sensitive.path or data.sensitive.kind
         all_the_same(
             world,
             opened.digest_of_labels(),
-            f"data.sensitive: {path}: the number of {split} images, their labels or classes",
+            f"data.sensitive: {path}: the number of {split} images, their labels, classes or groups",
             "copy the set to them again",
         )
         return opened
@@ -75,7 +80,8 @@ def open_sensitive(config: Config, split: Split, world: World, folder: Path) -> 
     key = {
         "split": split,
         "form": form(config).to_dict(),
-        "sensitive": sensitive.model_dump(mode="json", exclude={"residence"}),
+        "sensitive": sensitive.model_dump(mode="json", exclude={"residence", "per_group"}),
+        "grouped": grouped,
         "stamp": stamp(path),
     }
     return open_set(
@@ -102,7 +108,7 @@ def sensitive_source(config: Config, split: Split) -> Source:
         if not has_test_split(config):
             reason = f"needed, since kind {sensitive.kind} has no test split of its own here"
             raise UserError(f"data.sensitive.test_path: {reason}")
-        return held_out_source(config, sensitive_source(config, "train").classes)
+        return held_out_source(config, sensitive_source(config, "train"))
     if sensitive.path is None and sensitive.kind not in EMBEDDED:
         raise UserError(f"data.sensitive.path: kind {sensitive.kind} needs one")
     # Classes are a public statement of the owner, or named by the data; they are never counted from labels.
@@ -114,7 +120,7 @@ def sensitive_source(config: Config, split: Split) -> Source:
     if names and sensitive.labelled:
         source = aligned(source, names, f"data.sensitive.classes: {sensitive.path}", "those that were stated")
     # What was stated is in the promise, so a difference is an error and never corrected in silence.
-    stated = {"count": (sensitive.count, len(source))}
+    stated = {"count": (sensitive.count, count_of(config, source))}
     if sensitive.labelled:
         stated["classes"] = (sensitive.class_count, len(source.classes))
     for name, (said, true) in stated.items():
@@ -125,12 +131,21 @@ def sensitive_source(config: Config, split: Split) -> Source:
 
 def _sensitive_columns(config: Config) -> Columns:
     sensitive = config.data.sensitive
-    return Columns(sensitive.image_column, sensitive.label_column, sensitive.group)
+    group = None if sensitive.group is None else str(sensitive.group)
+    return Columns(sensitive.image_column, sensitive.label_column, group)
 
 
-def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
-    """The held-out images, with the labels of the training images' `classes`."""
-    sensitive = config.data.sensitive
+def count_of(config: Config, source: Source) -> int:
+    """N of the training images: how many images there are, or groups where these are the unit."""
+    return units(source) if config.privacy.unit == "group" else len(source)
+
+
+def held_out_source(config: Config, train: Source) -> Source:
+    """The held-out images, with the labels of the training images' classes.
+
+    Raises UserError for anything that is wrong with them, and if a group is in both sets.
+    """
+    sensitive, classes = config.data.sensitive, train.classes
     path, key = sensitive.path, "path"
     part: Split = "test"
     # A held-out set of its own is one split, unless it is a folder that has a test/ inside.
@@ -140,4 +155,5 @@ def held_out_source(config: Config, classes: tuple[str, ...]) -> Source:
             part = "train"
     known = Known(names=classes)
     source = open_source(sensitive.kind, path, part, sensitive.labelled, known, _sensitive_columns(config))
+    require_apart(train, source)
     return aligned(source, classes, f"data.sensitive.{key}: {path}")

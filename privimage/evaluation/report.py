@@ -40,7 +40,8 @@ COVERED = (
     "grid_classes",
     "parameters",
     "versions",
-    "sensitive.images",  # N, which is taken as public
+    "sensitive.images",  # N, which is taken as public; None where groups are the unit
+    "sensitive.groups",  # N there
     "sensitive.test_images",
     "accuracy_note",
     "accuracy_before_images",

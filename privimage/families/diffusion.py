@@ -131,9 +131,8 @@ class Diffusion(DiffusionFamily, FineTuned):
         memory = images * (
             finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size
         )
-        seconds = (
-            finetune.steps * finetune.logical_batch_size * self._private_seconds(config, n_classes, device)
-        )
+        images_per_step = finetune.logical_batch_size * finetune.per_group
+        seconds = finetune.steps * images_per_step * self._private_seconds(config, n_classes, device)
         # Heun's method evaluates the network twice per step, guidance with and without the label.
         calls = (
             settings.sampler_steps
@@ -147,7 +146,7 @@ class Diffusion(DiffusionFamily, FineTuned):
             Work(
                 "finetune",
                 finetune.steps,
-                finetune.logical_batch_size * finetune.noise_copies,
+                images_per_step * finetune.noise_copies,
                 seconds,
                 PARAMETER_BYTES * passes.size + memory,
             ),

@@ -39,7 +39,8 @@ class Evolution(DiffusionFamily):
     ) -> Tensor:
         """One more generation, whose variations have the last degree: uint8 (B, C, H, W)."""
         assert isinstance(generator, Population)
-        return generator.offspring(indices, draws, config.evolve.iterations - 1)[0]
+        rows = torch.zeros_like(indices) if labels is None else labels
+        return generator.offspring(indices, draws, config.evolve.iterations - 1, rows)[0]
 
     def _later_work(
         self,
@@ -110,12 +111,14 @@ class Population(nn.Module):
         return edm.to_uint8(images), public
 
     @torch.no_grad()
-    def offspring(self, indices: Tensor, draws: ImageDraws, generation: int) -> tuple[Tensor, Tensor]:
-        """Variations, uint8 (B, C, H, W), of parents of generation 0, 1, ...
+    def offspring(
+        self, indices: Tensor, draws: ImageDraws, generation: int, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Variations, uint8 (B, C, H, W), of parents of generation 0, 1, ... in the classes `rows` (B,).
 
         Drawn by their chances, and their public classes (B,) (VARIATION_API).
         """
-        settings, rows = self.config.evolve, indices % len(self.images)
+        settings = self.config.evolve
         uniform, noise = self._draw(indices, draws, generation + 1)
         # Inverse transform sampling of a parent from the chances of the image's class.
         parents = (self.chances.cumsum(1)[rows] < uniform[:, None]).sum(1).clamp(max=self.images.shape[1] - 1)

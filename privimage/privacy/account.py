@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from privimage.config import Config
@@ -13,14 +13,14 @@ from privimage.errors import UserError
 from privimage.privacy import keys
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.identity import digest_of
-from privimage.privacy.ledger import Head, Ledger
+from privimage.privacy.ledger import Ledger
 from privimage.privacy.mechanisms import Mechanism
 from privimage.privacy.plan import PrivacyPlan, make_plan, plan_from_dict, plan_without_noise
+from privimage.privacy.records import VERSION, account_path, key_path, known_head, ledger_folder, read_account
+from privimage.privacy.relation import Relation
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
-
-VERSION = 3  # of account.json
 
 Behind = dict[str, list[str]]  # the names of the charges that made something, by stage
 
@@ -117,25 +117,6 @@ def merged(*behind: Mapping[str, Collection[str]]) -> Behind:
     }
 
 
-def ledger_folder(config: Config) -> Path:
-    """Where the ledgers are kept.
-
-    By default one folder for all runs of a user (XDG base directories).
-    """
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return (config.privacy.ledger or state / "privimage" / "ledgers").absolute()
-
-
-def key_path(run: RunDir) -> Path:
-    """Where the secret key of a run is kept until it is finished."""
-    return run.private / "root.key"
-
-
-def account_path(run: RunDir) -> Path:
-    """Where the plan of a run is kept, its name in the ledger, and what it knows of that."""
-    return run.path / "private" / "account.json"
-
-
 def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World) -> Account:
     """Open, or open again, the account of a run on a sensitive set; all ranks call it together.
 
@@ -148,7 +129,7 @@ def open_account(config: Config, run: RunDir, sensitive: ImageSet, world: World)
     result: Account | UserError | None = None
     if world.is_main:
         try:
-            account = _open(config, run, sensitive.fingerprint, sensitive.count)
+            account = _open(config, run, sensitive)
             result = Account(account.run, account.plan, account.root, account.private)
         except UserError as error:
             result = error
@@ -171,27 +152,30 @@ def check(config: Config, run: RunDir, sensitive: ImageSet | None = None) -> Non
         raise UserError(f"privacy.ledger: {folder} cannot be written")
     record = read_account(path) if path.exists() else None
     if record is not None:
-        _same_set(run, record, sensitive.fingerprint if sensitive else record["fingerprint"])
+        if sensitive is not None:
+            _same_set(run, record, sensitive)
         ledger, plan = (
             Ledger(folder, record["fingerprint"], known_head(record)),
             plan_from_dict(record["plan"]),
         )
+        grouping = record["grouping"]
     elif sensitive is None:
         return
     else:
         _no_older_ledger(config, folder, sensitive.fingerprint)
         ledger, plan = Ledger(folder, sensitive.fingerprint), _fresh_plan(config, sensitive.count)
-    ledger.require_room(
-        record["run"] if record else "", _announced(config, plan), _budget(config), plan.accountant
-    )
+        grouping = sensitive.grouping
+    run_name, relation = record["run"] if record else "", _relation(plan, grouping)
+    ledger.require_room(run_name, _announced(config, plan), _budget(config), plan.accountant, relation)
 
 
-def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
+def _open(config: Config, run: RunDir, sensitive: ImageSet) -> Account:
     # A run that has begun must find the ledger that it knows; a new run begins one where there is none.
     path, record, folder = run.private / account_path(run).name, None, ledger_folder(config)
+    fingerprint = sensitive.fingerprint
     if path.exists():
         record = read_account(path)
-        _same_set(run, record, fingerprint)
+        _same_set(run, record, sensitive)
         ledger = Ledger(folder, fingerprint, known_head(record))
     else:
         _no_older_ledger(config, folder, fingerprint)
@@ -201,17 +185,19 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
     if record is not None and (original := _original(run, record["run"], ledger)) is not None:
         record = _apart(run, record, original)
     if record is None:
-        plan = _fresh_plan(config, count)
+        plan = _fresh_plan(config, sensitive.count)
         record = {
             "version": VERSION,
             "run": secrets.token_hex(8),
             "fingerprint": fingerprint,
+            "grouping": sensitive.grouping,
             "plan": plan.to_dict(),
         }
     plan = plan_from_dict(record["plan"])
     # The plan is announced before it is kept: a crash in between leaves an announcement without a run, which
     # costs nothing and only reserves budget.
-    with ledger.announced(record["run"], _announced(config, plan), _budget(config), plan.accountant):
+    announced, relation = _announced(config, plan), _relation(plan, sensitive.grouping)
+    with ledger.announced(record["run"], announced, _budget(config), plan.accountant, relation):
         write_json(path, record | {"ledger": {"path": str(ledger.path.resolve())} | ledger.head.to_dict()})
     ledger.place(record["run"], run.path.resolve())
     # Runs without noise or with a known key are marked in the ledger for good: nothing that follows from them
@@ -226,10 +212,11 @@ def _open(config: Config, run: RunDir, fingerprint: str, count: int) -> Account:
     return account
 
 
-def _same_set(run: RunDir, record: dict, fingerprint: str) -> None:
-    if record["fingerprint"] != fingerprint:
+def _same_set(run: RunDir, record: dict, sensitive: ImageSet) -> None:
+    if record["fingerprint"] != sensitive.fingerprint or record["grouping"] != sensitive.grouping:
         raise UserError(
-            f"{run.path}: the sensitive set is not the one that this run began with; choose another run.dir"
+            f"{run.path}: the sensitive set, or which of its images belong together, is not what this run "
+            "began with; choose another run.dir"
         )
 
 
@@ -241,29 +228,13 @@ def _announced(config: Config, plan: PrivacyPlan) -> dict[str, SampledGaussian]:
     return {one.stage: one.composition for one in plan.mechanisms} if config.spec.private else {}
 
 
+def _relation(plan: PrivacyPlan, grouping: str) -> Relation:
+    return replace(plan.training.relation, grouping=grouping)
+
+
 def _budget(config: Config) -> tuple[float, float] | None:
     budget = config.privacy.budget
     return (budget.epsilon, budget.delta) if budget else None
-
-
-def read_account(path: Path) -> dict:
-    """What account.json holds.
-
-    Raises UserError for one of another version.
-    """
-    record = read_json(path)
-    if record.get("version") != VERSION:
-        raise UserError(
-            f"{path}: made by another version of privimage, whose plan and charges this one does not read; "
-            "choose another run.dir"
-        )
-    return record
-
-
-def known_head(record: dict) -> Head:
-    """The state of the ledger that account.json has recorded."""
-    head = record["ledger"]
-    return Head(head["ledger"], head["entries"], head["size"], head["digest"])
 
 
 def _no_older_ledger(config: Config, folder: Path, fingerprint: str) -> None:

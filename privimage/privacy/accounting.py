@@ -1,6 +1,6 @@
 """Cost of a composition of mechanisms, and the noise that a budget needs, by dp-accounting.
 
-Neighbouring data sets differ by adding or removing one image.
+Neighbouring sets differ by one unit (an image, or all images of a group) that is added, removed or replaced.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from functools import lru_cache
 import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
+from dp_accounting.privacy_accountant import NeighboringRelation as NeighborRel
 from scipy.optimize import brentq
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # the RDP accountant reports each order that it skips
@@ -26,12 +27,13 @@ class SampledGaussian:
     The accountant and the ledger know mechanisms by this alone: its event, and its entry in the ledger.
 
     `noise_multiplier` is the standard deviation of the noise divided by the L2 sensitivity; `sample_rate` 1
-    is the plain Gaussian mechanism.
+    is the plain Gaussian mechanism. With `replacement` the sensitivity is that of replacing a unit.
     """
 
     noise_multiplier: float
     sample_rate: float = 1.0
     count: int = 1
+    replacement: bool = False
 
     @property
     def single(self) -> "SampledGaussian":
@@ -43,19 +45,25 @@ class SampledGaussian:
         """Its name in the literature."""
         return "Gaussian" if self.sample_rate == 1 else "Poisson-sampled Gaussian"
 
-    def to_entry(self) -> list[float]:
+    def to_entry(self) -> list[float | str]:
         """Its form in the ledger."""
-        return [self.noise_multiplier, self.sample_rate, self.count]
+        entry: list[float | str] = [self.noise_multiplier, self.sample_rate, self.count]
+        return [*entry, "replace"] if self.replacement else entry
 
     @classmethod
-    def from_entry(cls, entry: list[float]) -> "SampledGaussian":
+    def from_entry(cls, entry: list) -> "SampledGaussian":
         """The inverse of `to_entry`. Raises TypeError or ValueError for an entry that is none."""
-        noise_multiplier, sample_rate, count = entry
-        return cls(noise_multiplier, sample_rate, int(count))
+        noise_multiplier, sample_rate, count, *more = entry
+        if more not in ([], ["replace"]):
+            raise ValueError(f"no entry of a ledger: {entry}")
+        return cls(noise_multiplier, sample_rate, int(count), bool(more))
 
     def event(self) -> dp_accounting.DpEvent:
         """This mechanism in dp-accounting's terms."""
-        single: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        # Under replacement dp-accounting wants the noise beside the longest that one unit adds to the sum:
+        # half of the sensitivity, since two units may add opposite vectors.
+        beside = 2 if self.replacement else 1
+        single: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(beside * self.noise_multiplier)
         if self.sample_rate < 1:
             single = dp_accounting.PoissonSampledDpEvent(self.sample_rate, single)
         return dp_accounting.SelfComposedDpEvent(single, self.count)
@@ -69,18 +77,31 @@ LARGE = 20.0
 FEW_ORDERS = (1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128)
 
 
-@lru_cache(maxsize=32)
 def _composed(
     mechanisms: tuple[SampledGaussian, ...], accountant: str, interval: float
 ) -> dp_accounting.PrivacyAccountant:
+    """All mechanisms composed.
+
+    Raises ValueError for mechanisms of two relations, and for replacement by RDP, which has no bound for
+    Poisson samples.
+    """
+    relations = {m.replacement for m in mechanisms}
+    if len(relations) > 1 or (True in relations and accountant == "rdp"):
+        raise ValueError("these mechanisms do not compose under one relation")
+    return _book(mechanisms, accountant, interval, True in relations)
+
+
+@lru_cache(maxsize=32)
+def _book(
+    mechanisms: tuple[SampledGaussian, ...], accountant: str, interval: float, replacement: bool
+) -> dp_accounting.PrivacyAccountant:
     # Compositions are built one mechanism at a time and cached: the search changes only the last one.
     if not mechanisms:
-        return (
-            pld.PLDAccountant(value_discretization_interval=interval)
-            if accountant == "pld"
-            else rdp.RdpAccountant(FEW_ORDERS if interval > FINE else None)
-        )
-    whole = copy.deepcopy(_composed(mechanisms[:-1], accountant, interval))
+        if accountant == "rdp":
+            return rdp.RdpAccountant(FEW_ORDERS if interval > FINE else None)
+        relation = NeighborRel.REPLACE_ONE if replacement else NeighborRel.ADD_OR_REMOVE_ONE
+        return pld.PLDAccountant(relation, value_discretization_interval=interval)
+    whole = copy.deepcopy(_book(mechanisms[:-1], accountant, interval, replacement))
     return whole.compose(mechanisms[-1].event(), 1) if mechanisms[-1].count else whole
 
 
@@ -127,9 +148,9 @@ def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.n
 
 
 def best_guess(mechanisms: Iterable[SampledGaussian]) -> float:
-    """Upper bound on the accuracy of a membership attack on one image, in [0.5, 1]; 0.5 is guessing.
+    """Upper bound on the accuracy of a membership attack on one unit, in [0.5, 1]; 0.5 is guessing.
 
-    The attacker knows all other images and every output, and both answers are equally likely beforehand. The
+    The attacker knows all other units and every output, and both answers are equally likely beforehand. The
     best attack is right with probability (1 + TV) / 2, where the total variation distance TV of the outputs
     is delta at epsilon 0 (by PLD).
     """
@@ -261,7 +282,8 @@ def noise_beside(
     interval = _coarse(target, accountant)
 
     def excess(sigma: float) -> float:
-        return epsilon((*others, noisier, SampledGaussian(sigma)), delta, accountant, interval) - target
+        beside = SampledGaussian(sigma, replacement=training.replacement)
+        return epsilon((*others, noisier, beside), delta, accountant, interval) - target
 
     return _round_up(_search(excess, 8.0, 0.4, 5e-4) * (1 + 5e-4))
 

@@ -1,7 +1,8 @@
 """An audit of the private training: one run with canaries bounds its epsilon from below.
 
-Each of m canaries takes part or not by an independent fair coin. A canary is the worst image that there could
-be: its gradient, much longer than the clipping bound, lies along a coordinate that no other canary uses.
+Each of m canaries takes part or not by an independent fair coin. A canary is the worst image, or group of
+images, that there could be: its gradient, much longer than the clipping bound, lies along a coordinate that
+no other canary uses.
 Everything else is what fine-tuning uses. The attacker sees what DP-SGD releases, the noised sums; it scores
 each canary by its coordinate and guesses "took part" for the highest scores, "did not" for the lowest, and
 nothing in between. A mechanism that is private lets few guesses be right.
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from privimage.config import Config
-from privimage.data.sensitive import StepData
+from privimage.data.sensitive import GroupedSet, SensitiveSet, StepData
 from privimage.distributed.world import World
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, trained_parameters
+from privimage.privacy.groups import GroupLosses
 from privimage.privacy.keys import RootKey
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.noise import bit_generator
@@ -33,45 +35,58 @@ SHARES = (0.2, 0.8)
 LENGTH = 1000.0  # of a canary's gradient, in clipping bounds
 
 
-class Canaries(StepData):
-    """Indices of the canaries that take part: int64 (m,); batches may be empty."""
-
-    def __init__(self, present: Tensor):
-        self.present = present
-
-    def __len__(self) -> int:
-        return len(self.present)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor]:
-        return (self.present[indices],)
-
-
 class CanaryLosses:
-    """Loss of a canary: its own coordinate, scaled so that the gradient is much longer than the clipping
-    bound.
+    """Loss of a canary's image: the coordinate of the canary, scaled so that the gradient is much longer than
+    the clipping bound.
+
+    The label of an image is its canary. A black one has the opposite gradient of a white one.
     """
 
     def __init__(self, plan: DPSGD, device: torch.device):
         self.plan, self.device = plan, device
 
-    def draw(self, canaries: Tensor, seed: int) -> tuple[Tensor]:
-        """Canaries int64 (B,) with K copies each, (B, K); there is nothing to draw."""
-        return (canaries.to(self.device)[:, None].expand(-1, self.plan.noise_copies),)
+    def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Images uint8 (B, 1, 1, 1) and labels (B,) with K copies each, (B, K); there is nothing to draw."""
+        signs = images.flatten() / 127.5 - 1
+        copies = self.plan.noise_copies
+        return labels[:, None].expand(-1, copies), signs[:, None].expand(-1, copies)
 
-    def probe(self, count: int) -> tuple[Tensor]:
+    def probe(self, count: int) -> tuple[Tensor, Tensor]:
         """The tensors (B, K) of `draw` for the first `count` canaries."""
-        return self.draw(torch.arange(count), seed=0)
+        labels = torch.arange(count, device=self.device)
+        return self.draw(torch.full((count, 1, 1, 1), 255, device=self.device), labels, labels, seed=0)
 
     def __call__(self, module: nn.Module, *tensors: Tensor) -> Tensor:
-        """Canaries (n,) -> losses (n,)."""
-        return LENGTH * self.plan.max_grad_norm * module(tensors[0]).flatten()
+        """Canaries (n,) and signs (n,) -> losses (n,)."""
+        canaries, signs = tensors
+        return LENGTH * self.plan.max_grad_norm * signs * module(canaries).flatten()
+
+
+def _set_of(coins: np.ndarray, images: int, plan: DPSGD, device: torch.device) -> StepData:
+    """The set that the coins bool (m,) have made of the canaries, each of which has `images` alike.
+
+    A canary takes part or not; where neighbours have a unit replaced it is white, or black.
+    """
+    present = np.arange(len(coins)) if plan.relation.replacement else np.flatnonzero(coins)
+    labels = np.repeat(present, images)
+    pixels = np.where(coins[labels], 255, 0).astype(np.uint8).reshape(-1, 1, 1, 1)
+    found = SensitiveSet(pixels, labels, device, "device")
+    if plan.relation.unit == "image":
+        return found
+    return GroupedSet(found, np.repeat(np.arange(len(present)), images), plan.per_group)
 
 
 def play(
-    config: Config, plan: DPSGD, canaries: int, root: RootKey, world: World, noise_factor: float = 1.0
+    config: Config,
+    plan: DPSGD,
+    canaries: int,
+    root: RootKey,
+    world: World,
+    noise_factor: float = 1.0,
+    images: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One run of the private training on those canaries whose coin says so, its noise multiplied by
-    `noise_factor`.
+    """One run of the private training on those canaries whose coin says so, each of `images` images, its
+    noise multiplied by `noise_factor`.
 
     Returns the coins, bool (m,), and the scores, float64 (m,): each canary's coordinate, summed over the
     noised sums of all steps. The same on all ranks.
@@ -82,14 +97,18 @@ def play(
     # One weight per canary, so that no two gradients share a coordinate.
     module = nn.Embedding(canaries, 1, device=world.device)
     nn.init.zeros_(module.weight)
-    losses = CanaryLosses(plan, world.device)
-    physical = physical_batch_size(config.finetune, module, losses, losses.probe, world.device, world.size)
+    losses: CanaryLosses | GroupLosses = CanaryLosses(plan, world.device)
+    if plan.relation.unit == "group":
+        losses = GroupLosses(losses, plan.per_group)
+    physical = physical_batch_size(
+        config.finetune, module, losses, losses.probe, world.device, world.size, plan.per_group
+    )
     steps = PrivateSteps(
         plan,
         GRADIENTS[config.finetune.gradients](module, filled_to=physical),
         losses,
         torch.optim.SGD(trained_parameters(module), lr=1.0),
-        Canaries(torch.from_numpy(np.flatnonzero(coins))),
+        _set_of(coins, images, plan, world.device),
         world,
         Randomness(root, source, b"audit"),
         physical=physical,
@@ -125,13 +144,14 @@ def audit(
     root: RootKey,
     world: World,
     noise_factor: float = 1.0,
+    images: int = 1,
 ) -> list[Finding]:
-    """Play once, and judge the guesses of each share.
+    """Play once with canaries of `images` images, and judge the guesses of each share.
 
     All that is found holds together with probability `confidence`.
     """
     # One game, judged twice; the error is shared between the two shares.
-    coins, scores = play(config, plan.the(DPSGD), canaries, root, world, noise_factor)
+    coins, scores = play(config, plan.the(DPSGD), canaries, root, world, noise_factor, images)
     level = (1 - confidence) / len(SHARES)
     return [
         find(plan.the(DPSGD), plan.delta, canaries, r, guess(coins, scores, r), level)

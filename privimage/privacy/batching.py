@@ -47,8 +47,9 @@ def physical_batch_size(
     probe: Callable[[int], tuple[Tensor, ...]],
     device: torch.device,
     ranks: int,
+    per_group: int = 1,
 ) -> int:
-    """`finetune.physical_batch_size`.
+    """`finetune.physical_batch_size`, in units with `per_group` images each; a group is never divided.
 
     For `auto` what fits into 80 % of a GPU's free memory and fills it, or at most 32 on a CPU.
 
@@ -57,10 +58,12 @@ def physical_batch_size(
     batches of a rank's share even; on a CPU the next multiple of `CPU_UNIT`.
     """
     given = settings.physical_batch_size
+    if given != "auto":
+        given = max(1, given // per_group)
     if device.type != "cuda":
         most = _on_a_cpu(module, losses, probe, ranks) if given == "auto" else given
     else:
-        most = _fitting(settings, module, losses, probe, device) if given == "auto" else given
+        most = _fitting(settings, module, losses, probe, device, per_group) if given == "auto" else given
     # The expected share of a rank, and room for the random size of Poisson samples.
     share = settings.logical_batch_size / ranks
     largest = share + 3 * math.sqrt(share)  # of a thousand Poisson samples; the one beyond takes a batch more
@@ -99,12 +102,15 @@ def _fitting(
     losses: Losses,
     probe: Callable[[int], tuple[Tensor, ...]],
     device: torch.device,
+    per_group: int,
 ) -> int:
     # Two sizes give the memory per image and the part that does not grow.
     free, _ = torch.cuda.mem_get_info(device)
     small, large = (_peak(settings, module, losses, probe, device, count) for count in (4, 12))
     an_image = max(1.0, (large - small) / 8)
-    return max(1, min(int((0.8 * free - small) / an_image), GPU_COPIES // settings.noise_copies))
+    return max(
+        1, min(int((0.8 * free - small) / an_image), GPU_COPIES // (settings.noise_copies * per_group))
+    )
 
 
 def _peak(

@@ -82,7 +82,7 @@ class PrivateSteps:
             losses: per-image losses of the module.
             optimizer: updates the trained parameters of that module.
             data: the sensitive set.
-            physical: images per rank that go through the network at once.
+            physical: units per rank that go through the network at once.
             charge: see the class.
             state: returns all tensors that the gradients of a step depend on: the weights of the module, and
                 of networks that `losses` use.
@@ -123,7 +123,7 @@ class PrivateSteps:
                 # sum.
                 for *batch, indices in batches:
                     if len(indices):
-                        tensors = self.losses.draw(*batch, indices, seed=self._derived_seed())
+                        tensors = self.losses.draw(*batch, indices, seed=self._seed("dp-sgd draws"))
                         self.optimizer.count_losses(self.gradients.backward(self.losses, *tensors))
                     # True when the logical batch is complete on this rank, and so on all of them.
                     if self.optimizer.step():
@@ -151,7 +151,7 @@ class PrivateSteps:
             count = len(self.data)  # type: ignore[arg-type]
             sample = poisson_sample(randomness.source, key, count, self.plan.sample_rate)
             indices = share(sample, self.ranks.rank, self.ranks.size)
-            self.data.begin(indices, self.physical)
+            self.data.begin(indices, self.physical, self._seed("dp-sgd members"))
             yield indices
 
     def _may_begin(self) -> bool:
@@ -172,8 +172,8 @@ class PrivateSteps:
         )
         return all(one[-1] for one in answers)
 
-    def _derived_seed(self) -> int:
-        return int.from_bytes(self.randomness.root.derive("dp-sgd draws", self.name, length=8), "big")
+    def _seed(self, purpose: str) -> int:
+        return int.from_bytes(self.randomness.root.derive(purpose, self.name, length=8), "big")
 
 
 def _noise(ranks: Ranks, source: str, size: int, deviation: float) -> NoiseStream:

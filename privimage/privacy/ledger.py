@@ -3,13 +3,16 @@
 An append-only file of JSON lines, fsynced before an output is used.
 
 The first line is the identity of the ledger. Then each line is a *plan* (what a run is going to do, written
-before it starts), a *charge* (one use of a mechanism, written before its output is used), a *budget* (of all
-runs on the set; the last one holds), a run that is *not private*, or the *place* of a run's directory. A
-charge is named by everything its output depends on, so the same computation with the same noise has one
-charge, whichever run or copy of a run does it.
+before it starts, with the relation of its promise), a *charge* (one use of a mechanism, written before its
+output is used), a *budget* (of all runs on the set; the last one holds), a run that is *not private*, or the
+*place* of a run's directory. A charge is named by everything its output depends on, so the same computation
+with the same noise has one charge, whichever run or copy of a run does it.
 
 A torn line, left by a crash in the middle of a write, counts as one use of the dearest mechanism that its run
 had announced and not yet charged in full; if its run cannot be read, of every run's.
+
+All runs of a ledger promise for one relation: what is spent on images and on groups of them, or on groups
+that were formed otherwise, does not add up.
 
 A run knows the ledger that it has written to by its `Head`. A file that is missing, or does not begin as the
 run knows it, is refused.
@@ -19,19 +22,19 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from privimage.errors import UserError
-from privimage.privacy.accounting import SampledGaussian, epsilon
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.limits import Plans, require_relation, require_room
+from privimage.privacy.relation import ONE_IMAGE, Relation
 from privimage.privacy.spent import Reader, Spent
 from privimage.storage import owner_only
 from privimage.storage.files import fsync_folder
 from privimage.storage.lock import Lock
-
-Plans = Mapping[str, SampledGaussian]  # what a run is going to do, by part
 
 
 @dataclass(frozen=True)
@@ -154,24 +157,27 @@ class Ledger:
         plan: Plans,
         budget: tuple[float, float] | None,
         accountant: str,
+        relation: Relation = ONE_IMAGE,
     ) -> Iterator[None]:
-        """Write down what `run` is going to do, by part, before it starts.
+        """Write down what `run` is going to do, by part, and the relation of its promise, before it starts.
 
         What is done inside happens only if it may do so.
 
         `budget` is (epsilon, delta) for everything ever done on this set; it is kept in the ledger and holds
         for all runs, whether they name it or not. Raises UserError if this run, with all that others have
-        charged or announced, would exceed it, or if another budget is kept already.
+        charged or announced, would exceed it, if another budget is kept already, or if others promise for
+        another relation.
         """
         with self._locked() as handle:
             spent = self._reader.spent
-            self._require_room(run, plan, budget, accountant)
+            self._require(run, plan, budget, accountant, relation)
             # The caller keeps its plan here: if that fails, nothing is announced.
             yield
             if budget is not None and spent.budget is None:
                 self._append(handle, {"budget": list(budget)})
             if spent.plans.get(run) != dict(plan):
-                self._append(handle, {"run": run, "plan": {part: m.to_entry() for part, m in plan.items()}})
+                parts = {part: m.to_entry() for part, m in plan.items()}
+                self._append(handle, {"run": run, "plan": parts, "relation": relation.to_entry()})
 
     def require_room(
         self,
@@ -179,37 +185,17 @@ class Ledger:
         plan: Plans,
         budget: tuple[float, float] | None,
         accountant: str,
+        relation: Relation = ONE_IMAGE,
     ) -> None:
         """Raise UserError where `announced` would, without writing anything."""
         with self._locked():
-            self._require_room(run, plan, budget, accountant)
+            self._require(run, plan, budget, accountant, relation)
 
-    def _require_room(
-        self,
-        run: str,
-        plan: Plans,
-        budget: tuple[float, float] | None,
-        accountant: str,
+    def _require(
+        self, run: str, plan: Plans, budget: tuple[float, float] | None, accountant: str, relation: Relation
     ) -> None:
-        spent = self._reader.spent
-        if budget is not None and spent.budget is not None and budget != spent.budget:
-            raise UserError(
-                f"privacy.budget: {describe(budget)} is not the one that the ledger of the set holds, "
-                f"{describe(spent.budget)}; whoever owns the"
-                f" data may change it with `privimage privacy {self.path} --budget EPSILON --delta DELTA`"
-            )
-        # Announced and unfinished plans count in full, so that several runs cannot exceed the budget
-        # together.
-        if (budget := budget or spent.budget) is None:
-            return
-        limit, delta = budget
-        total = epsilon(spent.promised(run, plan), delta, accountant)
-        if spent.not_private or total > limit:
-            sum_told = "infinite, since a run without noise used it" if spent.not_private else f"{total:.4g}"
-            raise UserError(
-                f"privacy.budget: with this run epsilon on the sensitive set would be {sum_told}, more than "
-                f"{limit:g} (ledger {self.path})"
-            )
+        require_relation(self._reader.spent, plan, relation, self.path)
+        require_room(self._reader.spent, run, plan, budget, accountant, self.path)
 
     def charge(
         self,
@@ -273,11 +259,6 @@ class Ledger:
         with self._locked() as handle:
             if self._reader.spent.budget != budget:
                 self._append(handle, {"budget": list(budget)})
-
-
-def describe(budget: tuple[float, float]) -> str:
-    """A budget in words."""
-    return f"epsilon {budget[0]:g} at delta {budget[1]:g}"
 
 
 def _whole(handle: int) -> bytes:

@@ -5,7 +5,7 @@ Sampler, optimizer, noise and accountant are all built from the same plan, so th
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from privimage.config import Config
 from privimage.errors import UserError
@@ -13,6 +13,7 @@ from privimage.privacy import accounting
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms import MECHANISMS, Mechanism
 from privimage.privacy.mechanisms.base import Share
+from privimage.privacy.relation import Relation
 
 M = TypeVar("M", bound=Mechanism)
 
@@ -70,7 +71,7 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
     privacy = config.privacy
     accountant = accountant or privacy.accountant
     delta = privacy.delta or default_delta(count)
-    training = MECHANISMS[config.spec.training].draft(config, count)
+    training = _draft(MECHANISMS[config.spec.training], config, count)
     beside: list[Mechanism] = []
 
     shares = _shares(config)
@@ -94,7 +95,7 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
                 tuple(one.composition for one in beside),
                 accountant,
             )
-            beside.append(kind.draft(config, count).with_noise(sigma))
+            beside.append(_draft(kind, config, count).with_noise(sigma))
             training = training.with_noise(noise())
     except ValueError:
         raise UserError(
@@ -102,6 +103,14 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
             "what is drawn beside the training alone may cost more"
         ) from None
     return PrivacyPlan(privacy.epsilon, delta, accountant, (*beside, training))
+
+
+def _draft(kind: type[Mechanism], config: Config, count: int) -> Mechanism:
+    """Raises UserError for a mechanism whose sensitivity is that of another relation than the promise."""
+    mechanism = kind.draft(config, count)
+    if mechanism.relation != Relation.of(config):
+        raise UserError(f"privacy.unit, privacy.neighbours: {mechanism.name} has no bound for these")
+    return mechanism
 
 
 def _shares(config: Config) -> list[tuple[type[Mechanism], Share]]:
@@ -127,8 +136,9 @@ def plan_without_noise(config: Config, count: int) -> PrivacyPlan:
 
 def plan_from_dict(tree: dict) -> PrivacyPlan:
     """The inverse of `PrivacyPlan.to_dict`."""
-    mechanisms = tuple(
-        MECHANISMS[one["stage"]](**{name: value for name, value in one.items() if name != "stage"})
-        for one in tree["mechanisms"]
-    )
+    mechanisms = tuple(_mechanism(**one) for one in tree["mechanisms"])
     return PrivacyPlan(tree["epsilon"], tree["delta"], tree["accountant"], mechanisms)
+
+
+def _mechanism(stage: str, relation: dict, **parameters: Any) -> Mechanism:
+    return MECHANISMS[stage](relation=Relation(**relation), **parameters)

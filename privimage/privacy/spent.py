@@ -5,9 +5,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.relation import ONE_IMAGE, Relation
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,19 @@ class Spent:
     plans: dict[str, dict[str, SampledGaussian]] = field(
         default_factory=dict
     )  # run -> what it announced, by part
+    promises: dict[str, Relation] = field(default_factory=dict)  # run -> the relation that it announced
     not_private: set[str] = field(default_factory=set)  # runs that used the set without noise
     places: dict[str, str] = field(default_factory=dict)  # run -> where its directory was last
     budget: tuple[float, float] | None = None  # (epsilon, delta) of everything
     identity: str | None = None
     torn: int = 0
+
+    @property
+    def relations(self) -> set[Relation]:
+        """The relations that the charges and plans are for: one, or none before the first plan."""
+        runs = {charge.run for charge in self.charges.values()} | {run for run, p in self.plans.items() if p}
+        # Older versions knew one relation, and did not write it down.
+        return {self.promises.get(run, ONE_IMAGE) for run in runs}
 
     def mechanisms(self, run: str | None = None, behind: Collection[str] = ()) -> tuple[SampledGaussian, ...]:
         """All charges, equal mechanisms added up; with `run`, those of the run and those `behind` its
@@ -41,10 +50,7 @@ class Spent:
         counts = Counter(
             c.mechanism for name, c in self.charges.items() if run is None or c.run == run or name in behind
         )
-        return tuple(
-            SampledGaussian(m.noise_multiplier, m.sample_rate, n)
-            for m, n in sorted(counts.items(), key=lambda item: repr(item[0]))
-        )
+        return tuple(replace(m, count=n) for m, n in sorted(counts.items(), key=lambda item: repr(item[0])))
 
     def by_part(self, run: str, behind: Collection[str] = ()) -> dict[str, tuple[SampledGaussian, ...]]:
         """`mechanisms` of one run for each part of its plan."""
@@ -69,7 +75,7 @@ class Spent:
             for part, planned in announced.items():
                 key = (other, part, planned.single)
                 counts[key] = max(counts[key], planned.count)
-        return tuple(SampledGaussian(m.noise_multiplier, m.sample_rate, n) for (_, _, m), n in counts.items())
+        return tuple(replace(m, count=n) for (_, _, m), n in counts.items())
 
 
 class Reader:
@@ -102,6 +108,7 @@ class Reader:
             plan = entry["plan"]
             by_part = plan.items() if isinstance(plan, dict) else enumerate(plan)
             spent.plans[entry["run"]] = {str(part): SampledGaussian.from_entry(m) for part, m in by_part}
+            spent.promises[entry["run"]] = Relation(**entry.get("relation", {}))
         elif "not_private" in entry:
             spent.not_private.add(entry["run"])
         elif "place" in entry:

@@ -8,7 +8,6 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.privacy.account import Account
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.mechanisms.base import NEIGHBOURS
 from privimage.privacy.spent import Spent
 
 
@@ -33,7 +32,8 @@ def statement(
     head = {
         "method": config.method,
         "private": True,
-        "neighbours": NEIGHBOURS,
+        "unit": plan.training.relation.unit,
+        "neighbours": str(plan.training.relation),
         "accountant": plan.accountant,
     }
     tail = {
@@ -102,6 +102,25 @@ def rounded_up(value: float, places: int | None = None, digits: int | None = Non
     return float(Context(prec=digits, rounding=ROUND_CEILING).plus(exact))
 
 
+def _what_may_differ(said: dict) -> str:
+    replaced = said["neighbours"].startswith("replace")
+    if said["unit"] == "group":
+        return (
+            "Whether the sensitive set held all images of any single group (those that its owner has "
+            "declared to belong together, as those of one person) "
+            + ("or those of another group in their place" if replaced else "or none of them")
+        )
+    if replaced:
+        return "Whether any single image of the sensitive set was this one or another"
+    return "Whether any single image was in the sensitive set or not"
+
+
+def _whom_it_covers(said: dict) -> str:
+    if said["unit"] == "group":
+        return "a person whose images are in several groups, or in those of others, is protected less"
+    return "a person with several images is protected less"
+
+
 def statement_for_people(said: dict) -> str:
     """PRIVACY.md: the same in words."""
     if not said["private"]:
@@ -116,15 +135,10 @@ def statement_for_people(said: dict) -> str:
             f"privacy** (accountant: {said['accountant']})."
         ),
         (
-            "Whether any single image was in the sensitive set or not changes the probability of anything "
-            "that "
-            "could be learned from"
+            f"{_what_may_differ(said)} changes the probability of anything that could be learned from this "
+            f"folder by a factor of at most e^{said['epsilon']}, but for a probability of {said['delta']}."
         ),
-        f"this folder by a factor of at most e^{said['epsilon']}, but for a probability of {said['delta']}.",
-        (
-            "Neighbouring sets differ by adding or removing one image; a person with several images is "
-            "protected less.\n"
-        ),
+        f"Neighbouring sets: {said['neighbours']}; {_whom_it_covers(said)}.\n",
         "What was drawn from the sensitive set:\n",
         *(
             f"- {m['name']}: {m['mechanism']}, noise multiplier {m['noise_multiplier']:g}, sample rate "

@@ -181,8 +181,10 @@ def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> C
     seconds = {stage: total * shares[stage] / whole for stage in stages}
     private: Choices = {}
     if "finetune" in stages:
-        private = private_steps(config, facts, seconds["finetune"] / speeds["finetune"], parameters)
-        spent = math.prod(choice.value for key, choice in private.items()) * speeds["finetune"]
+        # Seconds of a noised copy of each image that a step looks at, of one unit.
+        copy = speeds["finetune"] * (config.data.sensitive.per_group if config.privacy.unit == "group" else 1)
+        private = private_steps(config, facts, seconds["finetune"] / copy, parameters)
+        spent = math.prod(choice.value for key, choice in private.items()) * copy
         # What the private steps do not need makes pretraining longer.
         if "pretrain" in stages:
             seconds["pretrain"] += max(0.0, seconds["finetune"] - spent)

@@ -51,11 +51,12 @@ def public_size(config: Config) -> tuple[int, int]:
     Raises UserError if it does not.
     """
     sensitive = config.data.sensitive
-    known = KNOWN.get(sensitive.kind, (None, None))
+    known = KNOWN.get(sensitive.kind, (None, None)) if config.privacy.unit == "image" else (None, None)
     count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
     if count is None:
         raise UserError(
-            "data.sensitive.count: `plan` does not touch data; give the number of sensitive images"
+            "data.sensitive.count: `plan` does not touch data; give the number of sensitive "
+            f"{config.privacy.unit}s"
         )
     if not sensitive.labelled:
         return count, 0

@@ -5,7 +5,7 @@ from typing import Any
 
 from privimage.config import Config
 from privimage.config.stages import STAGES
-from privimage.data.sources import sensitive_source
+from privimage.data.sources import count_of, sensitive_source
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import ALONE, World
 from privimage.errors import UserError
@@ -92,10 +92,10 @@ def chosen(config: Config, count: int, classes: int, world: World = ALONE) -> Ch
 def size_of(config: Config) -> tuple[int, int]:
     """N and the number of classes (0 if unlabelled), as stated, or as the sensitive set has them."""
     sensitive = config.data.sensitive
-    known = KNOWN.get(sensitive.kind, (None, None))
+    known = KNOWN.get(sensitive.kind, (None, None)) if config.privacy.unit == "image" else (None, None)
     count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
     if count is None or (classes is None and sensitive.labelled):
         with contextlib.suppress(UserError):  # the checks before a run say what is wrong
             source = sensitive_source(config, "train")
-            count, classes = count or len(source), classes or len(source.classes)
+            count, classes = count or count_of(config, source), classes or len(source.classes)
     return count or ASSUMED, (classes or 2) if sensitive.labelled else 0

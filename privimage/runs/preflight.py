@@ -17,6 +17,7 @@ from privimage.data import beton, store
 from privimage.data.decode import DamagedError, Source
 from privimage.data.request import ONE_CLASS
 from privimage.data.sources import (
+    count_of,
     form,
     has_test_split,
     held_out_source,
@@ -131,7 +132,7 @@ def held_out_images(visit: Visit) -> None:
         return
     if has_test_split(visit.config):
         if visit.sensitive is not None:
-            source = held_out_source(visit.config, visit.sensitive.classes)
+            source = held_out_source(visit.config, visit.sensitive)
             _sample(visit, source, visit.config.data.sensitive.skip_bad)
     elif visit.world.is_main:
         say("evaluate: data.sensitive.test_path names no held-out images: no accuracy will be measured")
@@ -225,7 +226,9 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
 
     What is found is cached: the stages that follow do not search again.
     """
-    count = len(visit.sensitive) if visit.sensitive else visit.config.data.sensitive.count
+    count = visit.config.data.sensitive.count
+    if visit.sensitive is not None:
+        count = count_of(visit.config, visit.sensitive)
     begun = (visit.run.path / "private" / "account.json").exists()  # with a plan of its own
     if not (count and visit.config.spec.private and visit.opens_account) or begun:
         return

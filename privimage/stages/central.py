@@ -28,9 +28,11 @@ def central_means(
 
     def exact(name: str) -> np.ndarray:
         key = sensitive.account.root.derive("central parts", name)
-        bits = bit_generator(source, key).random_raw(len(sensitive.images.labels))
-        groups = random_parts(bits, mechanism.parts) * rows + sensitive.images.labels
-        return _sum_over_ranks(world, sensitive, groups, mechanism)
+        # All images of a group are in the part that was drawn for it.
+        images = sensitive.images
+        bits = bit_generator(source, key).random_raw(int(images.groups.max()) + 1)
+        places = random_parts(bits, mechanism.parts)[images.groups] * rows + images.labels
+        return _sum_over_ranks(world, sensitive, places, mechanism)
 
     def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
         return noisy_central_means(total, mechanism, source, key)
@@ -59,12 +61,16 @@ def moved(images: Tensor, normal: Tensor) -> Tensor:
 
 
 def _sum_over_ranks(
-    world: World, sensitive: Sensitive, groups: np.ndarray, mechanism: CentralImages
+    world: World, sensitive: Sensitive, places: np.ndarray, mechanism: CentralImages
 ) -> np.ndarray:
-    images, groups_count = sensitive.images.images, mechanism.parts * sensitive.rows
-    total = torch.zeros(groups_count, mechanism.values, dtype=torch.int64, device=world.device)
+    images, rows = sensitive.images.images, mechanism.parts * sensitive.rows
+    sizes = np.bincount(sensitive.images.groups)[sensitive.images.groups]  # of the group of each image
+    total = torch.zeros(rows, mechanism.values, dtype=torch.int64, device=world.device)
     size = block_size(images.shape, BLOCK)
     for start in range(world.rank * size, len(images), world.size * size):
-        block, own = (torch.from_numpy(array[start : start + size]) for array in (images, groups))
-        total += central_sum(block.to(world.device), own.to(world.device), groups_count, mechanism)
+        block, own, of_group = (
+            torch.from_numpy(array[start : start + size]).to(world.device)
+            for array in (images, places, sizes)
+        )
+        total += central_sum(block, own, of_group, rows, mechanism)
     return world.all_reduce_(total).cpu().numpy()

@@ -70,15 +70,16 @@ def matched_generator(
 def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int) -> np.ndarray:
     features = _features(config, world, torch.float64)
     total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
+    sizes = np.bincount(sensitive.groups)[sensitive.groups]  # of the group of each image
     # Blocks of one size, and sums of integers: the total is the same to the bit for any number of ranks.
     size = block_size(sensitive.images.shape, BLOCK)
     for start in range(world.rank * size, len(sensitive.images), world.size * size):
-        images, labels = (
+        images, labels, of_group = (
             torch.from_numpy(array[start : start + size]).to(world.device)
-            for array in (sensitive.images, sensitive.labels)
+            for array in (sensitive.images, sensitive.labels, sizes)
         )
         for _, embedded in blockwise(lambda block: features(to_unit(block)), images, size=size):
-            total += embedding_sum(embedded, labels, rows)
+            total += embedding_sum(embedded, labels, of_group, rows)
     return world.all_reduce_(total).cpu().numpy()
 
 

@@ -117,10 +117,10 @@ def _histogram(
     votes, distance = voters.vote(population)
     counts = None
     if world.is_main:
-        key = account.root.derive("evolve noise", name, digest_of_tensors([votes, voters.rows]).hex())
+        hidden = votes, voters.rows, voters.groups
+        key = account.root.derive("evolve noise", name, digest_of_tensors(hidden).hex())
         rows, members = population.chances.shape
-        source = config.privacy.noise_source
-        counts = noisy_histogram(votes, voters.rows, rows, members, plan, source, key)
+        counts = noisy_histogram(*hidden, (rows, members), plan, config.privacy.noise_source, key)
     return torch.from_numpy(world.broadcast_object(counts)).to(world.device), distance
 
 
@@ -176,7 +176,9 @@ def _generation(population: Population, step: int, config: Config, world: World)
                 world.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"
             ):
                 images[block], public[block] = (
-                    population.offspring(block, draws, step - 1) if step else population.first(block, draws)
+                    population.offspring(block, draws, step - 1, block % rows)
+                    if step
+                    else population.first(block, draws)
                 )
     # Each block was made by one rank and is zero on all others: sums put them together.
     world.all_reduce_(images)
@@ -191,7 +193,8 @@ class Voters:
 
     def __init__(self, config: Config, run_dir: RunDir, world: World, sensitive: ImageSet):
         self.world, self.count = world, len(sensitive.images)
-        self.rows, self.block = sensitive.labels, block_size(sensitive.images.shape, BLOCK)
+        self.rows, self.groups = sensitive.labels, sensitive.groups
+        self.block = block_size(sensitive.images.shape, BLOCK)
         run_dir.require("query")
         self.network = load_query(config, run_dir, world).network
         self.own = [

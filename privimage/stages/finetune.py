@@ -5,19 +5,20 @@ from typing import Any
 
 from privimage.config import Config
 from privimage.data.private_store import ImageSet
-from privimage.data.sensitive import SensitiveSet, residence
+from privimage.data.sensitive import GroupedSet, SensitiveSet, StepData, residence
 from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.families import finetuned_family
-from privimage.families.base import PrivateTraining
+from privimage.families.base import ImageLosses, PrivateTraining
 from privimage.models import parameters
 from privimage.privacy.account import Account, Behind, merged, open_account
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
 from privimage.privacy.gradients import GRADIENTS, PerImageGradients
+from privimage.privacy.groups import GroupLosses
 from privimage.privacy.identity import computation
 from privimage.privacy.mechanisms import DPSGD
 from privimage.stages.private_curves import PrivateCurves
@@ -147,13 +148,16 @@ def _steps(
     first: int,
 ) -> PrivateSteps:
     """The private steps from number `first` on."""
-    settings, plan, losses = config.finetune, account.plan.the(DPSGD), training.losses
+    settings, plan = config.finetune, account.plan.the(DPSGD)
+    losses, data = _units(config, world, plan, training, sensitive)
     # The main rank's choice counts: devices may differ in free memory, and a batch of another size would
     # round otherwise.
     physical = world.broadcast_object(
-        physical_batch_size(settings, training.module, losses, losses.probe, world.device, world.size)
+        physical_batch_size(
+            settings, training.module, losses, losses.probe, world.device, world.size, plan.per_group
+        )
     )
-    gradients, digest = _gradients(config, run_dir, world, account, training, sensitive, physical)
+    gradients, digest = _gradients(config, run_dir, world, account, training, losses, sensitive, physical)
 
     def charge(name: str) -> bool:
         return account.charge(plan, name, behind.get(plan.stage, ()), later=_shares_writes(world))
@@ -163,12 +167,7 @@ def _steps(
         gradients,
         losses,
         training.optimizer,
-        SensitiveSet(
-            sensitive.images,
-            sensitive.labels,
-            world.device,
-            residence(config.data.sensitive.residence, sensitive.images, world.device, world.local_size),
-        ),
+        data,
         world,
         Randomness(account.root, config.privacy.noise_source, digest),
         physical=physical,
@@ -177,6 +176,18 @@ def _steps(
         first=first,
         stop_requested=lambda: stop.requested,
     )
+
+
+def _units(
+    config: Config, world: World, plan: DPSGD, training: PrivateTraining, sensitive: ImageSet
+) -> tuple[ImageLosses | GroupLosses, StepData]:
+    """The losses of the units of the promise, and the set of these units: images, or groups of them."""
+    where = residence(config.data.sensitive.residence, sensitive.images, world.device, world.local_size)
+    images = SensitiveSet(sensitive.images, sensitive.labels, world.device, where)
+    if plan.relation.unit == "image":
+        return training.losses, images
+    groups = GroupedSet(images, sensitive.groups, plan.per_group)
+    return GroupLosses(training.losses, plan.per_group), groups
 
 
 def _shares_writes(world: World) -> bool:
@@ -194,6 +205,7 @@ def _gradients(
     world: World,
     account: Account,
     training: PrivateTraining,
+    losses: ImageLosses | GroupLosses,
     sensitive: ImageSet,
     physical: int,
 ) -> tuple[PerImageGradients, bytes]:
@@ -219,7 +231,7 @@ def _gradients(
     backends = world.broadcast_object(record["backends"] if record.get("computation") == without else {})
     gradients = GRADIENTS[config.finetune.gradients](training.module, backends, filled_to=physical)
     # A backward pass on grey images lets each convolution that has no backend yet time its own.
-    gradients.backward(training.losses, *training.losses.probe(physical))
+    gradients.backward(losses, *losses.probe(physical))
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
     gradients.set_grad_sample_to_none()
     if world.is_main and record.get("computation") != without:

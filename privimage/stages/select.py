@@ -108,12 +108,10 @@ def _asked(
     if not world.is_main:
         return np.zeros((rows, columns)), plan, name
     # The key of the noise depends on the votes as well: other votes never get the same noise.
-    key = account.root.derive("query noise", name, digest_of_tensors([votes, sensitive.labels]).hex())
-    return (
-        noisy_histogram(votes, sensitive.labels, rows, columns, plan, config.privacy.noise_source, key),
-        plan,
-        name,
-    )
+    hidden = votes, sensitive.labels, sensitive.groups
+    key = account.root.derive("query noise", name, digest_of_tensors(hidden).hex())
+    counts = noisy_histogram(*hidden, (rows, columns), plan, config.privacy.noise_source, key)
+    return counts, plan, name
 
 
 @torch.no_grad()

@@ -18,8 +18,11 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.families import family, sampled
 from privimage.privacy import keys
-from privimage.privacy.account import key_path, open_account
+from privimage.privacy.account import open_account
+from privimage.privacy.records import key_path
 from privimage.privacy.statement import statement, statement_for_people
+from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
+from privimage.stages.noisy_statistic import Sensitive
 from privimage.storage import owner_only
 from privimage.storage.files import write_array, write_arrays, write_json, write_whole
 from privimage.storage.rundir import RunDir
@@ -33,38 +36,43 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Draw `synthesize.samples` images from what the method made of the sensitive set and write release/.
 
     The images are the same whatever the number of ranks: each has its own random numbers, and goes through
-    the network in a block that does not depend on the ranks. Labels are drawn in turn: the frequencies of the
-    sensitive labels are private.
+    the network in a block that does not depend on the ranks. Labels are drawn in turn, or by a noisy count:
+    the frequencies of the sensitive labels are private.
     """
     settings = config.synthesize
     run_dir.require(config.spec.training)
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world)
     assert weights is not None  # the stage is finished
     # The statement comes first: what cannot be released is not sampled.
-    said = _statement(config, run_dir, world, weights)
+    labels, said = _stated(config, run_dir, world, weights)
     generator = _generator(config, world, weights)
-    count = settings.samples
-    _sample_blocks(config, run_dir, world, generator, weights["n_classes"], count, "after")
+    _sample_blocks(config, run_dir, world, generator, weights["n_classes"], labels, "after")
     if (pretrained := _pretrained(config, run_dir, world)) is not None:
         _sample_before(config, run_dir, world, pretrained)
     world.barrier()
     if said is not None:
-        _release(config, run_dir, weights, said)
+        _release(config, run_dir, weights, labels, said)
     # Writing a large release takes longer than ranks wait for each other in a collective operation.
     world.barrier()
-    return {"images": count}
+    return {"images": settings.samples}
 
 
-def _statement(config: Config, run_dir: RunDir, world: World, weights: dict) -> dict | None:
-    """What PRIVACY.json will say, on the main rank.
+def _stated(config: Config, run_dir: RunDir, world: World, weights: dict) -> tuple[np.ndarray, dict | None]:
+    """The labels of the synthetic set, int64 (samples,), and on the main rank what PRIVACY.json will say.
 
-    Raises UserError if the ledger does not hold what made the weights.
+    Raises UserError if the ledger does not hold what made the weights and the labels.
     """
-    account = open_account(config, run_dir, open_sensitive(config, "train", world, run_dir.sensitive), world)
+    sensitive = open_sensitive(config, "train", world, run_dir.sensitive)
+    account = open_account(config, run_dir, sensitive, world)
+    charges, samples = dict(weights["charges"]), config.synthesize.samples
+    labels = labels_in_turn(samples, weights["n_classes"])
+    if config.synthesize.labels == "noisy":
+        drawn = label_counts(config, run_dir, world, Sensitive(sensitive, account, weights["n_classes"]))
+        labels, charges["synthesize"] = labels_by(drawn.values, samples), [drawn.charge]
     if not world.is_main:
-        return None
+        return labels, None
     versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return statement(config, account, weights["charges"], weights["steps"], versions)
+    return labels, statement(config, account, charges, weights["steps"], versions)
 
 
 def _generator(config: Config, world: World, weights: dict) -> nn.Module:
@@ -88,19 +96,26 @@ def _sample_before(config: Config, run_dir: RunDir, world: World, pretrained: di
         min(config.synthesize.samples, config.evaluate.fidelity_samples),
         pretrained["n_classes"],
     )
-    _sample_blocks(config, run_dir, world, _generator(config, world, pretrained), n_classes, count, "before")
+    labels = labels_in_turn(count, n_classes)
+    _sample_blocks(config, run_dir, world, _generator(config, world, pretrained), n_classes, labels, "before")
     world.barrier()
     if world.is_main:
-        images, labels = _gathered(config, run_dir, count, n_classes, "before")
+        images = _gathered(config, run_dir, count, "before")
         labels = np.full(count, -1) if config.spec.pretraining == "all" else labels
         write_arrays(run_dir.stage("synthesize") / "before.npz", {"images": images, "labels": labels})
 
 
 def _sample_blocks(
-    config: Config, run_dir: RunDir, world: World, generator: nn.Module, n_classes: int, count: int, name: str
+    config: Config,
+    run_dir: RunDir,
+    world: World,
+    generator: nn.Module,
+    n_classes: int,
+    labels: np.ndarray,
+    name: str,
 ) -> None:
-    """Sample this rank's blocks of images; blocks that are there already are kept."""
-    settings = config.synthesize
+    """Sample this rank's blocks of images of `labels` (N,); blocks that are there already are kept."""
+    settings, count = config.synthesize, len(labels)
     folder = run_dir.stage("synthesize") / f"blocks-{name}"
     folder.mkdir(exist_ok=True)
     draws, blocks = ImageDraws(world.device), range(0, count, settings.batch_size)
@@ -113,8 +128,8 @@ def _sample_blocks(
             if number % world.size != world.rank or path.exists():
                 continue
             indices = torch.arange(start, min(start + settings.batch_size, count), device=world.device)
-            labels = indices % n_classes if n_classes else None
-            images = sampled(config, generator, labels, indices, draws)
+            of_block = torch.from_numpy(labels[start : start + len(indices)]).to(world.device)
+            images = sampled(config, generator, of_block if n_classes else None, indices, draws)
             write_array(path, images)
             if start == 0:
                 curves.images(0, "samples", torch.from_numpy(images[:100]).permute(0, 3, 1, 2))
@@ -125,22 +140,18 @@ def _sample_blocks(
         raise Stopped("synthesize: finished blocks are kept")
 
 
-def _gathered(
-    config: Config, run_dir: RunDir, count: int, n_classes: int, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _gathered(config: Config, run_dir: RunDir, count: int, name: str) -> np.ndarray:
     folder = run_dir.stage("synthesize") / f"blocks-{name}"
-    images = np.concatenate(
-        [np.load(folder / f"{start:09d}.npy") for start in range(0, count, config.synthesize.batch_size)]
-    )
-    return images, np.arange(count, dtype=np.int64) % max(n_classes, 1)
+    starts = range(0, count, config.synthesize.batch_size)
+    return np.concatenate([np.load(folder / f"{start:09d}.npy") for start in starts])
 
 
-def _release(config: Config, run_dir: RunDir, weights: dict, said: dict) -> None:
+def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray, said: dict) -> None:
     """Assemble release/ aside, rename it when it is complete, and destroy the key: nobody can subtract the
     noise.
     """
     # Blocks of all ranks, from the disk that they share.
-    images, labels = _gathered(config, run_dir, config.synthesize.samples, weights["n_classes"], "after")
+    images = _gathered(config, run_dir, len(labels), "after")
     # Assembled aside and renamed at the end: release/ is there whole, or not at all.
     aside = run_dir.path / ".release.part"
     shutil.rmtree(aside, ignore_errors=True)

@@ -433,7 +433,7 @@ def test_an_account_of_an_older_version_is_refused_in_one_line(
 ) -> None:
     assert go(settings(tmp_path / "a", images), 3) == 75
     path = tmp_path / "a" / "private" / "account.json"
-    path.write_text(path.read_text().replace('"version": 3,', ""))
+    path.write_text(path.read_text().replace('"version": 4,', ""))
     assert go(settings(tmp_path / "a", images)) == 2
     assert f"{path}: made by another version" in capfd.readouterr().err
 

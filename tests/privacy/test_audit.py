@@ -3,6 +3,7 @@
 Its bound holds with the stated confidence and becomes tight, and the whole of it passes, and is able to fail.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
 from privimage.privacy.refutation import EPSILONS, Finding, TradeOff, find, refuted
+from privimage.privacy.relation import Relation
 from privimage.privacy.sampling import poisson_sample
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -290,3 +292,39 @@ def test_noise_forgotten_in_the_training_ends_with_status_1(monkeypatch: pytest.
 def test_what_cannot_be_audited_is_told(arguments: list[str], named: str) -> None:
     done = CliRunner().invoke(app, ["audit", str(TINY), *arguments])
     assert done.exit_code != 0 and named in str(done.exception)
+
+
+def of_groups(per_group: int) -> PrivacyPlan:
+    """`PLAN` with groups as the unit, and the same noise."""
+    private = dataclasses.replace(PLAN.the(DPSGD), relation=Relation("group"), per_group=per_group)
+    return dataclasses.replace(PLAN, mechanisms=(private,))
+
+
+def test_canaries_of_several_images_refute_a_promise_for_images_and_none_for_groups(config: Config) -> None:
+    """The same noise, fixed keys. A promise for images says nothing of 8 of them, and the audit shows it."""
+    claim = epsilon((PLAN.the(DPSGD).composition,), PLAN.delta)
+    found = {
+        unit: audit.best(audit.audit(config, plan, 600, 0.95, insecure_fixed(6), ALONE, images=8))
+        for unit, plan in (("image", PLAN), ("group", of_groups(3)))
+    }
+    assert 0.5 < found["group"] <= claim < found["image"]
+
+
+def test_groups_of_canaries_score_c_for_each_step_however_many_their_images(config: Config) -> None:
+    """Without noise: the mean over the images of a group, clipped once."""
+    root, scores = insecure_fixed(1), []
+    for images, per_group in ((1, 1), (8, 3)):
+        coins, found = audit.play(config, of_groups(per_group).the(DPSGD), 60, root, ALONE, 0.0, images)
+        scores.append(found)
+    assert np.allclose(scores[0], scores[1], rtol=1e-4) and scores[0][coins].min() > 0
+
+
+def test_where_a_unit_is_replaced_a_canary_is_one_of_two_opposites(config: Config) -> None:
+    private = dataclasses.replace(PLAN.the(DPSGD), relation=Relation(neighbours="replace"))
+    coins, scores = audit.play(config, private, 60, insecure_fixed(1), ALONE, noise_factor=0.0)
+    assert ((scores > 0) == coins).all() and (scores != 0).all()
+    plan = dataclasses.replace(PLAN, mechanisms=(private,))
+    claim = epsilon((private.composition,), PLAN.delta)
+    planned = audit.best(audit.audit(config, plan, 600, 0.95, insecure_fixed(3), ALONE))
+    broken = audit.best(audit.audit(config, plan, 600, 0.95, insecure_fixed(4), ALONE, noise_factor=0.1))
+    assert 0.5 < planned <= claim < broken

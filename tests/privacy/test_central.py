@@ -21,6 +21,11 @@ def mechanism(
     return CentralImages(noise_multiplier=noise, count=count, parts=parts, pooling=pooling, values=values)
 
 
+def of_images(images: torch.Tensor, places: torch.Tensor, rows: int, plan: CentralImages) -> torch.Tensor:
+    """The sum where each image is a unit of its own."""
+    return central_sum(images, places, torch.ones_like(places), rows, plan)
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.integers(0, 8), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]),
@@ -37,26 +42,46 @@ def test_one_image_moves_the_sum_by_at_most_its_sensitivity(
     values = channels * (8 // pooling) ** 2
     plan = mechanism(count + 1, pooling=pooling, values=values)
     tensors = torch.from_numpy(images), torch.from_numpy(rng.integers(0, rows, count + 1))
-    difference = central_sum(*tensors, rows, plan) - central_sum(*(t[1:] for t in tensors), rows, plan)
-    assert sum(value**2 for value in difference.flatten().tolist()) <= plan.unit**2 * values
+    difference = of_images(*tensors, rows, plan) - of_images(*(t[1:] for t in tensors), rows, plan)
+    assert sum(value**2 for value in difference.flatten().tolist()) <= plan.one**2 * values
     assert plan.sensitivity**2 == pytest.approx(values)
     assert difference.any(1).sum() <= 1
     # Black and white images reach the bound: it cannot be lowered.
     if kind in ("black", "white"):
-        assert sum(value**2 for value in difference.flatten().tolist()) == plan.unit**2 * values
+        assert sum(value**2 for value in difference.flatten().tolist()) == plan.one**2 * values
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from(["noise", "white"]),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_group_moves_the_sum_by_no_more_than_an_image(
+    size: int, rows: int, pooling: int, kind: str, seed: int
+):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, 1, 8, 8), dtype=np.uint8)
+    if kind == "white":
+        images[:] = 255
+    plan, places = mechanism(5, pooling=pooling, values=(8 // pooling) ** 2), rng.integers(0, rows, size)
+    tensors = torch.from_numpy(images), torch.from_numpy(places), torch.full((size,), size)
+    squares = sum(value**2 for value in central_sum(*tensors, rows, plan).flatten().tolist())
+    assert squares <= plan.one**2 * plan.values
+    if kind == "white" and rows == 1:
+        assert squares >= plan.one**2 * plan.values * (1 - 1e-4)
 
 
 def test_small_images_are_means_of_squares_of_pixels():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     image[0, 0, :2, :2] = torch.tensor([[0, 255], [255, 255]])
-    total = central_sum(image, torch.zeros(1, dtype=torch.int64), 1, mechanism(1)) / mechanism(1).unit
+    total = of_images(image, torch.zeros(1, dtype=torch.int64), 1, mechanism(1)) / mechanism(1).one
     assert total.flatten().tolist() == [0.5] + 15 * [-1.0]
 
 
 def test_a_class_is_divided_by_its_public_share_whatever_its_size():
     """4 images, 2 parts, 2 labels: one image a row is a mean of 1, two are 2, none is 0."""
     images = torch.full((4, 1, 8, 8), 255, dtype=torch.uint8)
-    total = central_sum(images, torch.tensor([0, 0, 1, 2]), 4, mechanism(4)).numpy()
+    total = of_images(images, torch.tensor([0, 0, 1, 2]), 4, mechanism(4)).numpy()
     means = noisy_central_means(total, mechanism(4), "aes-ctr", KEY)
     assert means.mean(1).tolist() == [2, 1, 1, 0]
 

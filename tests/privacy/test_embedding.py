@@ -17,6 +17,11 @@ KEY = insecure_fixed(13).derive("test")
 HOSTILE = (0.0, 1.0, -1.0, 1e-30, 1e30, 1e200, -1e308, float("nan"), float("inf"), float("-inf"))
 
 
+def of_images(features: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """The sum where each image is a unit of its own."""
+    return embedding_sum(features, labels, torch.ones_like(labels), rows)
+
+
 def without(tensor: Tensor, place: int) -> Tensor:
     return torch.cat([tensor[:place], tensor[place + 1 :]])
 
@@ -46,7 +51,7 @@ def test_one_image_moves_the_sum_by_at_most_1(
         features[place, position % size] = value
     if hostile and all_of_it:
         features[place] = hostile[0]
-    moved = embedding_sum(features, labels, rows) - embedding_sum(
+    moved = of_images(features, labels, rows) - of_images(
         without(features, place), without(labels, place), rows
     )
     assert sum(value**2 for value in moved.flatten().tolist()) <= QUANTUM**-2
@@ -67,13 +72,13 @@ def test_images_through_the_features_move_it_by_at_most_1(count: int, size: int,
     pixels[:: max(1, count // 2)] = rng.choice([0, 255])
     images, labels = torch.from_numpy(pixels) / 127.5 - 1, torch.from_numpy(rng.integers(0, 3, count))
     features = RandomFeatures(16, size, bandwidth, 0, torch.device("cpu"), torch.float64)(images)
-    moved = embedding_sum(features, labels, 3) - embedding_sum(features[1:], labels[1:], 3)
+    moved = of_images(features, labels, 3) - of_images(features[1:], labels[1:], 3)
     assert sum(value**2 for value in moved.flatten().tolist()) <= QUANTUM**-2
 
 
 def test_features_of_norm_1_are_summed_as_they_are_and_longer_ones_shortened():
     features = torch.tensor([[0.6, 0.8], [-0.6, 0.8], [30.0, 40.0]], dtype=torch.float64)
-    total = embedding_sum(features, torch.tensor([0, 1, 1]), 3).double() * QUANTUM
+    total = of_images(features, torch.tensor([0, 1, 1]), 3).double() * QUANTUM
     assert torch.allclose(
         total, torch.tensor([[0.6, 0.8], [0.0, 1.6], [0.0, 0.0]], dtype=torch.float64), atol=1e-8
     )
@@ -81,15 +86,15 @@ def test_features_of_norm_1_are_summed_as_they_are_and_longer_ones_shortened():
 
 def test_features_whose_norm_is_rounded_down_to_1_do_not_pass_the_bound():
     """(1, quantum) is longer than 1 by 2^-61, which float64 does not show; its sum in whole numbers does."""
-    total = embedding_sum(torch.tensor([[1.0, QUANTUM]], dtype=torch.float64), torch.tensor([0]), 1)
+    total = of_images(torch.tensor([[1.0, QUANTUM]], dtype=torch.float64), torch.tensor([0]), 1)
     assert sum(value**2 for value in total.flatten().tolist()) <= QUANTUM**-2
 
 
 def test_an_image_with_a_feature_that_is_not_finite_adds_exactly_nothing():
     features = torch.full((3, 4), 0.5, dtype=torch.float64)
-    alone = embedding_sum(features[:1], torch.zeros(1, dtype=torch.int64), 1)
+    alone = of_images(features[:1], torch.zeros(1, dtype=torch.int64), 1)
     features[1, 2], features[2, 0] = float("nan"), float("inf")
-    assert torch.equal(embedding_sum(features, torch.zeros(3, dtype=torch.int64), 1), alone)
+    assert torch.equal(of_images(features, torch.zeros(3, dtype=torch.int64), 1), alone)
 
 
 def test_sums_do_not_depend_on_the_order_or_the_blocks():
@@ -102,9 +107,9 @@ def test_sums_do_not_depend_on_the_order_or_the_blocks():
         torch.rand(500, 16, generator=generator)
     )
     labels, order = torch.randint(0, 3, (500,), generator=generator), torch.randperm(500, generator=generator)
-    whole = embedding_sum(features, labels, 3)
+    whole = of_images(features, labels, 3)
     shuffled, by_label = features[order], labels[order]
-    parts = sum(embedding_sum(shuffled[i : i + 7], by_label[i : i + 7], 3) for i in range(0, 500, 7))
+    parts = sum(of_images(shuffled[i : i + 7], by_label[i : i + 7], 3) for i in range(0, 500, 7))
     assert torch.equal(whole, parts)
 
 
@@ -121,7 +126,7 @@ def test_the_noise_is_gaussian_of_sigma_over_n_on_every_number():
 
 def test_it_is_the_sum_divided_by_the_public_n_not_by_the_images_that_are_there():
     features = torch.full((3, 4), 0.5, dtype=torch.float64)
-    total = embedding_sum(features, torch.zeros(3, dtype=torch.int64), 1).numpy()
+    total = of_images(features, torch.zeros(3, dtype=torch.int64), 1).numpy()
     mean = noisy_mean_embedding(
         total, MeanEmbedding(count=100, features=4, noise_multiplier=1e-9), "aes-ctr", KEY
     )

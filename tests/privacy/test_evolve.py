@@ -19,7 +19,7 @@ from privimage.config import Config, load
 from privimage.distributed import checkpoint
 from privimage.families.evolution import Population
 from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.histogram import noisy_histogram, vote_counts
+from privimage.privacy.mechanisms.histogram import ONE, noisy_histogram, vote_counts
 from privimage.runs import pipeline
 from privimage.stages import evolve
 from privimage.storage.files import read_json
@@ -117,9 +117,9 @@ def test_in_another_arrangement_a_lost_histogram_is_charged_and_one_fewer_is_dra
     """Rounding could differ there: fresh noise, and the charges stay those of the plan."""
     noises = []
 
-    def histogram(votes: np.ndarray, labels: np.ndarray, rows: int, columns: int, *rest) -> np.ndarray:
-        found = noisy_histogram(votes, labels, rows, columns, *rest)
-        noises.append(found - vote_counts(votes, labels, rows, columns))
+    def histogram(votes: np.ndarray, labels: np.ndarray, groups: np.ndarray, shape, *rest) -> np.ndarray:
+        found = noisy_histogram(votes, labels, groups, shape, *rest)
+        noises.append(found - vote_counts(votes, labels, groups, shape, 1) / ONE)
         return found
 
     monkeypatch.setattr(evolve, "noisy_histogram", histogram)

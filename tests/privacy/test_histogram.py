@@ -8,10 +8,16 @@ from scipy import stats
 
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import SemanticHistogram
-from privimage.privacy.mechanisms.histogram import noisy_histogram, vote_counts
+from privimage.privacy.mechanisms.histogram import ONE, noisy_histogram, vote_counts
 from privimage.stages.select import exclusive_top
 
 KEY = insecure_fixed(11).derive("test")
+NOBODY = np.zeros(0, np.int64)
+
+
+def of_images(votes: np.ndarray, labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The counts where each image is a unit of its own."""
+    return vote_counts(votes, labels, np.arange(len(votes)), (rows, columns), votes.shape[1]) / ONE
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -22,13 +28,13 @@ def test_one_image_moves_the_histogram_by_at_most_sqrt_k1(
     """Also for an image that votes for one class several times."""
     rng = np.random.default_rng(seed)
     votes, labels = rng.integers(0, columns, (count + 1, k1)), rng.integers(0, rows, count + 1)
-    difference = vote_counts(votes, labels, rows, columns) - vote_counts(votes[1:], labels[1:], rows, columns)
+    difference = of_images(votes, labels, rows, columns) - of_images(votes[1:], labels[1:], rows, columns)
     assert np.linalg.norm(difference) <= np.sqrt(k1) + 1e-12
     assert np.count_nonzero(difference.any(1)) == 1
 
 
 def test_counts_are_votes_of_the_images_of_a_row() -> None:
-    counts = vote_counts(np.array([[0, 2], [2, 1], [2, 2]]), np.array([0, 1, 1]), 2, 3)
+    counts = of_images(np.array([[0, 2], [2, 1], [2, 2]]), np.array([0, 1, 1]), 2, 3)
     assert counts.tolist() == [[1, 0, 1], [0, 1, 2]]
 
 
@@ -39,9 +45,7 @@ def test_the_noise_is_gaussian_of_sigma_sqrt_k1_on_every_bin() -> None:
     """
     plan = SemanticHistogram(per_image=4, noise_multiplier=7.0)
     noise = (
-        noisy_histogram(
-            np.zeros((0, 4), np.int64), np.zeros(0, np.int64), 20, 1000, plan, "aes-ctr", KEY
-        ).ravel()
+        noisy_histogram(np.zeros((0, 4), np.int64), NOBODY, NOBODY, (20, 1000), plan, "aes-ctr", KEY).ravel()
         / 14.0
     )
     assert stats.kstest(noise, "norm").pvalue > 1e-3
@@ -53,8 +57,8 @@ def test_more_votes_than_planned_are_refused() -> None:
         noisy_histogram(
             np.zeros((5, 3), np.int64),
             np.zeros(5, np.int64),
-            1,
-            10,
+            np.arange(5),
+            (1, 10),
             SemanticHistogram(per_image=2, noise_multiplier=1.0),
             "aes-ctr",
             KEY,

@@ -40,6 +40,8 @@ def test_both_files_print_the_same(epsilon: float, delta: float) -> None:
     said = {
         "private": True,
         "method": "dpdm",
+        "unit": "image",
+        "neighbours": "add or remove one image",
         "accountant": "pld",
         "noise_source": "aes-ctr",
         "cryptographic_noise": True,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import NearestHistogram
-from privimage.privacy.mechanisms.histogram import noisy_histogram, vote_counts
+from privimage.privacy.mechanisms.histogram import ONE, noisy_histogram, vote_counts
 from privimage.stages.evolve import chances, nearest
 
 HOSTILE = (0.0, 1e-45, 1e19, 3e38, -3e38, float("nan"), float("inf"), float("-inf"))
@@ -20,7 +20,8 @@ HOSTILE = (0.0, 1e-45, 1e19, 3e38, -3e38, float("nan"), float("inf"), float("-in
 
 def histogram(features: Tensor, labels: Tensor, candidates: Tensor) -> np.ndarray:
     votes, _ = nearest(features, labels, candidates)
-    return vote_counts(votes[:, None].numpy(), labels.numpy(), *candidates.shape[:2])
+    own = np.arange(len(votes))
+    return vote_counts(votes[:, None].numpy(), labels.numpy(), own, candidates.shape[:2], 1) / ONE
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -80,7 +81,7 @@ def test_the_noise_is_gaussian_of_sigma_on_every_bin_of_every_class() -> None:
     )
     noise = (
         noisy_histogram(
-            np.zeros((0, 1), np.int64), np.zeros(0, np.int64), 10, 2000, plan, "aes-ctr", key
+            np.zeros((0, 1), np.int64), *[np.zeros(0, np.int64)] * 2, (10, 2000), plan, "aes-ctr", key
         ).ravel()
         / 6.0
     )

@@ -61,7 +61,7 @@ def test_parents_are_drawn_by_their_chances_from_their_own_class_and_hand_on_the
     population.chances = wanted
     population.public = torch.arange(14).view(2, 7) % 10
     indices = torch.arange(5000)
-    _, public = population.offspring(indices, DRAWS, 0)
+    _, public = population.offspring(indices, DRAWS, 0, indices % 2)
     for row in (0, 1):
         found = torch.bincount((public[indices % 2 == row] - 7 * row) % 10, minlength=7)
         drawn = wanted[row] > 0
@@ -75,9 +75,11 @@ def test_an_image_is_the_same_in_any_batch_and_another_in_another_generation() -
         torch.randint(0, 256, made.images.shape, dtype=torch.uint8),
         torch.zeros_like(made.public),
     )
-    whole, _ = made.offspring(indices, DRAWS, 0)
-    assert torch.equal(whole, torch.cat([made.offspring(part, DRAWS, 0)[0] for part in indices.split(5)]))
-    assert not torch.equal(whole, made.offspring(indices, DRAWS, 1)[0])
+    whole, _ = made.offspring(indices, DRAWS, 0, indices % 2)
+    assert torch.equal(
+        whole, torch.cat([made.offspring(part, DRAWS, 0, part % 2)[0] for part in indices.split(5)])
+    )
+    assert not torch.equal(whole, made.offspring(indices, DRAWS, 1, indices % 2)[0])
     assert not torch.equal(whole, made.first(indices, DRAWS)[0])
 
 
@@ -115,5 +117,6 @@ def test_degrees_fall_geometrically_from_the_first_to_the_last() -> None:
 
 def test_samples_are_offspring_of_the_last_generation(population: Population) -> None:
     config, indices = settings(), torch.arange(6)
-    expected, _ = population.offspring(indices, DRAWS, config.evolve.iterations - 1)
-    assert torch.equal(family(config).sample(config, population, indices % 2, indices, DRAWS), expected)
+    for labels in (indices % 2, torch.tensor([1, 1, 1, 0, 1, 1])):
+        expected, _ = population.offspring(indices, DRAWS, config.evolve.iterations - 1, labels)
+        assert torch.equal(family(config).sample(config, population, labels, indices, DRAWS), expected)

@@ -23,7 +23,7 @@ from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
 from privimage.models.resnet import classifier
 from privimage.models.semantic import TEMPERATURE, SemanticQuery, centroids_of, contrastive_loss, varied
-from privimage.privacy.mechanisms.histogram import vote_counts
+from privimage.privacy.mechanisms.histogram import ONE, vote_counts
 from privimage.stages import prepare, pretrain, query, select
 from privimage.stages.public_set import load_scores, public_labels, public_semantics
 from privimage.storage.rundir import RunDir
@@ -126,7 +126,11 @@ def test_an_image_casts_exactly_k1_different_votes_and_moves_the_histogram_by_sq
     assert all(len(set(row)) == k1 for row in votes.tolist())
     assert votes.min() >= 0 and votes.max() < k1 + spare
     without = select.top_votes(scores, images[1:], k1, ALONE)
-    difference = vote_counts(votes, labels, 3, k1 + spare) - vote_counts(without, labels[1:], 3, k1 + spare)
+    own, shape = np.arange(count + 1), (3, k1 + spare)
+    difference = vote_counts(votes, labels, own, shape, k1) - vote_counts(
+        without, labels[1:], own[1:], shape, k1
+    )
+    difference = difference / ONE
     assert np.linalg.norm(difference) == pytest.approx(np.sqrt(k1))
     assert np.count_nonzero(difference.any(1)) == 1
 

@@ -5,17 +5,27 @@ from privimage.privacy.mechanisms.central import CentralImages
 from privimage.privacy.mechanisms.dpsgd import DPSGD
 from privimage.privacy.mechanisms.embedding import MeanEmbedding, WarmEmbedding
 from privimage.privacy.mechanisms.histogram import NearestHistogram, SemanticHistogram
+from privimage.privacy.mechanisms.labels import LabelCounts
 
 # In the order in which a run uses them.
 MECHANISMS: dict[str, type[Mechanism]] = {
     kind.stage: kind
-    for kind in (SemanticHistogram, WarmEmbedding, CentralImages, DPSGD, MeanEmbedding, NearestHistogram)
+    for kind in (
+        SemanticHistogram,
+        WarmEmbedding,
+        CentralImages,
+        DPSGD,
+        MeanEmbedding,
+        NearestHistogram,
+        LabelCounts,
+    )
 }
 
 __all__ = [
     "DPSGD",
     "MECHANISMS",
     "CentralImages",
+    "LabelCounts",
     "MeanEmbedding",
     "Mechanism",
     "NearestHistogram",

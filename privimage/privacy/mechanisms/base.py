@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Self
 
 from privimage.config import Config
 from privimage.privacy.accounting import SampledGaussian
-
-NEIGHBOURS = "add or remove one image"  # the relation for which all sensitivities are stated
+from privimage.privacy.relation import ONE_IMAGE, Relation
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,22 @@ class Mechanism(ABC):
     name: ClassVar[str]  # in PRIVACY.json and for people
     # Its name in the plan and in the ledger: the stage that uses it, and what for where it uses several.
     stage: ClassVar[str]
+    replacing: ClassVar[float] = 2.0  # moves the sum by so many contributions, which may be opposite vectors
     noise_multiplier: float  # standard deviation of the noise over the L2 sensitivity; 0: none
+    relation: Relation = ONE_IMAGE  # for which the sensitivity is stated; a plan takes that of its promise
 
     @classmethod
     @abstractmethod
     def draft(cls, config: Config, count: int) -> Self:
-        """The mechanism for `count` sensitive images (N, taken as public), its noise still to be found.
+        """The mechanism for `count` units of the sensitive set (N, taken as public), its noise still to be
+        found.
 
         Raises UserError for settings that do not fit N.
         """
 
     @classmethod
     def share(cls, config: Config) -> Share | None:
-        """What it may cost beside the training; None for a run without it and for mechanisms of trainings."""
+        """What it may cost beside the training; None for a run without it, and for that of a training."""
         return None
 
     @property
@@ -52,13 +54,18 @@ class Mechanism(ABC):
 
     @property
     @abstractmethod
+    def contribution(self) -> float:
+        """Largest L2 norm of what one unit adds to the sum that gets noise."""
+
+    @property
     def sensitivity(self) -> float:
         """Largest L2 distance of what is summed up on two neighbouring sets, before noise."""
+        return self.contribution * (self.replacing if self.relation.replacement else 1.0)
 
     @property
     @abstractmethod
     def claim(self) -> str:
-        """Why the sensitivity holds, in one sentence of the formal statement."""
+        """Why the contribution of a unit is bounded, in one sentence of the formal statement."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -80,6 +87,7 @@ class Mechanism(ABC):
             "name": self.name,
             "mechanism": used.kind,
             "claim": self.claim,
+            "sensitivity": self.sensitivity,
             **self.parameters,
             "noise_multiplier": used.noise_multiplier,
             "sample_rate": used.sample_rate,

@@ -15,6 +15,10 @@ from privimage.config import Config
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms.base import Mechanism, Share
 from privimage.privacy.noise import gaussian
+from privimage.privacy.relation import Relation
+
+# Of a pooled pixel; what is divided among the images of a group is rounded to one.
+PARTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,14 @@ class CentralImages(Mechanism):
         """See `Mechanism.draft`."""
         data, pooling = config.data, _pooling(config.data.resolution)
         values = data.channels * (data.resolution // pooling) ** 2
-        return cls(noise_multiplier=0.0, count=count, parts=config.warm.parts, pooling=pooling, values=values)
+        return cls(
+            noise_multiplier=0.0,
+            relation=Relation.of(config),
+            count=count,
+            parts=config.warm.parts,
+            pooling=pooling,
+            values=values,
+        )
 
     @classmethod
     def share(cls, config: Config) -> Share | None:
@@ -43,19 +54,21 @@ class CentralImages(Mechanism):
     @property
     def composition(self) -> SampledGaussian:
         """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier)
+        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)
 
     @property
-    def sensitivity(self) -> float:
-        """sqrt(values): the largest norm of a small image with values in [-1, 1]."""
+    def contribution(self) -> float:
+        """sqrt(values): the largest norm of a small image with values in [-1, 1], and of a mean of them."""
         return self.values**0.5
 
     @property
     def claim(self) -> str:
         """See `Mechanism.claim`."""
+        unit = self.relation.unit
+        what = "the mean of its small images" if unit == "group" else "a small image"
         return (
-            "each image is in one of `parts` parts, at random and independently of all others, and adds a "
-            "small image of L2 norm at most sqrt(values) to the sum of its part and label"
+            f"each {unit} is in one of `parts` parts, at random and independently of all others, and adds "
+            f"{what}, of L2 norm at most sqrt(values), to the sums of its part and its labels"
         )
 
     @property
@@ -64,9 +77,9 @@ class CentralImages(Mechanism):
         return {"parts": self.parts, "values": self.values}
 
     @property
-    def unit(self) -> int:
-        """How many units of an integer small image are 1: pooled pixels have range [-255, 255] each."""
-        return 255 * self.pooling**2
+    def one(self) -> int:
+        """The whole number that stands for 1: the sum of a square of pixels is in [-1, 1] of it."""
+        return 255 * self.pooling**2 * PARTS
 
 
 def _pooling(resolution: int) -> int:
@@ -78,24 +91,26 @@ def _pooling(resolution: int) -> int:
 
 
 def random_parts(source_bits: np.ndarray, parts: int) -> np.ndarray:
-    """The part of each image, int64 (N,) in [0, parts), from 64 random bits each, uint64 (N,).
+    """The part of each unit, int64 (N,) in [0, parts), from 64 random bits each, uint64 (N,).
 
     The remainder of 64 bits: each part is as likely as any other to within parts / 2^64.
     """
     return (source_bits % np.uint64(parts)).astype(np.int64)
 
 
-def central_sum(images: Tensor, groups: Tensor, rows: int, mechanism: CentralImages) -> Tensor:
-    """Pooled images summed by group, in units of 1 / `mechanism.unit`: int64 (rows, values).
+def central_sum(images: Tensor, places: Tensor, sizes: Tensor, rows: int, mechanism: CentralImages) -> Tensor:
+    """Pooled images summed by row, each divided by the number of images of its group, in parts of 1 /
+    `mechanism.one`: int64 (rows, values).
 
-    images uint8 (B, C, H, W), groups int64 (B,) in [0, rows). In integers, so that the sum is exact, in any
-    order: adding or removing an image moves it by an L2 norm of at most `unit` sqrt(values).
+    images uint8 (B, C, H, W), places int64 (B,) in [0, rows), sizes int64 (B,) of the groups, 1 for an image
+    on its own. In integers, so that the sum is exact, in any order, and rounded towards zero: adding or
+    removing all images of a group moves it by an L2 norm of at most `one` sqrt(values).
     """
     side = mechanism.pooling
     centred = 2 * images.to(torch.int64) - 255  # in [-255, 255]
     pooled = centred.unfold(2, side, side).unfold(3, side, side).sum((-2, -1))
     total = torch.zeros(rows, mechanism.values, dtype=torch.int64, device=images.device)
-    return total.index_add_(0, groups, pooled.flatten(1))
+    return total.index_add_(0, places, (pooled.flatten(1) * PARTS).div(sizes[:, None], rounding_mode="trunc"))
 
 
 def noisy_central_means(total: np.ndarray, mechanism: CentralImages, source: str, key: bytes) -> np.ndarray:
@@ -108,4 +123,4 @@ def noisy_central_means(total: np.ndarray, mechanism: CentralImages, source: str
     """
     # Every row gets noise, empty ones too: which are empty is private.
     noise = gaussian(source, key, total.size, mechanism.standard_deviation)
-    return (total / mechanism.unit + noise.reshape(total.shape)) * (len(total) / mechanism.count)
+    return (total / mechanism.one + noise.reshape(total.shape)) * (len(total) / mechanism.count)

@@ -9,6 +9,7 @@ from privimage.config import Config
 from privimage.errors import UserError
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms.base import Mechanism
+from privimage.privacy.relation import Relation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,8 @@ class DPSGD(Mechanism):
     """Poisson samples of rate B / N, per-image gradients clipped to C, noise sigma C on their sum, T times.
 
     The gradient of an image is averaged over its K noise copies before it is clipped (Dockhorn et al. 2023).
+    Where groups are the unit it is the group that is sampled, with probability B / N of N groups, and whose
+    gradient is averaged over m of its images and clipped once (Charles et al. 2024).
     """
 
     name: ClassVar[str] = "DP-SGD fine-tuning"
@@ -25,6 +28,7 @@ class DPSGD(Mechanism):
     steps: int  # T
     max_grad_norm: float  # C
     noise_copies: int  # K
+    per_group: int = 1  # m
 
     @classmethod
     def draft(cls, config: Config, count: int) -> Self:
@@ -33,10 +37,13 @@ class DPSGD(Mechanism):
         if settings.logical_batch_size > count:
             raise UserError(
                 f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} "
-                "sensitive images"
+                f"sensitive {config.privacy.unit}s"
             )
+        relation = Relation.of(config)
         return cls(
             noise_multiplier=0.0,
+            relation=relation,
+            per_group=config.data.sensitive.per_group if relation.unit == "group" else 1,
             count=count,
             logical_batch_size=settings.logical_batch_size,
             steps=settings.steps,
@@ -52,26 +59,33 @@ class DPSGD(Mechanism):
     @property
     def composition(self) -> SampledGaussian:
         """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier, float(self.sample_rate), self.steps)
+        rate, replacement = float(self.sample_rate), self.relation.replacement
+        return SampledGaussian(self.noise_multiplier, rate, self.steps, replacement)
 
     @property
-    def sensitivity(self) -> float:
-        """C: one image adds its clipped gradient to the sum, or nothing."""
+    def contribution(self) -> float:
+        """C: one unit adds its clipped gradient to the sum, or nothing."""
         return self.max_grad_norm
 
     @property
     def claim(self) -> str:
         """See `Mechanism.claim`."""
+        unit = self.relation.unit
+        of = "the average gradient of images_per_group of its images" if unit == "group" else "a gradient"
         return (
-            "each image is in a step with probability sample_rate, independently of all others, and adds a "
-            "gradient of L2 norm at most max_grad_norm to the sum that gets noise"
+            f"each {unit} is in a step with probability sample_rate, independently of all others, and adds "
+            f"{of}, of L2 norm at most max_grad_norm, to the sum that gets noise"
         )
 
     @property
     def parameters(self) -> dict[str, Any]:
         """See `Mechanism.parameters`."""
-        return {"max_grad_norm": self.max_grad_norm, "noise_copies": self.noise_copies}
+        known = {"max_grad_norm": self.max_grad_norm, "noise_copies": self.noise_copies}
+        return known | ({"images_per_group": self.per_group} if self.relation.unit == "group" else {})
 
     def rank_deviation(self, ranks: int) -> float:
-        """Standard deviation of the noise that each of `ranks` ranks adds to its sum: sigma C / sqrt(W)."""
+        """Standard deviation of the noise that each of `ranks` ranks adds to its sum: sigma C / sqrt(W).
+
+        Twice that where neighbours have one image replaced.
+        """
         return self.standard_deviation / math.sqrt(ranks)

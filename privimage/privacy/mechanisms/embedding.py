@@ -11,6 +11,7 @@ from privimage.config import Config
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms.base import Mechanism, Share
 from privimage.privacy.noise import gaussian
+from privimage.privacy.relation import Relation
 
 # Features are summed as whole multiples of it: integer sums are exact, in any order and on any number of
 # ranks.
@@ -29,21 +30,24 @@ class MeanEmbedding(Mechanism):
     @classmethod
     def draft(cls, config: Config, count: int) -> Self:
         """See `Mechanism.draft`."""
-        return cls(noise_multiplier=0.0, count=count, features=config.match.features)
+        relation = Relation.of(config)
+        return cls(noise_multiplier=0.0, relation=relation, count=count, features=config.match.features)
 
     @property
     def composition(self) -> SampledGaussian:
         """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier)
+        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)
 
     @property
-    def sensitivity(self) -> float:
-        """1: the largest norm of a feature vector."""
+    def contribution(self) -> float:
+        """1: the largest norm of a feature vector, and of the mean of those of a group."""
         return 1.0
 
     @property
     def claim(self) -> str:
         """See `Mechanism.claim`."""
+        if self.relation.unit == "group":
+            return "each group adds the mean of its images' feature vectors, of L2 norm at most 1, to the sum"
         return "each image adds one feature vector of L2 norm at most 1 to the sum"
 
     @property
@@ -65,12 +69,14 @@ class WarmEmbedding(MeanEmbedding):
         return Share(None, config.warm.max_rise) if "embedding" in config.warm_starts else None
 
 
-def embedding_sum(features: Tensor, labels: Tensor, rows: int) -> Tensor:
-    """The features of each class summed over its images, in units of `QUANTUM`: int64 (rows, F).
+def embedding_sum(features: Tensor, labels: Tensor, sizes: Tensor, rows: int) -> Tensor:
+    """The features of each class summed over its images, each divided by the number of images of its group,
+    in units of `QUANTUM`: int64 (rows, F).
 
-    features float64 (B, F), labels int64 (B,) in [0, rows). Adding or removing an image moves the sum by an
-    L2 norm of at most 1 / QUANTUM, exactly: longer vectors are shortened, rounding is towards zero, and an
-    image with a feature that is not finite adds nothing.
+    features float64 (B, F), labels int64 (B,) in [0, rows), sizes int64 (B,) of the groups, 1 for an image on
+    its own. Adding or removing all images of a group moves the sum by an L2 norm of at most 1 / QUANTUM,
+    exactly: longer vectors are shortened, both roundings are towards zero, so that each of n images adds a
+    vector of at most 1 / (n QUANTUM), and an image with a feature that is not finite adds nothing.
     """
     features = torch.where(features.isfinite().all(1, keepdim=True), features, 0.0)
     # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm
@@ -78,7 +84,8 @@ def embedding_sum(features: Tensor, labels: Tensor, rows: int) -> Tensor:
     features = features / features.abs().amax(1, keepdim=True).clamp(min=1.0)
     features = features / features.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
     total = torch.zeros(rows, features.shape[1], dtype=torch.int64, device=features.device)
-    return total.index_add_(0, labels, (features / QUANTUM).trunc().to(torch.int64))
+    whole = (features / QUANTUM).trunc().to(torch.int64)
+    return total.index_add_(0, labels, whole.div(sizes[:, None], rounding_mode="trunc"))
 
 
 def noisy_mean_embedding(total: np.ndarray, mechanism: MeanEmbedding, source: str, key: bytes) -> np.ndarray:

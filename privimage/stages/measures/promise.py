@@ -11,6 +11,7 @@ STATED = (
     "epsilon",
     "delta",
     "accountant",
+    "unit",
     "neighbours",
     "promised_epsilon",
     "reason",
@@ -35,7 +36,11 @@ def _stated(subject: Subject) -> dict:
     stated = {name: said[name] for name in STATED if name in said}
     if not said["private"]:
         return stated
-    used = [SampledGaussian(m["noise_multiplier"], m["sample_rate"], m["count"]) for m in said["mechanisms"]]
+    replacement = said["neighbours"].startswith("replace")
+    used = [
+        SampledGaussian(m["noise_multiplier"], m["sample_rate"], m["count"], replacement)
+        for m in said["mechanisms"]
+    ]
     return stated | {"best_guess": best_guess(used)}
 
 

@@ -11,9 +11,13 @@ def _take(subject: Subject) -> dict:
         return {}
     config, train, test, after = subject.config, subject.train, subject.test, subject.after
     labelled = config.data.sensitive.labelled
-    # N and the number of test images are taken as public.
+    # N and the number of test images are taken as public; how many images the groups of a set have is not.
     facts: dict = {
-        "sensitive": {"images": len(train.images), "test_images": len(test.images) if test else 0},
+        "sensitive": {
+            "images": None if train.grouping else train.count,
+            "groups": train.count if train.grouping else None,
+            "test_images": len(test.images) if test else 0,
+        },
         "grid_classes": [],
         "synthetic": None,
         "parameters": None,

@@ -1,0 +1,43 @@
+"""The UCI digits with artificial persons: images dealt out at random, so many to each.
+
+To measure what a promise for persons costs (configs/experiments/persons-cpu.yaml). Writes train.npz and
+test.npz with images, labels, classes, and whom each image belongs to (`person`); no person is in both.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from privimage.data.readers import open_source
+from privimage.storage.files import write_arrays
+
+
+def main() -> None:
+    """Read the arguments and write both files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--images", type=int, required=True, help="of a person; what is left over makes one more"
+    )
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        source = open_source("digits", None, split)
+        # By a fixed seed, so that the same persons are made everywhere.
+        dealt = np.random.default_rng(0).permutation(len(source)) // arguments.images
+        write_arrays(
+            arguments.output / f"{split}.npz",
+            {
+                "images": np.asarray(source.items),
+                "labels": source.labels,
+                "classes": np.array(source.classes),
+                "person": np.array([f"{split} {number}" for number in dealt]),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

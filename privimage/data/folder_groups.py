@@ -1,0 +1,67 @@
+"""Whom the images of a folder belong to, by their paths."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from privimage.data.arrays import with_groups
+from privimage.data.decode import Source
+from privimage.errors import UserError
+
+KEY = "data.sensitive.group"
+
+
+def grouped_by_path(source: Source, root: Path, group: str) -> Source:
+    """The images of a folder `root` with their groups.
+
+    `group` is the number of a level of sub-folders, 1 for those in `root`, or a regular expression that is
+    searched in the path below `root`, whose first group is the name, or all that it matches. Raises UserError
+    that names an image which belongs to no group.
+    """
+    below = [Path(name).relative_to(root) for name in source.names]
+    if group.isdecimal():
+        level = int(group)
+        for path in below:
+            if len(path.parts) <= level:
+                raise UserError(f"{KEY}: {root / path} is in no folder of level {level}")
+        return with_groups(source, [path.parts[level - 1] for path in below], str(root))
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise UserError(f"{KEY}: {group!r} is no regular expression ({error})") from None
+    names = []
+    for path in below:
+        if (found := pattern.search(path.as_posix())) is None:
+            raise UserError(f"{KEY}: {group!r} does not match {path.as_posix()} in {root}")
+        names.append(found[1 if pattern.groups else 0] or "")
+    return with_groups(source, names, str(root))
+
+
+def labelled_below_groups(source: Source, root: Path) -> Source:
+    """Labels of images that lie in GROUP/CLASS/ below `root`, by the names of the classes.
+
+    Each group must have a sub-folder for each class, if an empty one: the only group with a class must not
+    decide whether the class exists. Raises UserError that names a folder which is missing.
+    """
+    groups = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    of_groups = {
+        group: {entry.name for entry in group.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        for group in groups
+    }
+    classes = tuple(sorted(set().union(*of_groups.values())))
+    for group, names in of_groups.items():
+        if missing := sorted(set(classes) - names):
+            raise UserError(
+                f"{group}: no sub-folder {missing[0]!r}, which other groups have; make an empty one, since "
+                "what classes there are is public and must not depend on who is in the set"
+            )
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = []
+    for name in source.names:
+        parts = Path(name).relative_to(root).parts
+        if len(parts) < 3:
+            raise UserError(f"{KEY}: {name} is not in GROUP/CLASS/ below {root}")
+        labels.append(numbers[parts[1]])
+    return replace(source, labels=np.array(labels, np.int64), classes=classes)
