@@ -55,7 +55,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_ledger_holds_one_use_of_the_plan_and_nothing_else(undisturbed: Path) -> None:
     plan = read_json(undisturbed / "private" / "account.json")["plan"]
     (used,) = plan["mechanisms"]
-    assert sorted(used) == ["count", "features", "noise_multiplier", "stage"] and used["count"] == 1437
+    assert sorted(used) == ["count", "features", "noise_multiplier", "relation", "stage"]
+    assert used["count"] == 1437
     assert charges(undisturbed) == (SampledGaussian(used["noise_multiplier"]),)
 
 
