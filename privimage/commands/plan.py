@@ -16,7 +16,7 @@ from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import Work
 from privimage.privacy.accounting import SampledGaussian, training_noise
-from privimage.privacy.mechanisms import SemanticHistogram
+from privimage.privacy.mechanisms import SemanticHistogram, WarmEmbedding
 from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
 from privimage.privacy.relation import Relation
 from privimage.recipes import settled
@@ -24,6 +24,10 @@ from privimage.recipes.cost import work_of
 from privimage.recipes.facts import public_size
 from privimage.recipes.usefulness import too_little_signal, too_long
 from privimage.storage.rundir import RunDir
+
+# Squared length of the mean of feature vectors of a class, about; and the noise of an embedding, in what it
+# tells, above which a model is likely to unlearn more by it than it learns.
+ALIKE, HOPELESS = 0.3, 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class RunPlan:
         if not self.config.spec.private:
             return [*long]
         useless = too_little_signal(self.config, self.count, self.classes)
-        return [*useless, *_noise_of_query(self), *_large_delta(self), *long]
+        return [*useless, *_noise_of_query(self), *_noise_of_embedding(self), *_large_delta(self), *long]
 
     def render(self, console: Console) -> None:
         """Print it on a console of rich."""
@@ -112,6 +116,20 @@ def _noise_of_query(plan: RunPlan) -> Iterator[str]:
             f"noise of {query.standard_deviation:.3g} votes per bin is large beside the {votes:.0f} votes of "
             "a sensitive class: the query may choose wrong public classes; a larger select.max_rise makes it "
             "surer"
+        )
+
+
+def _noise_of_embedding(plan: RunPlan) -> Iterator[str]:
+    if "embedding" not in plan.config.warm_starts:
+        return
+    embedding, rows = plan.privacy.the(WarmEmbedding), max(plan.classes, 1)
+    # Squared lengths: of the noise on every number, and of the means of classes times their share of the set.
+    noise = rows * embedding.features * (embedding.standard_deviation / plan.count) ** 2
+    ratio = noise * rows / ALIKE
+    if ratio > HOPELESS:
+        yield (
+            f"the noise of the warm start's embedding is about {ratio:.0f} times what it tells: it is likely "
+            "to make images worse; a larger warm.max_rise or fewer match.features may help, or leave it out"
         )
 
 

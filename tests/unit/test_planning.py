@@ -61,6 +61,19 @@ def test_a_delta_of_more_than_one_in_n_is_told(capsys: pytest.CaptureFixture):
     )
 
 
+def test_a_warm_start_that_drowns_in_noise_is_told(capsys: pytest.CaptureFixture):
+    """1,437 images at epsilon 1 are too few, 60,000 are enough."""
+    few, many = (
+        said(
+            capsys, CONFIGS / "quickstart.yaml", "method=dpdm", "privacy.epsilon=1", "privacy.accountant=rdp",
+            "warm.starts=[embedding]", *more,
+        )
+        for more in ((), ("data.sensitive.kind=npz", "data.sensitive.count=60000"))
+    )  # fmt: skip
+    assert "the noise of the warm start's embedding is about" in few
+    assert "warm start's embedding is" not in many
+
+
 def test_a_set_of_unknown_size_is_a_mistake_in_one_line():
     with pytest.raises(UserError, match=r"^data\.sensitive\.count: "):
         show(load(TINY, ["data.sensitive.kind=folder", "data.sensitive.path=nowhere"]))
