@@ -32,7 +32,10 @@ def main(
     parser.add_argument(
         "output",
         type=Path,
-        help="the file to write: .beton, or .npy where FFCV is missing; a sidecar .json is put beside it",
+        help=(
+            "the file to write: .beton (JPEGs from 128 pixels a side on), or .npy (always raw), which needs "
+            "no FFCV; a sidecar .json is put beside it"
+        ),
     )
     parser.add_argument(
         "--resolution",

@@ -7,6 +7,7 @@ are written whole or not at all, and checked before they are used: FFCV itself r
 error.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -183,7 +184,8 @@ def _copy(path: Path, copy: Path) -> None:
     except OSError as error:
         raise UserError(f"data.scratch: {copy.parent}: no copy could be made ({error.strerror})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it became the copy, or was never begun
+            part.unlink()
 
 
 def labels(path: Path) -> np.ndarray:
