@@ -86,7 +86,7 @@ class Checkpoints:
 def test_the_ledger_holds_the_planned_uses_and_nothing_else(undisturbed: Path) -> None:
     plan = read_json(undisturbed / "private" / "account.json")["plan"]
     (used,) = plan["mechanisms"]
-    assert sorted(used) == ["iterations", "noise_multiplier", "per_image", "stage"]
+    assert sorted(used) == ["iterations", "noise_multiplier", "per_image", "relation", "stage"]
     assert charges(undisturbed) == (SampledGaussian(used["noise_multiplier"], 1.0, 3),)
 
 
