@@ -9,7 +9,8 @@ import numpy as np
 
 from privimage.privacy.noise import NoiseStream
 from privimage.privacy.optimizer import PrivateOptimizer
-from privimage.stages import evolve, match, select
+from privimage.stages import embedding as mean_embedding
+from privimage.stages import evolve, select
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def install(note: Callable[[Draw], None], replace: Callable[[object, str, object
         NoiseStream.prepare,
         PrivateOptimizer.step,
         select.noisy_histogram,
-        match.noisy_mean_embedding,
+        mean_embedding.noisy_mean_embedding,
     )
 
     def prepared(self: NoiseStream, key: bytes) -> None:
@@ -78,7 +79,7 @@ def install(note: Callable[[Draw], None], replace: Callable[[object, str, object
     replace(PrivateOptimizer, "step", stepped)
     replace(select, "noisy_histogram", counted("select"))
     replace(evolve, "noisy_histogram", counted("evolve"))
-    replace(match, "noisy_mean_embedding", embedded)
+    replace(mean_embedding, "noisy_mean_embedding", embedded)
 
 
 def one_noise_for_two(draws: Iterable[Draw]) -> list[str]:
