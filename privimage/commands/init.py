@@ -147,7 +147,7 @@ def _shape(image: Any) -> tuple[int, int]:
     """Shorter side and channels, 1 or 3, of an image as its reader opens it."""
     if hasattr(image, "mode"):
         return min(image.size), 1 if image.mode in ("1", "L", "LA", "I;16", "I", "F") else 3
-    shape = image.array.shape
+    shape = image.values.shape
     return min(shape[:2]), 3 if len(shape) == 3 and shape[2] >= 3 else 1
 
 

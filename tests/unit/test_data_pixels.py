@@ -10,6 +10,8 @@ import pytest
 from data_sets import read
 from PIL import Image
 
+from privimage.commands import init
+from privimage.data import pixels
 from privimage.data.decode import Source
 from privimage.data.transforms import Form
 from privimage.errors import UserError
@@ -180,3 +182,9 @@ def test_a_small_file_of_a_huge_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(head + data)
     with pytest.raises(UserError, match=r"b\.png: not readable as an image .*3600000000 pixels"):
         decoded(tmp_path / "b.png", Form(8, 1))
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 3)])
+def test_init_sees_the_size_of_deep_images_too(shape: tuple[int, ...]) -> None:
+    for kind in (np.uint8, np.uint16):
+        assert init._shape(pixels.of_array(np.zeros(shape, kind))) == (8, 3 if len(shape) == 3 else 1)
