@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["privimage", "privimage.*"]),
-    package_data={"privimage": ["py.typed", "evaluation/*.j2"]},
+    package_data={"privimage": ["py.typed", "evaluation/*.j2", "releases/*.j2"]},
     entry_points={"console_scripts": ["privimage = privimage.cli:main"]},
     # The upper bound on torch decides between builds: where a CPU wheel is at hand pip takes it, elsewhere
     # the CUDA build.
@@ -43,8 +43,11 @@ setup(
         "scikit-learn>=1.4,<2",
         "matplotlib>=3.8,<4",
         "jinja2>=3.1,<4",
+        "pyyaml>=6",
+        "safetensors>=0.4,<1",
     ],
     extras_require={
+        "formats": ["pyarrow>=14"],
         "cluster": [
             "deepspeed>=0.17,<0.20",
             "mpi4py>=4.0,<5",
@@ -61,7 +64,7 @@ setup(
             "mypy>=1.10",
             "pre-commit>=3.7",
             "types-PyYAML",
-            # what the tests of the readers need
+            # what the tests of readers and releases need
             "h5py>=3.10,<4",
             "pyarrow>=15",
             "pydicom>=3,<4",

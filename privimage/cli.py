@@ -206,12 +206,40 @@ def privacy(
 
 
 @app.command()
+def sample(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, or its folder release/")],
+    count: Annotated[int, typer.Option(min=1, help="how many images, labels in turn")],
+    seed: Annotated[int, typer.Option(min=0, help="another seed gives other images")] = 1,
+    formats: Annotated[
+        str, typer.Option(help="beside synthetic.npz, as synthesize.formats: parquet,png,webdataset,beton")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="a new folder; unset: sample-SEED beside release/")] = None,
+) -> None:
+    """Draw more images from a released model. It is post-processing and costs no privacy."""
+    from privimage.commands.sample import run
+
+    run(path, count, seed, formats, out)
+
+
+@app.command()
 def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
     """Rebuild evaluate/report.html from what the run left."""
     from privimage.evaluation.report import rebuild
     from privimage.storage.rundir import RunDir
 
     rebuild(RunDir(path))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="directories of evaluated runs")],
+    out: Annotated[Path, typer.Option(help="the page; only you can read it")] = Path("comparison.html"),
+) -> None:
+    """Set runs side by side on one page for the owner of the data."""
+    from privimage.evaluation.compare import compare as write
+
+    write(runs, out)
+    sys.stdout.write(f"{out}: for the owner of the data, it holds numbers on sensitive images\n")
 
 
 ExperimentFile = Annotated[

@@ -84,6 +84,27 @@ METHODS: dict[str, Method] = {
     "nonpriv": Method("NonPriv", "none", "none", False),
 }
 
+# Whose method it is, for the card of a release.
+_PRIVIMAGE = (
+    "Li et al., PrivImage: Differentially Private Synthetic Image Generation using Diffusion Models with "
+    "Semantic-Aware Pretraining, USENIX Security 2024 (arXiv:2311.12850)."
+)
+_DPGAN = "Xie et al., Differentially Private Generative Adversarial Network, 2018 (arXiv:1802.06739)."
+PAPERS: dict[str, str] = {
+    "privimage+d": _PRIVIMAGE,
+    "privimage+g": _PRIVIMAGE,
+    "random+d": _PRIVIMAGE,
+    "pdp-diffusion": "Ghalebikesabi et al., Differentially Private Diffusion Models Generate Useful "
+    "Synthetic Images, 2023 (arXiv:2302.13861).",
+    "dpdm": "Dockhorn et al., Differentially Private Diffusion Models, TMLR 2023 (arXiv:2210.09929).",
+    "dpgan-p": _DPGAN,
+    "dpgan": _DPGAN,
+    "dp-merf": "Harder et al., DP-MERF: Differentially Private Mean Embeddings with Random Features, AISTATS "
+    "2021 (arXiv:2002.11603).",
+    "private-evolution": "Lin et al., Differentially Private Synthetic Data via Foundation Model APIs 1: "
+    "Images, ICLR 2024 (arXiv:2305.15560).",
+}
+
 
 def with_defaults(tree: dict) -> dict:
     """A tree of settings with the defaults of its method's generator for what it leaves out."""

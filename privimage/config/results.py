@@ -38,7 +38,11 @@ class Synthesize(Section):
     sampler_steps: int = Field(18, ge=2, le=1000, description="diffusion: noise levels from 80 to 0.002")
     guidance: float = Field(0.0, ge=0, description="diffusion: classifier-free guidance scale; 0 is off")
     batch_size: int = Field(500, ge=1, description="images per rank that go through the network at once")
-    images: bool = Field(False, description="also write the images as PNG files under release/images")
+    formats: tuple[Literal["parquet", "png", "webdataset", "beton"], ...] = Field(
+        (),
+        description="of the release, beside synthetic.npz: Parquet for Hugging Face datasets, PNG files in a "
+        "folder for each class, WebDataset tars, FFCV's beton",
+    )
 
 
 class Evaluate(Section):
@@ -51,6 +55,10 @@ class Evaluate(Section):
     )
     cnn_epochs: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="epochs of the CNN")
     cnn_batch_size: Auto[Annotated[int, Field(ge=2)]] = Field(AUTO, description="batch size of the CNN")
+    ceiling: bool = Field(
+        True,
+        description="also train them on the sensitive images, once: what the accuracies are to be judged by",
+    )
     before: bool = Field(
         True,
         description="also measure the pretrained generator, before private fine-tuning",

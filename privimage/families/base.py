@@ -141,6 +141,14 @@ class Family(ABC):
     def generator(self, config: Config, n_classes: int) -> nn.Module:
         """The network that makes images, with fresh weights; it loads the states that trainings leave."""
 
+    @abstractmethod
+    def architecture(self, config: Config, n_classes: int) -> tuple[str, dict[str, Any]]:
+        """Name and arguments from which `privimage.models.built` builds the generator again."""
+
+    @abstractmethod
+    def sampling(self, config: Config) -> dict[str, Any]:
+        """What a sampler has to know beside the generator, as plain values."""
+
     def restored(self, config: Config, state: dict[str, Any]) -> nn.Module:
         """The generator that a stage left in `state`: its weights as `ema`, and `n_classes`."""
         generator = self.generator(config, state["n_classes"])

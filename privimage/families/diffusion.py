@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from privimage.families.denoising import (
     losses_of_nothing,
 )
 from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
-from privimage.models import build_diffusion, build_generator, edm, parameters
+from privimage.models import build_diffusion, build_generator, diffusion_arguments, edm, parameters
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
@@ -45,11 +46,24 @@ class DiffusionFamily(Family, Pretrained):
         """The denoiser."""
         return build_diffusion(config, n_classes)
 
+    def architecture(self, config: Config, n_classes: int) -> tuple[str, dict[str, Any]]:
+        """DDPM++; see `Family.architecture`."""
+        return "DDPM++", diffusion_arguments(config, n_classes)
+
+    def sampling(self, config: Config) -> dict[str, Any]:
+        """Arguments of `privimage.models.edm.sample`."""
+        settings = config.synthesize
+        return {
+            "sampler": settings.sampler,
+            "steps": settings.sampler_steps,
+            "guidance": settings.guidance,
+        }
+
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
     ) -> Tensor:
         """By the sampler, steps and guidance of `synthesize`; see `Family.sample`: uint8 (B, C, H, W)."""
-        settings, shape = config.synthesize, image_shape(config)
+        shape = image_shape(config)
         pixels = math.prod(shape)
 
         def churn(step: int) -> Tensor:
@@ -59,11 +73,8 @@ class DiffusionFamily(Family, Pretrained):
         # alike.
         latents = draws.normal(public_seed(config, "latents"), indices, pixels).view(-1, *shape)
         # The sampler is deterministic given latents and churn.
-        return edm.to_uint8(
-            edm.sample(
-                generator, latents, labels, settings.sampler, settings.sampler_steps, settings.guidance, churn
-            )
-        )
+        images = edm.sample(generator, latents, labels, churn_noise=churn, **self.sampling(config))
+        return edm.to_uint8(images)
 
     def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
         """EDM's loss, by DDP or DeepSpeed."""

@@ -14,7 +14,7 @@ from privimage.distributed.microbatch import activations
 from privimage.distributed.world import World
 from privimage.families.base import Family
 from privimage.families.work import Work, seconds_of_a_pass
-from privimage.models import build_generator, edm, parameters
+from privimage.models import build_generator, edm, gan_arguments, parameters
 from privimage.models.biggan import Generator, recalibrate
 from privimage.models.ema import EMA
 
@@ -128,6 +128,14 @@ class GeneratorFamily(Family):
     def generator(self, config: Config, n_classes: int) -> Generator:
         """BigGAN's generator."""
         return build_generator(config, n_classes)
+
+    def architecture(self, config: Config, n_classes: int) -> tuple[str, dict[str, Any]]:
+        """BigGAN's generator; see `Family.architecture`."""
+        return "BigGAN", gan_arguments(config, n_classes)
+
+    def sampling(self, config: Config) -> dict[str, Any]:
+        """One pass needs latents and nothing else."""
+        return {}
 
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws

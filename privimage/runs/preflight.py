@@ -34,6 +34,7 @@ from privimage.privacy import account
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import make_plan
 from privimage.recipes.usefulness import too_little_signal
+from privimage.releases.formats import FORMATS
 from privimage.runs import room
 from privimage.runs.devices import devices
 from privimage.runs.visit import CHARGED, Check, Visit, together
@@ -110,6 +111,9 @@ def packages(visit: Visit) -> Iterator[str]:
         if needed_by and importlib.util.find_spec(module) is None:
             first = next(stage for stage in config.stages if stage in needed_by)
             yield f"{first}: needs {module}, which is not installed; pip install {PACKAGES[module]}"
+    for name in config.synthesize.formats if "synthesize" in stages else ():
+        if missing := FORMATS[name].missing():
+            yield f"synthesize.formats: {name} needs what is not installed: {missing}"
     if "prepare" not in stages or beton.ffcv_installed():
         return
     path = config.data.public.path

@@ -14,6 +14,7 @@ from privimage.data.sensitive import ImageDraws
 from privimage.errors import UserError
 from privimage.families import family, sampled
 from privimage.storage.files import read_json
+from privimage.telemetry.progress import Progress
 
 
 class Release:
@@ -63,14 +64,20 @@ class Release:
         """Names of the classes, by label. Raises UserError for a release without a model."""
         return tuple(self._model["classes"])
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are those of classes. Raises UserError for a release without a model."""
+        return self._model["n_classes"] > 0
+
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-        """`n` more images uint8 (n, H, W, C) from the released model, and their labels int64 (n,) in turn.
+        """`n` >= 1 more images uint8 (n, H, W, C) from the released model, and their labels int64 (n,) in
+        turn.
 
         It is post-processing of the release: the promise stays as it is. The images are other ones than those
         of the release for any seed. Raises UserError for a release without a model.
         """
-        model, config, place = self._model, self._settings(seed), torch.device(device)
+        model, config, place = self._model, self.settings(seed), torch.device(device)
         n_classes = model["n_classes"]
         # The same restoration as in the stage that made the release.
         state = {"ema": model["weights"], "n_classes": n_classes}
@@ -78,14 +85,19 @@ class Release:
         # Indices beyond those of the release: with its own seed these would be the same images again.
         first = len(self.labels)
         labels = torch.arange(n, device=place) % max(n_classes, 1)
-        images = [
-            sampled(config, generator, labels[block] if n_classes else None, first + block, draws)
-            for block in torch.arange(n, device=place).split(config.synthesize.batch_size)
-        ]
+        images = []
+        with Progress("sample", n) as bar:
+            for block in torch.arange(n, device=place).split(config.synthesize.batch_size):
+                of_block = labels[block] if n_classes else None
+                images.append(sampled(config, generator, of_block, first + block, draws))
+                bar.advance(len(block))
         return np.concatenate(images), labels.cpu().numpy()
 
-    def _settings(self, seed: int) -> Config:
-        """Settings under which the families sample; those of the data are not looked at."""
+    def settings(self, seed: int) -> Config:
+        """Settings under which the families sample, with this seed; those of the data are not looked at.
+
+        Raises UserError for a release without a model.
+        """
         model = self._model
         anything = {"kind": "npz", "path": "unused"}
         data = {name: model[name] for name in ("resolution", "channels")}

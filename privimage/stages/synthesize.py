@@ -1,8 +1,7 @@
-"""Sample the synthetic set, and assemble the release from an allow-list, as the last output of a run."""
+"""Sample the synthetic set, and put the release together, as the last output of a run."""
 
 import platform
 import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,16 +19,16 @@ from privimage.families import family, sampled
 from privimage.privacy import keys
 from privimage.privacy.account import open_account
 from privimage.privacy.records import key_path
-from privimage.privacy.statement import statement, statement_for_people
+from privimage.privacy.statement import statement
+from privimage.releases.assemble import assemble
+from privimage.releases.synthetic import SyntheticSet
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
 from privimage.stages.noisy_statistic import Sensitive
 from privimage.storage import owner_only
-from privimage.storage.files import write_array, write_arrays, write_json, write_whole
+from privimage.storage.files import write_array, write_arrays
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
 from privimage.telemetry.progress import Progress
-
-RELEASED = ("synthetic.npz", "images", "model.pt", "PRIVACY.json", "PRIVACY.md")
 
 
 def run(config: Config, run_dir: RunDir, world: World) -> dict:
@@ -156,14 +155,8 @@ def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray,
     aside = run_dir.path / ".release.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    write_json(aside / "PRIVACY.json", said)
-    write_whole(aside / "PRIVACY.md", statement_for_people(said).encode())
-    write_arrays(aside / "synthetic.npz", {"images": images, "labels": labels})
-    if config.synthesize.images:
-        _write_images(aside / "images", images, labels)
-    if family(config).releases_model:
-        _write_model(aside / "model.pt", config, weights)
-    require_allowed(aside)
+    synthetic = SyntheticSet(images, labels, tuple(weights["classes"]))
+    assemble(aside, config, synthetic, said, labelled=weights["n_classes"] > 0, weights=weights)
     # The only files of a run that others may read.
     owner_only.open_to_all(aside)
     shutil.rmtree(run_dir.release, ignore_errors=True)
@@ -172,36 +165,3 @@ def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray,
     keys.destroy(key_path(run_dir))
     for name in ("after", "before"):
         shutil.rmtree(run_dir.stage("synthesize") / f"blocks-{name}", ignore_errors=True)
-
-
-def require_allowed(folder: Path) -> None:
-    """Raise RuntimeError for anything in `folder` that is not on the allow-list of a release."""
-    unknown = sorted(entry.name for entry in folder.iterdir() if entry.name not in RELEASED)
-    if unknown:
-        raise RuntimeError(f"{folder}: {unknown} are not on the allow-list of a release")
-
-
-def _write_model(path: Path, config: Config, weights: dict) -> None:
-    # A released model loads on machines without a GPU, and carries what is needed to sample from it.
-    on_cpu = {name: value.cpu() for name, value in weights["ema"].items()}
-    shape = {
-        "resolution": config.data.resolution,
-        "channels": config.data.channels,
-        "n_classes": weights["n_classes"],
-    }
-    settings = config.model_dump(mode="json", include={"method", "model", "synthesize"})
-    torch.save(
-        {"weights": on_cpu, "classes": weights["classes"], "generator": config.spec.generator}
-        | settings
-        | shape,
-        path,
-    )
-
-
-def _write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    from PIL import Image
-
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = folder / str(label) / f"{number:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(path)

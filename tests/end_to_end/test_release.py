@@ -42,7 +42,11 @@ def test_the_release_is_the_allow_list_and_nothing_else(finished: Config) -> Non
     assert sorted(p.relative_to(release).as_posix() for p in release.rglob("*")) == [
         "PRIVACY.json",
         "PRIVACY.md",
+        "README.md",
+        "config.json",
         "model.pt",
+        "model.safetensors",
+        "samples.png",
         "synthetic.npz",
     ]
 
@@ -81,6 +85,17 @@ def test_the_statement_is_that_of_the_ledger(finished: Config) -> None:
         f"({said['epsilon']}, {said['delta']})-differential"
         in (finished.run.dir / "release" / "PRIVACY.md").read_text()
     )
+
+
+def test_more_images_are_drawn_by_the_command(finished: Config, tmp_path: Path) -> None:
+    drawn = privimage("sample", str(finished.run.dir), "--count", "12", "--out", str(tmp_path / "more"))
+    assert drawn.returncode == 0, drawn.stderr[-2000:]
+    assert "12 images, seed 1" in drawn.stdout and "nothing was charged" in drawn.stdout
+    with np.load(tmp_path / "more" / "synthetic.npz") as file:
+        assert file["images"].shape == (12, 8, 8, 1)
+    again = privimage("sample", str(finished.run.dir), "--count", "12", "--out", str(tmp_path / "more"))
+    assert again.returncode == 2 and "exists already" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
 
 
 def test_the_key_is_destroyed_and_private_is_closed(finished: Config) -> None:
@@ -171,7 +186,7 @@ def test_a_fixed_key_is_called_not_private(tmp_path: Path) -> None:
 def test_a_release_holds_nothing_beyond_the_allow_list_also_under_python_o(tmp_path: Path) -> None:
     """`python -O` drops assertions: the check is none."""
     check = (
-        "import sys, pathlib; from privimage.stages.synthesize import require_allowed as f;"
+        "import sys, pathlib; from privimage.releases.assemble import require_allowed as f;"
         "f(pathlib.Path(sys.argv[1]))"
     )
     for name, status in (("PRIVACY.json", 0), ("root.key", 1)):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import SMALL, TINY
+import torch
+from ranks import REPOSITORY, SMALL, TINY
 
 import privimage
+from privimage.commands import sample
 from privimage.config import Config
 from privimage.runs.release import Release
 from privimage.storage.files import read_json
@@ -43,6 +45,47 @@ def test_samples_of_the_runs_own_seed_are_not_those_of_the_release(finished: Pat
     release = privimage.open_release(finished)
     found = release.sample(len(release.labels), seed=0)[0]
     assert not (found == release.images).all((1, 2, 3)).any()
+
+
+def test_the_command_writes_a_folder_like_that_of_the_release(finished: Path, tmp_path: Path) -> None:
+    sample.run(finished, 23, 5, "png,webdataset", tmp_path / "more")
+    with np.load(tmp_path / "more" / "synthetic.npz") as data:
+        drawn, labels = privimage.open_release(finished).sample(23, seed=5)
+        assert (data["images"] == drawn).all() and (data["labels"] == labels).all()
+    same = "PRIVACY.json"
+    assert (tmp_path / "more" / same).read_bytes() == (finished / "release" / same).read_bytes()
+    text = (tmp_path / "more" / "README.md").read_text()
+    assert "drawn later from the released model, with seed 5" in text
+    assert len(list((tmp_path / "more" / "images").rglob("*.png"))) == 23
+    assert not (tmp_path / "more" / "model.pt").exists()
+    assert (tmp_path / "more").stat().st_mode & 0o777 == 0o755
+
+
+def test_mistakes_of_the_command_write_nothing(finished: Path, tmp_path: Path) -> None:
+    for formats, out, told in (
+        ("gif", tmp_path / "more", "--formats: formats.0"),
+        ("", finished, "exists already"),
+        ("", tmp_path / "no" / "more", "no such folder"),
+    ):
+        with pytest.raises(privimage.UserError, match=told):
+            sample.run(finished, 3, 5, formats, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ten_lines_of_the_documentation_load_the_model(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPOSITORY / "docs" / "release.md").read_text()
+    block = text.split("## The model in ten lines")[1].split("```python\n")[1].split("```")[0]
+    lines = [line for line in block.splitlines() if line.strip()]
+    assert len(lines) == 10
+    monkeypatch.chdir(finished)
+    names: dict = {}
+    exec(block, names)
+    assert names["images"].shape == (20, 1, 8, 8) and names["images"].dtype == torch.uint8
+    state = torch.load(finished / "release" / "model.pt", weights_only=True)["weights"]
+    loaded = names["network"].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:

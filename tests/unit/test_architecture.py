@@ -19,6 +19,7 @@ LAYERS = (
     {"privacy"},
     {"families"},
     {"recipes"},
+    {"releases"},
     {"stages"},
     {"runs"},
     {"experiments"},
