@@ -8,13 +8,18 @@ import base64
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from privimage import __version__
 from privimage.config import Config
 from privimage.config.methods import METHODS
 from privimage.config.stages import STAGES
+from privimage.evaluation import advice
 from privimage.storage.files import read_json, write_json, write_whole
 from privimage.storage.rundir import RunDir
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PACKAGES = (
     "torch",
@@ -27,7 +32,9 @@ PACKAGES = (
     "ffcv",
     "deepspeed",
 )
-MEASURED = ("seconds", "peak_memory_bytes", "images_per_second")
+MEASURED = ("seconds", "cpu_seconds", "gpu_seconds", "peak_memory_bytes", "images_per_second")
+# Of a busy core and of a busy GPU with its share of the machine: for an estimate where none is measured.
+WATTS = {"cpu_seconds": 10.0, "gpu_seconds": 500.0}
 # What a report may show without a mark: beginnings of keys of report.json, and names of figures. Everything
 # else counts as computed on sensitive images without noise, so that a new measure or figure is marked until
 # someone has thought about it.
@@ -45,19 +52,25 @@ COVERED = (
     "sensitive.test_images",
     "accuracy_note",
     "accuracy_before_images",
+    "agreement",  # from the synthetic set alone
     *(f"resources.{name}" for name, stage in STAGES.items() if not stage.sensitive),
 )
 COVERED_FIGURES = ("samples", "selection", "loss", "budget")
+CLASSES_SHOWN = 20  # of the table class by class
 CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
 FIDELITY = ("distance", "fid", "kid", "precision", "recall", "kernel_distance", "kernel_deviation")
 # All numbers of report.json, for tables over many runs; null or missing where a run has not measured one.
 NUMBERS = (
-    *(f"{section}.{name}" for section in ("accuracy", "accuracy_before") for name in CLASSIFIERS),
+    *(
+        f"{section}.{name}"
+        for section in ("accuracy", "accuracy_before", "accuracy_ceiling")
+        for name in CLASSIFIERS
+    ),
     *(f"{section}.{name}" for section in ("fidelity", "fidelity_before") for name in FIDELITY),
     *(f"semantics.{name}" for name in ("sds", "sds_all_public")),
     *(f"memorization.{name}" for name in ("nearest_is_training", "expected", "excess", "identical")),
     *(f"resources.{stage}.{name}" for stage in STAGES for name in MEASURED),
-    *("privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
+    *("agreement.percent", "privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
 )
 
 
@@ -116,16 +129,62 @@ def write(run: RunDir, config: Config, results: dict) -> None:
     rebuild(run)
 
 
+def read(path: Path) -> dict:
+    """report.json, also of an older version: what that did not measure is None. Raises UserError."""
+    return dict.fromkeys(
+        ("accuracy_ceiling", "accuracy_chance", "agreement", "classes", "ledger")
+    ) | read_json(path)
+
+
 def rebuild(run: RunDir) -> None:
     """Rebuild report.html from report.json, the stages' records and the figures, without reading any data.
 
     Raises UserError that names a missing or damaged report.json.
     """
+    path = run.path / "evaluate" / "report.json"
+    report = read(path)
+    measured = {**report["resources"], **resources(run, METHODS[report["method"]].stages)}
+    measured = {stage: dict.fromkeys(MEASURED) | record for stage, record in measured.items()}
+    page = template("report.html.j2").render(
+        report=report,
+        title=METHODS[report["method"]].title,
+        resources=measured,
+        stages={name: stage.title for name, stage in STAGES.items()},
+        classifiers=CLASSIFIERS,
+        measured=[key for key in CLASSIFIERS if report["accuracy"][key] is not None],
+        figures=embedded(path.parent / "figures"),
+        covered_figures=COVERED_FIGURES,
+        covered_key=covered,
+        warnings=advice.warnings(report),
+        by_class=_worst(report["classes"]),
+        cost=cost(measured),
+        watts=WATTS,
+    )
+    write_whole(path.with_name("report.html"), page.encode())
+
+
+def _worst(classes: dict | None) -> dict | None:
+    """The classes that have test images; the worst of them where there are many."""
+    if classes is None:
+        return None
+    rows = [row for row in classes["of"] if row["accuracy"] is not None]
+    if more := len(rows) > CLASSES_SHOWN:
+        rows = sorted(rows, key=lambda row: row["accuracy"])[:CLASSES_SHOWN]
+    return classes | {"of": rows, "more": more}
+
+
+def cost(resources: dict[str, dict]) -> dict[str, float]:
+    """Seconds, CPU and GPU seconds of all stages, and an estimate of kWh from these; unknown ones are 0."""
+    total = {
+        name: sum(record.get(name) or 0.0 for record in resources.values()) for name in ("seconds", *WATTS)
+    }
+    return total | {"kwh": sum(total[name] * watts for name, watts in WATTS.items()) / 3.6e6}
+
+
+def template(name: str) -> "Template":
+    """A page of this package with its filters."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    path = run.path / "evaluate" / "report.json"
-    report = read_json(path)
-    measured = {**report["resources"], **resources(run, METHODS[report["method"]].stages)}
     # StrictUndefined: a misspelt name is an error, not an empty place on the page. Everything is escaped,
     # since class names come from files.
     environment = Environment(
@@ -142,21 +201,10 @@ def rebuild(run: RunDir) -> None:
         count=lambda value: f"{value:,}",
         short=lambda name: name.split(",")[0],
     )
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        title=METHODS[report["method"]].title,
-        resources=measured,
-        stages={name: stage.title for name, stage in STAGES.items()},
-        classifiers=CLASSIFIERS,
-        measured=[key for key in CLASSIFIERS if report["accuracy"][key] is not None],
-        figures=_embedded(path.parent / "figures"),
-        covered_figures=COVERED_FIGURES,
-        covered_key=covered,
-    )
-    write_whole(path.with_name("report.html"), page.encode())
+    return environment.get_template(name)
 
 
-def _embedded(folder: Path) -> dict[str, str]:
+def embedded(folder: Path) -> dict[str, str]:
     """All pictures of a folder as data URIs, by name."""
     return {
         file.stem: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -18,7 +18,7 @@ from privimage.runs import preflight, sharing
 from privimage.storage import owner_only
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
-from privimage.telemetry import memory
+from privimage.telemetry import compute, memory
 from privimage.telemetry.progress import say
 
 
@@ -123,15 +123,17 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
         say(f"{name}: {world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}")
     # Time and memory are those of the stage; the record is what marks it as finished.
     memory.reset_peak(world.device)
-    with _timed(run_dir.path / name / "elapsed.json", world) as seconds:
+    with _timed(run_dir.path / name / "elapsed.json", world) as taken:
         record = importlib.import_module(f"privimage.stages.{name}").run(config, run_dir, world)
         world.barrier()  # of no time limit: the main rank may be writing what the others need
-        taken = seconds()
+        times = taken()
     measured = {
-        "seconds": taken,
-        "peak_memory_bytes": _peak(world),
+        "seconds": times["seconds"],
+        "cpu_seconds": sum(_of_ranks(times["cpu_seconds"], world)),
+        "gpu_seconds": times["seconds"] * world.size if world.device.type == "cuda" else 0.0,
+        "peak_memory_bytes": int(max(_of_ranks(memory.peak(world.device), world))),
         "ranks": world.size,
-        "images_per_second": record["images"] / taken,
+        "images_per_second": record["images"] / times["seconds"],
     }
     if world.is_main:
         run_dir.finish(name, {**record, **measured})
@@ -140,27 +142,33 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
 
 
 @contextlib.contextmanager
-def _timed(path: Path, world: World) -> Iterator[Callable[[], float]]:
-    """Seconds of a stage over all its resumes; those of a killed one are lost."""
-    before = read_json(path)["seconds"] if path.exists() else 0.0
-    started = time.monotonic()
+def _timed(path: Path, world: World) -> Iterator[Callable[[], dict[str, float]]]:
+    """Seconds, and CPU seconds of this rank, of a stage over all its resumes; those of a killed one are lost.
 
-    def seconds() -> float:
-        return before + time.monotonic() - started
+    What other ranks used before a resume is taken to be what the main rank did.
+    """
+    before = read_json(path) if path.exists() else {}
+    started, used = time.monotonic(), compute.cpu_seconds()
+
+    def taken() -> dict[str, float]:
+        return {
+            "seconds": before.get("seconds", 0.0) + time.monotonic() - started,
+            "cpu_seconds": before.get("cpu_seconds", 0.0) + compute.cpu_seconds() - used,
+        }
 
     try:
-        yield seconds
+        yield taken
     finally:
         if world.is_main and path.parent.exists():
             try:
                 path.parent.rmdir()  # nothing was done yet, so that settings may still be changed
             except OSError:
-                write_json(path, {"seconds": seconds()})
+                write_json(path, taken())
 
 
-def _peak(world: World) -> int:
-    """The largest peak of memory of all ranks since `memory.reset_peak`, in bytes."""
+def _of_ranks(value: float, world: World) -> list[float]:
+    """A number of each rank."""
     # A sum stands for the gather: each rank fills its own place.
-    peaks = torch.zeros(world.size, dtype=torch.float64, device=world.device)
-    peaks[world.rank] = memory.peak(world.device)
-    return int(world.all_reduce_(peaks).max())
+    values = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    values[world.rank] = value
+    return world.all_reduce_(values).tolist()

@@ -49,8 +49,8 @@ def written(
         "finetune": TRAINING * weights,
         "match": TRAINING * weights + 8 * config.match.features * max(rows, 1),
         "evolve": 4 * weights + 3 * pixels * config.evolve.population * max(rows, 1),
-        # Blocks, the arrays and each other format, and the weights twice.
-        "synthesize": (2 + len(config.synthesize.formats)) * (pixels + 1024) * samples + 8 * weights,
+        # Blocks and arrays, each other format with its headers, and the weights twice.
+        "synthesize": samples * (2 * pixels + len(config.synthesize.formats) * (pixels + 1024)) + 8 * weights,
     }
     if config.data.public.kind == "beton":
         found["prepare"] = 0

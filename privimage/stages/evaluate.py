@@ -20,7 +20,7 @@ from privimage.evaluation import extractor, report, semantics
 from privimage.evaluation.utility import Labelled
 from privimage.stages.measures import MEASURES, Finished, Subject
 from privimage.storage.rundir import RunDir
-from privimage.telemetry import memory
+from privimage.telemetry import compute, memory
 from privimage.telemetry.progress import say
 
 
@@ -30,7 +30,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     Writes evaluate/report.json, report.html and figures/; features and partial results stay in private/.
     Raises UserError for a damaged synthetic set, or one that does not fit the sensitive set.
     """
-    started = time.monotonic()
+    started, used = time.monotonic(), compute.cpu_seconds()
     # Every measure sees the same sets; finished ones are read back after a restart.
     subject = _subject(config, run_dir, world)
     results: dict[str, Any] = {}
@@ -42,6 +42,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         seconds = time.monotonic() - started
         results["evaluate"] = {
             "seconds": seconds,
+            "cpu_seconds": compute.cpu_seconds() - used,
             "peak_memory_bytes": memory.peak(world.device),
             "images_per_second": images / seconds,
         }
@@ -73,11 +74,11 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     figures = run_dir.stage("evaluate") / "figures"
     partial = run_dir.private / "evaluate_partial.json"
     finished = Finished(partial, figures, _key(config, train, after, before), world)
+    ceiling = Finished(run_dir.private / "ceiling.json", run_dir.private, _real(config, train, test), world)
     if world.is_main:
         figures.mkdir(exist_ok=True)
-    return Subject(
-        config, run_dir, world, train, test, after, before, n_classes, network, vectors, figures, finished
-    )
+    sets = (train, test, after, before)
+    return Subject(config, run_dir, world, *sets, n_classes, network, vectors, figures, finished, ceiling)
 
 
 def _read(path: Path, train: ImageSet, n_classes: int, world: World, lowest: int = 0) -> Labelled:
@@ -101,6 +102,15 @@ def _read(path: Path, train: ImageSet, n_classes: int, world: World, lowest: int
     if not len(images) or labels.min() < lowest or labels.max() >= n_classes:
         raise UserError(f"{path}: expected images with labels from {lowest} to {n_classes - 1}")
     return Labelled(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
+
+
+def _real(config: Config, train: ImageSet, test: ImageSet | None) -> str:
+    """What the accuracy of classifiers that are trained on the sensitive images depends on."""
+    digest = hashlib.sha256(train.content + (test.content if test else b""))
+    settings = config.evaluate
+    chosen = [settings.cnn_epochs, settings.cnn_batch_size, config.pretrain.flip, config.runtime.seed]
+    digest.update(json.dumps(chosen).encode())
+    return digest.hexdigest()
 
 
 def _key(config: Config, train: ImageSet, *sets: Labelled | None) -> str:

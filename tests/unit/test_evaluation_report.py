@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -12,7 +14,8 @@ from PIL import Image
 
 from privimage.config import Config
 from privimage.errors import UserError
-from privimage.evaluation import figures, report
+from privimage.evaluation import advice, figures, report
+from privimage.evaluation.compare import compare
 from privimage.privacy.accounting import SampledGaussian, best_guess
 from privimage.stages.measures import MEASURES, Measure
 from privimage.storage.rundir import RunDir
@@ -86,7 +89,8 @@ def run(tiny_config: Config) -> RunDir:
     for stage in ("prepare", "finetune"):
         run.finish(
             stage,
-            {"images": 100, "seconds": 90.0, "peak_memory_bytes": 2**28, "images_per_second": 1.1, "more": 0},
+            {"images": 100, "seconds": 90.0, "cpu_seconds": 150.0}
+            | {"peak_memory_bytes": 2**28, "images_per_second": 1.1, "more": 0},
         )
     folder = run.stage("evaluate") / "figures"
     folder.mkdir()
@@ -117,6 +121,8 @@ def test_report_json_holds_the_contract(run: RunDir, tiny_config: Config) -> Non
     assert set(told["resources"]) == {"prepare", "finetune", "evaluate"}
     assert told["resources"]["finetune"] == {
         "seconds": 90.0,
+        "cpu_seconds": 150.0,
+        "gpu_seconds": None,
         "peak_memory_bytes": 2**28,
         "images_per_second": 1.1,
     }
@@ -176,6 +182,169 @@ def test_the_three_accuracies_stand_side_by_side(run: RunDir, tiny_config: Confi
     for number in ("87.5 %", "88.5 %", "91.2 %", "60.0 %", "61.0 %", "62.0 %"):
         assert number in part
     assert "best of" in part  # why none of them is singled out
+
+
+CEILING = {
+    "accuracy_ceiling": {"lr": 96.0, "mlp": 97.0, "cnn": 98.5},
+    "accuracy_chance": 51.0,
+    "classes": {
+        "classifier": "cnn",
+        "of": [
+            {"name": "<cat>", "accuracy": 93.1, "ceiling": 99.2, "test_images": 29},
+            {"name": "dog", "accuracy": None, "ceiling": None, "test_images": 0},
+        ],
+    },
+    "agreement": {"classifier": "cnn", "percent": 91.4, "images": 20, "chance": 50.0},
+    "ledger": {"runs": 3, "not_private": 1, "epsilon": 17.25, "delta": 1e-4},
+}
+
+
+def test_the_ceiling_stands_beside_each_accuracy_and_class(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results(**CEILING))
+    part = sections(page(run))["How useful"]
+    for number in ("96.0 %", "97.0 %", "98.5 %", "93.1 %", "99.2 %", "51.0 %"):
+        assert number in part
+    assert "Class by class" in part and "&lt;cat&gt;" in part and "dog" not in part
+    told = json.loads((run.path / "evaluate" / "report.json").read_text())
+    sensitive = {"accuracy_ceiling", "accuracy_chance", "classes", "ledger"}
+    assert sensitive <= set(told["not_covered_by_the_promise"])
+    assert "agreement" not in told["not_covered_by_the_promise"]  # from the synthetic set alone
+    assert 'class="warned"' not in page(run)
+
+
+def test_a_result_near_chance_is_told_first_with_three_reasons(run: RunDir, tiny_config: Config) -> None:
+    low = {"accuracy": {"lr": 52.0, "mlp": 55.0, "cnn": 54.0}}
+    changes = CEILING | low | {"accuracy_before": {"lr": 53.0, "mlp": 56.0, "cnn": 50.0}}
+    report.write(run, tiny_config, results(**changes))
+    text = page(run)
+    box = re.search(r'<section class="warned">(.*?)</section>', text, re.DOTALL)
+    assert box and text.index(box.group()) < text.index("What was made")
+    assert "The result is near chance" in box.group(1) and "55.0 %" in box.group(1)
+    reasons = re.findall(r"<li>(.*?)</li>", box.group(1))
+    assert len(reasons) == 3
+    assert "do not resemble" in reasons[0] and "classes are not the real ones" in reasons[1]
+    assert "made it worse (before: 56.0 %)" in reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"parameters": 10**9}, "The noise drowns the signal"),
+        ({"accuracy_ceiling": {"lr": 70.0, "mlp": 67.0, "cnn": 68.0}}, "The task is hard"),
+        ({"agreement": CEILING["agreement"] | {"percent": 55.0}}, "do not show their labels"),  # type: ignore[operator]
+        ({"synthetic": {"images": 40, "classes": ["a", "b"]}}, "20 synthetic images of a class"),
+        ({}, "finetune.steps"),
+    ],
+)
+def test_reasons_are_those_that_the_numbers_name(changes: dict, told: str) -> None:
+    quiet: dict = {
+        "accuracy": {"lr": 54.0, "mlp": 52.0, "cnn": 53.0},
+        "accuracy_before": None,
+        "agreement": None,
+        "synthetic": {"images": 4000, "classes": ["a", "b"]},
+        "sensitive": {"images": 60_000, "test_images": 50},
+    }
+    found = advice.warnings(results(**CEILING | quiet | changes))
+    assert found[0].title == "The result is near chance"
+    assert told in found[0].reasons[0]
+
+
+def test_labels_that_do_not_fit_their_images_are_told() -> None:
+    for percent, wanted in ((91.4, []), (60.0, ["Labels and images disagree"])):
+        agreement = {"agreement": {"classifier": "cnn", "percent": percent, "images": 20, "chance": 50.0}}
+        found = advice.warnings(results(**CEILING | agreement))
+        assert [box.title for box in found] == wanted
+
+
+def test_what_to_do_before_publishing(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results(**CEILING))
+    part = sections(page(run))["Before you publish"]
+    for said in ("19.96", "several images", "few images only", "chosen by results", "17.25", "without noise"):
+        assert said.replace("19.96", "20") in part, said
+    grouped = PROMISE | {"neighbours": "add or remove one person"}
+    report.write(run, tiny_config, results(**CEILING | {"privacy": grouped}))
+    part = sections(page(run))["Before you publish"]
+    assert "add or remove one person" in part and "several images" not in part
+
+
+def test_the_cost_is_in_hours_and_an_estimate_of_energy(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    part = sections(page(run))["What it took"]
+    assert "2.5 min" in part and "core hours" in part and "an estimate" in part and "GPU time" not in part
+    costs = report.cost({"a": {"seconds": 7200, "cpu_seconds": 3600, "gpu_seconds": 7200}, "b": {}})
+    assert costs["kwh"] == pytest.approx((10 + 2 * 500) / 1000)
+
+
+def test_an_older_report_is_still_read(run: RunDir, tiny_config: Config) -> None:
+    report.write(run, tiny_config, results())
+    path = run.path / "evaluate" / "report.json"
+    told = json.loads(path.read_text())
+    assert "accuracy_ceiling" not in told  # as before there was one
+    report.rebuild(run)
+    assert "Class by class" not in page(run)
+
+
+def test_runs_are_set_side_by_side_for_their_owner_alone(
+    run: RunDir, tiny_config: Config, tmp_path: Path
+) -> None:
+    report.write(run, tiny_config, results(**CEILING))
+    other = RunDir(tmp_path / "other <run>")
+    shutil.copytree(run.path / "evaluate" / "figures", other.stage("evaluate") / "figures")
+    report.write(other, tiny_config, results(accuracy={"lr": 12.5, "mlp": None, "cnn": 99.9}))
+    out = tmp_path / "comparison.html"
+    compare([run.path, other.path], out)
+    text = out.read_text()
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert "for the owner of the data" in text and "not covered by the promise" in text
+    for said in ("other &lt;run&gt;", "<strong>99.9 %</strong>", "91.2 %", "98.5", "FD-768", "9.98"):
+        assert said in text, said
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "Not the same" not in text
+    changes = {"sensitive": {"images": 299, "test_images": 50}, "fidelity": FIDELITY | {"name": "FID"}}
+    report.write(other, tiny_config, results(**changes))
+    compare([run.path, other.path], out)
+    assert "Not the same images" in out.read_text() and "Not the same distance" in out.read_text()
+    with pytest.raises(UserError, match="no report"):
+        compare([run.path, tmp_path / "nowhere"], out)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_names_of_classes_stand_in_line_with_their_rows(
+    run: RunDir, tiny_config: Config, tmp_path: Path, width: int
+) -> None:
+    classes = [f"a rather long name {i}" for i in range(12)]
+    images = np.zeros((192, 1, 8, 8), np.uint8)
+    folder = run.path / "evaluate" / "figures"
+    rows = figures.sample_grid(folder / "samples.png", images, np.arange(192) % 12, 12)
+    synthetic = {"images": 192, "resolution": 8, "channels": 1, "classes": classes}
+    report.write(run, tiny_config, results(synthetic=synthetic, grid_classes=rows))
+    # The browser itself says how far each name is from the middle of its row, as a share of the row.
+    script = """<script>onload = () => {
+      const box = document.querySelector(".grid img").getBoundingClientRect(), row = box.height / 12;
+      const off = [...document.querySelectorAll(".grid span")].map((span, i) => {
+        const name = span.getBoundingClientRect();
+        const middle = (name.top + name.bottom) / 2 - box.top - (i + .5) * row;
+        return Math.max(Math.abs(middle), name.height - row) / row;
+      });
+      document.title = "off " + Math.max(...off) + " wide " + document.documentElement.scrollWidth;
+    }</script></body>"""
+    (tmp_path / "inner.html").write_text(page(run).replace("</body>", script))
+    told = 'onload="document.title = contentDocument.title"'
+    frame = f'<iframe src="inner.html" width="{width}" height="900" {told}>'
+    (tmp_path / "page.html").write_text(frame)
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
+    ended = subprocess.run(
+        ["chromium", *flags, "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "page.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r"<title>off ([\d.]+) wide (\d+)</title>", ended.stdout)
+    assert found, ended.stderr[-2000:]
+    assert float(found.group(1)) < 0.25
+    assert int(found.group(2)) <= width
 
 
 def test_names_of_classes_cannot_inject(run: RunDir, tiny_config: Config) -> None:

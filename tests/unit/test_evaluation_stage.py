@@ -112,12 +112,12 @@ def test_a_restart_measures_nothing_twice(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_request_to_stop_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(tmp_path, "evaluate.classifiers=[lr,mlp]")
+    settings = config(tmp_path, "evaluate.classifiers=[lr,mlp]", "evaluate.ceiling=false")
     run = release(settings, *noisy_digits(settings))
 
-    def asked_meanwhile(*_: object) -> float:
+    def asked_meanwhile(training: utility.Labelled, tests: utility.Labelled, _: int) -> np.ndarray:
         monkeypatch.setattr(stop, "requested", True)
-        return 70.0
+        return tests.labels
 
     monkeypatch.setitem(utility.SHALLOW, "lr", asked_meanwhile)
     monkeypatch.setitem(utility.SHALLOW, "mlp", lambda *_: pytest.fail("went on"))
@@ -126,8 +126,53 @@ def test_a_request_to_stop_keeps_what_was_measured(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     monkeypatch.setitem(utility.SHALLOW, "lr", lambda *_: pytest.fail("measured twice"))
     evaluate.run(settings, run, ALONE)
-    assert told(run)["accuracy"]["lr"] == 70.0
+    assert told(run)["accuracy"]["lr"] == 100.0
     assert told(run)["accuracy"]["mlp"] > 85
+
+
+def test_the_ceiling_is_of_real_images_and_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path)
+    images, labels = noisy_digits(settings, noise=100)
+    run = release(settings, images, labels)
+    evaluate.run(settings, run, ALONE)
+    first = told(run)
+    assert first["accuracy"]["lr"] < first["accuracy_ceiling"]["lr"] > 94
+    assert [row["name"] for row in first["classes"]["of"]] == list("0123456789")
+    of = first["classes"]["of"]
+    total = sum(row["accuracy"] * row["test_images"] for row in of) / sum(row["test_images"] for row in of)
+    assert total == pytest.approx(first["accuracy"]["lr"])
+    assert {path.name for path in run.private.iterdir()} >= {"ceiling.json"}
+
+    # Another synthetic set of the same run: the real images are not learnt from again.
+    real = utility.SHALLOW["lr"]
+
+    def without_real(training: utility.Labelled, tests: utility.Labelled, seed: int) -> np.ndarray:
+        assert len(training) < 1437
+        return real(training, tests, seed)
+
+    monkeypatch.setitem(utility.SHALLOW, "lr", without_real)
+    release(settings, *noisy_digits(settings, noise=10))
+    evaluate.run(settings, run, ALONE)
+    assert told(run)["accuracy_ceiling"] == first["accuracy_ceiling"]
+    assert told(run)["accuracy"]["lr"] > first["accuracy"]["lr"]
+    settings = config(tmp_path, "evaluate.ceiling=false")
+    evaluate.run(settings, run, ALONE)
+    assert told(run)["accuracy_ceiling"] is None
+
+
+def test_labels_that_were_shuffled_do_not_agree_with_their_images(tmp_path: Path) -> None:
+    found = []
+    for name in ("as they are", "shuffled"):
+        settings = config(tmp_path / name)
+        images, labels = noisy_digits(settings)
+        labels = np.random.default_rng(1).permutation(labels) if name == "shuffled" else labels
+        run = release(settings, images, labels)
+        evaluate.run(settings, run, ALONE)
+        found.append(told(run)["agreement"])
+    assert found[0]["percent"] > 80 and found[1]["percent"] < 25
+    assert found[0] | {"percent": 0} == {"classifier": "lr", "percent": 0, "images": 300, "chance": 10}
 
 
 @pytest.mark.parametrize("change", ["images", "settings", "figures"])
@@ -145,9 +190,9 @@ def test_results_of_something_else_are_not_kept(
     else:  # whoever deletes the folder wants it done again
         for path in sorted((run.path / "evaluate").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    monkeypatch.setitem(utility.SHALLOW, "lr", lambda *_: 12.5)
+    monkeypatch.setitem(utility.SHALLOW, "lr", lambda _, tests, __: 1 - tests.labels)
     evaluate.run(settings, run, ALONE)
-    assert told(run)["accuracy"]["lr"] == 12.5
+    assert told(run)["accuracy"]["lr"] == 0
 
 
 def test_nonpriv_is_the_ceiling_and_makes_no_claim(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Subject:
     vectors: dict[str, np.ndarray] | None  # of words, for the similarity in meaning
     figures: Path
     finished: Finished
+    ceiling: Finished  # measured on real images alone: it stays while the synthetic set changes
 
 
 @dataclass(frozen=True)

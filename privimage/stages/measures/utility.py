@@ -1,24 +1,30 @@
-"""Accuracy: classifiers trained on synthetic images, tested on real ones."""
+"""Accuracy: classifiers trained on synthetic images, tested on real ones, beside the real-data ceiling."""
 
+from collections.abc import Callable
 from functools import partial
 
-from privimage.config.seeds import public_seed
+import numpy as np
+
 from privimage.evaluation import report, utility
 from privimage.evaluation.utility import Labelled
+from privimage.stages.measures.classify import predicted, seed, strongest, trained_cnn
 from privimage.stages.measures.subject import Measure, Subject
 from privimage.telemetry.progress import say
 
 EMBEDDED = 1000  # images of each kind in the t-SNE figure
 
 Scores = dict[str, float | None]
+# Per classifier, what `_judged` says of its answers.
+Judged = dict[str, dict]
 
 
 def _take(subject: Subject) -> dict:
-    """Accuracies in percent of the classifiers trained on the synthetic set, and on what the pretrained
-    generator made; by name of the classifier.
+    """Accuracies in percent, by name of the classifier, after training on the synthetic set, on what the
+    pretrained generator made, and on the sensitive images themselves.
     """
     empty: Scores = dict.fromkeys(report.CLASSIFIERS)
-    nothing = {"accuracy": empty, "accuracy_before": None, "accuracy_before_images": 0, "accuracy_note": ""}
+    nothing: dict = dict.fromkeys(("accuracy_before", "accuracy_ceiling", "accuracy_chance"))
+    nothing |= {"accuracy": empty, "accuracy_before_images": 0, "accuracy_note": "", "classes": None}
     if subject.test is None:
         why = "data.sensitive.test_path names no held-out images to test on"
         return nothing | {"accuracy_note": f"Not measured: {why}."}
@@ -29,61 +35,65 @@ def _take(subject: Subject) -> dict:
     # public classes teach nothing about the sensitive ones.
     source = subject.after or Labelled(subject.train.images[:], subject.train.labels)
     before = subject.before if subject.before and subject.before.labels.min() >= 0 else None
-    after = _scores(subject, source, "after")
-    earlier = _scores(subject, before, "before") if before else None
+    after = _all(subject, source, "after")
+    earlier = _all(subject, before, "before") if before else None
+    ceiling = (
+        _all(subject, None, "real images") if subject.after and subject.config.evaluate.ceiling else None
+    )
 
+    scores = {name: _scores(judged) for name, judged in (("after", after), ("before", earlier))}
     if subject.world.is_main:
         from privimage.evaluation import figures as draw
 
-        known = [
-            {key: value for key, value in (scores or {}).items() if value is not None}
-            for scores in (after, earlier)
-        ]
-        draw.accuracies(
-            subject.figures / "sensitive-accuracy.png", known[0], known[1], 100 / subject.n_classes
-        )
+        known = [{key: value for key, value in s.items() if value is not None} for s in scores.values()]
+        file = subject.figures / "sensitive-accuracy.png"
+        draw.accuracies(file, known[0], known[1], 100 / subject.n_classes)
+    # What saying always the same would get right, where the classes of the test images are not even.
+    counts = np.bincount(subject.test.labels, minlength=subject.n_classes)
     return nothing | {
-        "accuracy": after,
-        "accuracy_before": earlier,
+        "accuracy": scores["after"],
+        "accuracy_before": scores["before"] if earlier else None,
         "accuracy_before_images": len(before) if before else 0,
+        "accuracy_ceiling": _scores(ceiling) if ceiling else None,
+        "accuracy_chance": float(100 * counts.max() / counts.sum()),
+        "classes": _by_class(subject, after, ceiling, counts) if subject.world.is_main else None,
     }
 
 
-def _scores(subject: Subject, training: Labelled, name: str) -> Scores:
-    scores: Scores = dict.fromkeys(report.CLASSIFIERS)
+def _all(subject: Subject, training: Labelled | None, name: str) -> Judged:
+    """Each classifier of the settings; trained on the sensitive images where `training` is None."""
+    found: Judged = {}
+    kept = subject.finished if training else subject.ceiling
     for key in subject.config.evaluate.classifiers:
-        score = partial(_score, subject, key, training, name)
-        scores[key] = subject.finished.get(f"{key} ({name})", score)
+        found[key] = kept.get(f"{key} ({name})", partial(_judged, subject, key, training, name))
         if subject.world.is_main:
+            count = len(training or subject.train.labels)
             say(
-                f"evaluate: {key} trained on {len(training)} images ({name}): {scores[key]:.1f} % of "
-                f"{len(subject.test.labels) if subject.test else 0} real test images"
+                f"evaluate: {key} trained on {count} images ({name}): {found[key]['percent']:.1f} % of "
+                f"{len(_held_out(subject))} real test images"
             )
-    return scores
+    return found
 
 
-def _score(subject: Subject, key: str, training: Labelled, name: str) -> float | None:
-    if key == "cnn":
-        return _cnn(subject, training, name)
-    if not subject.world.is_main:
-        return None  # scikit-learn's classifiers run on one rank
-    return utility.SHALLOW[key](training, _held_out(subject), _seed(subject))
+def _judged(subject: Subject, key: str, training: Labelled | None, name: str) -> dict | None:
+    """The accuracy of one classifier on the real test images, in percent, of all and of each class."""
+    held_out = _held_out(subject)
+    training = training or Labelled(subject.train.images[:], subject.train.labels)
+    answer: Callable = _cnn_with_figures if key == "cnn" and name == "after" else predicted
+    labels = answer(subject, key, training, held_out, name)
+    if labels is None:
+        return None
+    counts = utility.confusion(labels, held_out.labels, subject.n_classes)
+    of_class = [100 * row[c] / row.sum() if row.sum() else None for c, row in enumerate(counts)]
+    return {"percent": utility.percent(labels, held_out.labels), "of_class": of_class}
 
 
-def _cnn(subject: Subject, training: Labelled, name: str) -> float:
-    settings, held_out = subject.config.evaluate, _held_out(subject)
-    network = utility.train_cnn(
-        training,
-        subject.n_classes,
-        epochs=settings.cnn_epochs,
-        batch_size=settings.cnn_batch_size,
-        flip=subject.config.pretrain.flip,
-        seed=_seed(subject),
-        world=subject.world,
-        label=f"cnn ({name})",
-    )
+def _cnn_with_figures(
+    subject: Subject, key: str, training: Labelled, held_out: Labelled, name: str
+) -> np.ndarray:
+    network = trained_cnn(subject, training, name)
     predictions = utility.predict(network, held_out.images, subject.world.device)
-    if name == "after" and subject.world.is_main:
+    if subject.world.is_main:
         from privimage.evaluation import figures as draw
 
         counts = utility.confusion(predictions.labels, held_out.labels, subject.n_classes)
@@ -98,9 +108,22 @@ def _cnn(subject: Subject, training: Labelled, name: str) -> float:
             predictions.features[:EMBEDDED],
             held_out.labels[:EMBEDDED],
             classes,
-            _seed(subject),
+            seed(subject),
         )
-    return utility.percent(predictions.labels, held_out.labels)
+    return predictions.labels
+
+
+def _scores(judged: Judged | None) -> Scores:
+    return {key: (judged or {}).get(key, {}).get("percent") for key in report.CLASSIFIERS}
+
+
+def _by_class(subject: Subject, after: Judged, ceiling: Judged | None, counts: np.ndarray) -> dict:
+    """Accuracy of the strongest classifier on the test images of each class, in percent."""
+    key = strongest(subject)
+    highest = ceiling[key]["of_class"] if ceiling else [None] * subject.n_classes
+    columns = zip(subject.train.classes, after[key]["of_class"], highest, counts.tolist(), strict=True)
+    names = ("name", "accuracy", "ceiling", "test_images")
+    return {"classifier": key, "of": [dict(zip(names, row, strict=True)) for row in columns]}
 
 
 def _held_out(subject: Subject) -> Labelled:
@@ -108,12 +131,16 @@ def _held_out(subject: Subject) -> Labelled:
     return Labelled(subject.test.images[:], subject.test.labels)
 
 
-def _seed(subject: Subject) -> int:
-    return public_seed(subject.config, "classifiers") % 2**32  # scikit-learn takes 32 bits
-
-
 UTILITY = Measure(
-    ("accuracy", "accuracy_before", "accuracy_before_images", "accuracy_note"),
+    (
+        "accuracy",
+        "accuracy_before",
+        "accuracy_before_images",
+        "accuracy_ceiling",
+        "accuracy_chance",
+        "accuracy_note",
+        "classes",
+    ),
     _take,
     figures=("sensitive-accuracy", "sensitive-confusion", "sensitive-tsne"),
 )
