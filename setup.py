@@ -47,7 +47,6 @@ setup(
         "safetensors>=0.4,<1",
     ],
     extras_require={
-        "formats": ["pyarrow>=14"],
         "cluster": [
             "deepspeed>=0.17,<0.20",
             "mpi4py>=4.0,<5",

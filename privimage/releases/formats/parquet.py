@@ -37,7 +37,7 @@ def _write(folder: Path, synthetic: SyntheticSet) -> None:
 
 
 def _missing() -> str:
-    return "" if importlib.util.find_spec("pyarrow") else "pyarrow; pip install 'privimage[formats]'"
+    return "" if importlib.util.find_spec("pyarrow") else "pyarrow; pip install 'privimage[parquet]'"
 
 
 PARQUET = Format(
