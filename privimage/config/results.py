@@ -70,6 +70,11 @@ class Evaluate(Section):
     inception_weights: Path | None = Field(
         None, description="Inception 2015-12-05 weights in torch-fidelity's format"
     )
+    vision_weights: Path | None = Field(
+        None,
+        description="weights of DINOv2 or of CLIP's image tower (.pth or .safetensors): fidelity in their "
+        "features too",
+    )
     fidelity_samples: Auto[Annotated[int, Field(ge=10)]] = Field(
         AUTO,
         description="synthetic images that enter FID, KID, precision and recall",

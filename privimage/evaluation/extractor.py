@@ -7,17 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from privimage import torchvision_operators
 from privimage.errors import UserError
+from privimage.models import vit
 
 PUBLISHED = "6726825d"  # first digits of the sha256 of torch-fidelity's weights-inception-2015-12-05
 FIRST_LAYER = "Conv2d_1a_3x3.conv.weight"
 FOREIGN = "these are not the Inception 2015-12-05 weights in torch-fidelity's format"
-NAMES = {"2048": "FID", "768": "FD-768", "stand-in": "stand-in FD"}
+NAMES = {
+    "2048": "FID",
+    "768": "FD-768",
+    "stand-in": "stand-in FD",
+    "dinov2": "FD-DINOv2",
+    "clip": "FD-CLIP",
+}
 NOTES = {
     "2048": "features of the Inception network",
     "768": (
@@ -28,6 +36,8 @@ NOTES = {
         "features of a fixed random network: it only ranks runs on the same set, and is not comparable "
         "to published numbers"
     ),
+    "dinov2": "features of a DINOv2 network: published FD-DINOv2 is that of ViT-L/14",
+    "clip": "features of the image tower of a CLIP network",
 }
 
 
@@ -88,21 +98,22 @@ class StandIn(nn.Module):
         return torch.cat(features, 1)
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+def _read_weights(path: Path, key: str) -> tuple[dict[str, Tensor], str]:
     """The state dict of a weights file, read without running anything in it, and the file's sha256."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"evaluate.inception_weights: {path}: {error.strerror}") from None
+        raise UserError(f"{key}: {path}: {error.strerror}") from None
     try:
-        # weights_only: a file from elsewhere must not be able to run code.
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load(data)
+        else:
+            # weights_only: a file from elsewhere must not be able to run code.
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError
     except Exception:
-        raise UserError(
-            f"evaluate.inception_weights: {path}: not a state dict of tensors, or damaged"
-        ) from None
+        raise UserError(f"{key}: {path}: not a state dict of tensors, or damaged") from None
     return state, hashlib.sha256(data).hexdigest()
 
 
@@ -149,6 +160,21 @@ def choose(features: str, weights: Path | None, scratch: Path) -> Extractor:
     )
 
 
+def vision(weights: Path | None) -> Extractor | None:
+    """The extractor for `evaluate.vision_weights`, DINOv2 or CLIP; None without weights.
+
+    Raises UserError for missing or damaged weights, and for those of another network.
+    """
+    if weights is None:
+        return None
+    state, digest = _read_weights(weights, "evaluate.vision_weights")
+    try:
+        name, network = vit.from_weights(state)
+    except ValueError as error:
+        raise UserError(f"evaluate.vision_weights: {weights}: {error}") from None
+    return Extractor(name, network, digest)
+
+
 @dataclass(frozen=True)
 class Weights:
     """The content of a weights file, its sha256, and the features that are taken from it, "768" or "2048"."""
@@ -167,7 +193,7 @@ def weights_for(features: str, weights: Path | None) -> Weights | None:
         return None
     if weights is None:
         raise UserError(f"evaluate.inception_weights: evaluate.features={features} needs the weights file")
-    state, digest = _read_weights(weights)
+    state, digest = _read_weights(weights, "evaluate.inception_weights")
     if FIRST_LAYER not in state:
         raise UserError(f"evaluate.inception_weights: {weights}: {FOREIGN}")
     # Partial files hold the layers up to the 768 features, and zeros above.

@@ -66,7 +66,11 @@ NUMBERS = (
         for section in ("accuracy", "accuracy_before", "accuracy_ceiling")
         for name in CLASSIFIERS
     ),
-    *(f"{section}.{name}" for section in ("fidelity", "fidelity_before") for name in FIDELITY),
+    *(
+        f"{section}.{name}"
+        for section in ("fidelity", "fidelity_before", "fidelity_vision")
+        for name in FIDELITY
+    ),
     *(f"semantics.{name}" for name in ("sds", "sds_all_public")),
     *(f"memorization.{name}" for name in ("nearest_is_training", "expected", "excess", "identical")),
     *(f"resources.{stage}.{name}" for stage in STAGES for name in MEASURED),
@@ -132,7 +136,7 @@ def write(run: RunDir, config: Config, results: dict) -> None:
 def read(path: Path) -> dict:
     """report.json, also of an older version: what that did not measure is None. Raises UserError."""
     return dict.fromkeys(
-        ("accuracy_ceiling", "accuracy_chance", "agreement", "classes", "ledger")
+        ("accuracy_ceiling", "accuracy_chance", "agreement", "classes", "fidelity_vision", "ledger")
     ) | read_json(path)
 
 

@@ -184,6 +184,7 @@ def feature_weights(visit: Visit) -> None:
     settings = visit.config.evaluate
     if "evaluate" in visit.stages:
         extractor.weights_for(settings.features, settings.inception_weights)
+        extractor.vision(settings.vision_weights)
 
 
 def word_vectors(visit: Visit) -> None:

@@ -56,6 +56,7 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     """Open all that is measured. A mistake in the settings is found here, before the long work."""
     settings = config.evaluate
     network = extractor.choose(settings.features, settings.inception_weights, run_dir.private)
+    vision = extractor.vision(settings.vision_weights)
     vectors = semantics.load_vectors(settings.word_vectors) if settings.word_vectors else None
     # Read on all ranks, which compare their copies.
     train = open_sensitive(config, "train", world, run_dir.sensitive)
@@ -78,7 +79,9 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     if world.is_main:
         figures.mkdir(exist_ok=True)
     sets = (train, test, after, before)
-    return Subject(config, run_dir, world, *sets, n_classes, network, vectors, figures, finished, ceiling)
+    return Subject(
+        config, run_dir, world, *sets, n_classes, network, vision, vectors, figures, finished, ceiling
+    )
 
 
 def _read(path: Path, train: ImageSet, n_classes: int, world: World, lowest: int = 0) -> Labelled:

@@ -60,6 +60,7 @@ class Subject:
     )  # images of the pretrained generator, labels -1 where it knows public classes only
     n_classes: int  # 1 if unlabelled
     extractor: Extractor
+    vision: Extractor | None  # a second one, where its weights are given
     vectors: dict[str, np.ndarray] | None  # of words, for the similarity in meaning
     figures: Path
     finished: Finished
