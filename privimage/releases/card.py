@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from privimage.config.methods import METHODS, PAPERS
+from privimage.privacy.mechanisms import LabelCounts
 from privimage.privacy.statement import statement_for_people
 from privimage.releases.formats import FORMATS
 from privimage.releases.synthetic import SyntheticSet
@@ -70,6 +71,8 @@ def card(synthetic: SyntheticSet, said: dict[str, Any], about: About) -> str:
         about=about,
         classes=[_plain(name) for name in synthetic.classes],
         made=f"{GENERATORS[method.generator]} {PRETRAINING[method.pretraining]}, {training}.",
+        # What is drawn later has its labels in turn.
+        counted=about.drawn_later is None and any(m["name"] == LabelCounts.name for m in said["mechanisms"]),
         paper=PAPERS.get(said["method"]),
         formats=[FORMATS[name] for name in FORMATS if name in about.formats],
     )

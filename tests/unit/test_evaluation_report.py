@@ -261,7 +261,7 @@ def test_what_to_do_before_publishing(run: RunDir, tiny_config: Config) -> None:
     part = sections(page(run))["Before you publish"]
     for said in ("19.96", "several images", "few images only", "chosen by results", "17.25", "without noise"):
         assert said.replace("19.96", "20") in part, said
-    grouped = PROMISE | {"neighbours": "add or remove one person"}
+    grouped = PROMISE | {"neighbours": "add or remove one person", "unit": "group"}
     report.write(run, tiny_config, results(**CEILING | {"privacy": grouped}))
     part = sections(page(run))["Before you publish"]
     assert "add or remove one person" in part and "several images" not in part

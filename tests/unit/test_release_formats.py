@@ -27,6 +27,7 @@ SAID: dict[str, Any] = {
     "method": "privimage+d",
     "private": True,
     "neighbours": "add or remove one image",
+    "unit": "image",
     "accountant": "pld",
     "epsilon": 9.9,
     "delta": 1e-4,
