@@ -210,10 +210,8 @@ def sample(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, or its folder release/")],
     count: Annotated[int, typer.Option(min=1, help="how many images, labels in turn")],
     seed: Annotated[int, typer.Option(min=0, help="another seed gives other images")] = 1,
-    formats: Annotated[
-        str, typer.Option(help="beside synthetic.npz, as synthesize.formats: parquet,png,webdataset,beton")
-    ] = "",
-    out: Annotated[Path | None, typer.Option(help="a new folder; unset: sample-SEED beside release/")] = None,
+    formats: Annotated[str, typer.Option(help="those of synthesize.formats, as parquet,png")] = "",
+    out: Annotated[Path | None, typer.Option(help="unset: sample-SEED beside release/")] = None,
 ) -> None:
     """Draw more images from a released model. It is post-processing and costs no privacy."""
     from privimage.commands.sample import run
