@@ -59,8 +59,8 @@ class Evaluate(Section):
         True,
         description="also train them on the sensitive images, once: what the accuracies are to be judged by",
     )
-    before: bool = Field(
-        True,
+    before: Auto[bool] = Field(
+        AUTO,
         description="also measure the pretrained generator, before private fine-tuning",
         json_schema_extra=on("synthesize", "evaluate"),
     )

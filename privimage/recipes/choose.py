@@ -108,6 +108,7 @@ TRIAL: Choices = {
         "synthesize.samples": 1000,
         "evaluate.cnn_epochs": int(EPOCHS),
         "evaluate.fidelity_samples": 1000,
+        "evaluate.before": True,
     }.items()
 }
 
@@ -244,16 +245,21 @@ def _public_steps(config: Config, seconds: Speeds, speeds: Speeds) -> Choices:
 def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> Choices:
     # As many images as the set has, if there is time to draw them and to train classifiers on them.
     most = float(min(max(2000, facts.count), 50_000))
-    for stage in ("synthesize", "evaluate"):
-        if stage in seconds:
-            most = min(most, seconds[stage] / speeds[stage])
-    samples = tidy(max(most, 500.0))
-    epochs = EPOCHS
-    if "evaluate" in seconds:
-        epochs *= seconds["evaluate"] / (speeds["evaluate"] * (samples + 1000))
+    if "synthesize" in seconds:
+        most = min(most, seconds["synthesize"] / speeds["synthesize"])
+    judged = seconds["evaluate"] / speeds["evaluate"] if "evaluate" in seconds else math.inf
+    # The images of the pretrained generator are half as many: see `rates`.
+    before = judged > 1500 if is_auto(config.evaluate.before) else config.evaluate.before
+    factor = 1.5 if before else 1.0
+    samples = tidy(max(min(most, judged / factor), 500.0))
+    epochs = EPOCHS * min(judged / (samples * factor), 2.5)
     return {
         "synthesize.samples": Choice(samples, "as many as there is time to draw and to judge"),
         "evaluate.cnn_epochs": Choice(_within(epochs, 5, 50), "of the CNN that judges the result"),
+        "evaluate.before": Choice(
+            before,
+            "the pretrained generator is judged too" if before else "no time to judge another generator",
+        ),
     }
 
 

@@ -14,7 +14,6 @@ from privimage.models import parameters
 from privimage.models.resnet import classifier, resnet9
 from privimage.privacy.plan import PrivacyPlan
 
-BEFORE = 1000  # images of the pretrained generator that are judged too
 # Seconds of scikit-learn's classifiers per image, pixel and epoch, of one core: LR, MLP.
 LR_SECONDS, MLP_SECONDS, MLP_IMAGES = 4e-7, 4e-8, 2_000_000
 
@@ -78,7 +77,7 @@ def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:
     if classes < 2 or config.spec.generator == "none":
         return []
     settings, samples = config.evaluate, config.synthesize.samples
-    images = samples + (BEFORE if settings.before else 0)
+    images = samples + (settings.fidelity_samples if settings.before else 0)
     channels, height, width = image_shape(config)
     pixels, seconds = channels * height * width, 0.0
     if "cnn" in settings.classifiers:

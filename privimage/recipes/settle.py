@@ -24,7 +24,7 @@ CHOSEN = {
     "pretrain": ("batch_size", "steps", "learning_rate"),
     "finetune": ("logical_batch_size", "steps", "noise_copies", "max_grad_norm", "learning_rate"),
     "synthesize": ("samples",),
-    "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples"),
+    "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples", "before"),
 }
 ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run then end it
 

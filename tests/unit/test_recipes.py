@@ -49,7 +49,11 @@ def seconds(config: Config) -> float:
         + query.steps * query.batch_size * SPEEDS["query"]
         + pretrain.steps * pretrain.batch_size * SPEEDS["pretrain"]
         + samples * SPEEDS["synthesize"]
-        + (samples + 1000) * config.evaluate.cnn_epochs / 20 * SPEEDS["evaluate"]
+        + samples
+        * (1.5 if config.evaluate.before else 1)
+        * config.evaluate.cnn_epochs
+        / 20
+        * SPEEDS["evaluate"]
     )
 
 
