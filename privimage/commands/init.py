@@ -103,6 +103,8 @@ def _settings(wanted: Wanted) -> Config:
         "privacy": {"epsilon": wanted.epsilon, "delta": wanted.delta},
         "finetune": {"precision": "auto"},
         "runtime": {"precision": "auto"},
+        # Its time grows with N and is not shared out by the rules.
+        "evaluate": {"ceiling": wanted.hours >= 2},
     }
     if None in (wanted.count, wanted.classes, wanted.resolution, wanted.channels):
         _look(tree, wanted)
@@ -191,6 +193,7 @@ WHY = {
     "query.semantics": "no labels to choose by",
     "pretrain.flip": "characters must not be mirrored",
     "finetune.precision": "bf16 where the device is faster in it",
+    "evaluate.ceiling": "whether classifiers learn from the real images too, to compare with; takes time",
     "runtime.precision": "bf16 where the device is faster in it",
 }
 
