@@ -1,7 +1,8 @@
 """The rules: one value, with its reason, for every setting that is `auto`.
 
 They come from the closed form of `signal`, from tables of runs (docs/results.md) and from the papers named
-beside them; `benchmarks/recipes.py` has the sweep that would try them on public sets. A value that the configuration gives is kept, and the others are chosen to suit it.
+beside them; `benchmarks/recipes.py` has the sweep that would try them on public sets. A value that the
+configuration gives is kept, and the others are chosen to suit it.
 """
 
 import math
