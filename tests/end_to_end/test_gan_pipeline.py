@@ -48,7 +48,11 @@ def test_the_release_promises_and_describes_the_private_steps_of_the_discriminat
     assert sorted(path.name for path in (run / "release").iterdir()) == [
         "PRIVACY.json",
         "PRIVACY.md",
+        "README.md",
+        "config.json",
         "model.pt",
+        "model.safetensors",
+        "samples.png",
         "synthetic.npz",
     ]
 

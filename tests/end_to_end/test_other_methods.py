@@ -51,14 +51,19 @@ def synthetic(run: Path) -> tuple[np.ndarray, np.ndarray]:
         return released["images"], released["labels"]
 
 
-@pytest.mark.parametrize(("method", "model"), [("dp-merf", ["model.pt"]), ("private-evolution", [])])
+MODEL = ["config.json", "model.pt", "model.safetensors"]
+
+
+@pytest.mark.parametrize(("method", "model"), [("dp-merf", MODEL), ("private-evolution", [])])
 def test_the_release_is_the_allow_list_and_a_model_only_where_one_was_trained(
     runs: Path, method: str, model: list[str]
 ) -> None:
     assert sorted(path.name for path in (runs / method / "release").iterdir()) == [
         "PRIVACY.json",
         "PRIVACY.md",
+        "README.md",
         *model,
+        "samples.png",
         "synthetic.npz",
     ]
     images, labels = synthetic(runs / method)
