@@ -131,7 +131,8 @@ def problems(config: Config, undisturbed: dict[str, str]) -> list[str]:
     if (config.run.dir / "private" / "root.key").exists():
         found.append("the key was not destroyed")
     released = sorted(path.name for path in (config.run.dir / "release").iterdir())
-    if released != ["PRIVACY.json", "PRIVACY.md", "model.pt", "synthetic.npz"]:
+    model = ["config.json", "model.pt", "model.safetensors"]
+    if released != ["PRIVACY.json", "PRIVACY.md", "README.md", *model, "samples.png", "synthetic.npz"]:
         found.append(f"release holds {released}")
     return found
 

@@ -50,7 +50,9 @@ def test_on_a_cpu_the_gradients_of_large_networks_have_room(
     """In 24 GiB; at worst image by image."""
     monkeypatch.setattr(memory, "total", lambda: 24 << 30)
     module = nn.Linear(numbers // 1000, 1000, bias=False, device="meta")
-    found = physical_batch_size(Finetune(), module, ones, probe, torch.device("cpu"), ranks)
+    found = physical_batch_size(
+        Finetune(logical_batch_size=16_384), module, ones, probe, torch.device("cpu"), ranks
+    )
     assert found == expected
 
 
@@ -58,7 +60,7 @@ def test_a_network_of_which_not_one_gradient_fits_is_refused(monkeypatch: pytest
     monkeypatch.setattr(memory, "total", lambda: 24 << 30)
     module = nn.Linear(300_000, 1000, bias=False, device="meta")
     with pytest.raises(UserError, match=r"a gradient of 300,000,000 numbers .* no room for 8 ranks"):
-        physical_batch_size(Finetune(), module, ones, probe, torch.device("cpu"), 8)
+        physical_batch_size(Finetune(logical_batch_size=16_384), module, ones, probe, torch.device("cpu"), 8)
 
 
 @pytest.mark.parametrize(("ranks", "batches"), [(1, 17), (4, 5), (16, 2), (64, 1)])

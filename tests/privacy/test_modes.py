@@ -18,7 +18,7 @@ QUICK = (
     "pretrain.steps=2",
     "finetune.steps=2",
     "synthesize.samples=12",
-    "synthesize.images=true",
+    "synthesize.formats=[png]",
     "evaluate.fidelity_samples=10",
 )
 
@@ -79,7 +79,7 @@ def test_a_release_is_open_to_all(finished: Path) -> None:
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (release, *release.rglob("*")) if path.is_dir()}
     assert modes == {0o755}
     files = [path for path in release.rglob("*") if path.is_file()]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644} and len(files) == 4 + 12
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644} and len(files) == 8 + 12
 
 
 def test_what_was_there_before_is_restricted(tmp_path: Path) -> None:

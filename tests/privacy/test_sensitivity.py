@@ -3,7 +3,7 @@ batches.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -129,16 +129,23 @@ def test_a_layer_of_millions_of_weights_does_not_carry_an_image_past_the_bound(f
     assert 1 - 3e-5 <= total.norm() <= 1.0
 
 
+@pytest.fixture
+def products_in_tf32() -> Iterator[None]:
+    """What a user may have allowed for matrix products, for one test."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("physical", [32, 5000])
 def test_one_image_more_among_thousands_alike_moves_the_sum_by_at_most_c(
-    device: torch.device, physical: int
+    device: torch.device, physical: int, products_in_tf32: None
 ) -> None:
     """The rounding of a sum in float32 grows with the sum: 2e-4 of C for a logical batch like this one.
 
     In TF32, which a user may have allowed for matrix products, it would be more; clipping does without, and
     leaves the user's choice as it was.
     """
-    torch.set_float32_matmul_precision("medium")
     world, plan = (
         World(0, 0, 1, 1, device),
         DPSGD(

@@ -309,7 +309,7 @@ def test_what_is_computed_on_sensitive_images_is_marked_wherever_a_table_shows_i
             for stage in ("prepare", "query", "pretrain")
             for name in report.MEASURED
         ),
-        *("privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
+        *("agreement.percent", "privacy.epsilon", "privacy.delta", "selection.images", "parameters"),
     }
 
 
