@@ -34,7 +34,14 @@ data:
   sensitive: {kind: folder, path: SET, labelled: false}
 privacy: {epsilon: 10, delta: 1.0e-6, accountant: rdp, insecure_fixed_key: 1, ledger: LEDGERS}
 model: {width: 8, multipliers: [1, 1, 1, 1], attention: [32]}
-finetune: {logical_batch_size: 8, physical_batch_size: 1, steps: 3, noise_copies: 1, max_grad_norm: 0.01}
+finetune: {logical_batch_size: 8, physical_batch_size: 1, steps: 3, noise_copies: 1, max_grad_norm: 0.01,
+  learning_rate: 3.0e-4}
+# Everything is stated: measurements, by which the rules choose, need more memory than there is.
+query: {network: resnet-small, batch_size: 8, steps: 1, learning_rate: 0.01}
+select: {per_image: 1, per_class: 1, max_rise: 0.005}
+pretrain: {batch_size: 8, steps: 1, learning_rate: 1.0e-4}
+synthesize: {samples: 8}
+evaluate: {cnn_epochs: 1, cnn_batch_size: 8, fidelity_samples: 10, before: false}
 runtime: {device: cpu, threads: 1}
 """
 
