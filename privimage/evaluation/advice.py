@@ -90,7 +90,9 @@ def _noise(report: dict[str, Any]) -> str | None:
     steps = [m for m in report["privacy"]["mechanisms"] if m["sample_rate"] < 1]
     if not steps or not report["parameters"]:
         return None
-    batch = steps[0]["sample_rate"] * report["sensitive"]["images"]
+    # N counts groups where they are the unit of the promise.
+    units = report["sensitive"]["images"] or report["sensitive"]["groups"]
+    batch = steps[0]["sample_rate"] * units
     signal = math.sqrt(sum(m["count"] for m in steps)) * batch
     ratio = signal / (steps[0]["noise_multiplier"] * math.sqrt(report["parameters"]))
     if ratio > 5:

@@ -17,7 +17,8 @@ def compare(runs: Sequence[Path], out: Path) -> None:
     """
     columns = [_column(run) for run in runs]
     # Numbers on other images cannot be compared.
-    sets = {(c["report"]["sensitive"]["images"], c["report"]["sensitive"]["test_images"]) for c in columns}
+    sizes = ("images", "groups", "test_images")
+    sets = {tuple(c["report"]["sensitive"].get(name) for name in sizes) for c in columns}
     distances = {c["report"]["fidelity"]["name"] for c in columns if c["report"]["fidelity"]["name"]}
     page = report.template("compare.html.j2").render(
         runs=columns,

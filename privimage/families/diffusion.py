@@ -112,8 +112,10 @@ class Diffusion(DiffusionFamily, FineTuned):
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """The denoiser, and the generator of a warm start that has one."""
-        matched = {"matched generator": build_generator(config, n_classes)}
-        return super().networks(config, n_classes) | (matched if "embedding" in config.warm_starts else {})
+        networks = super().networks(config, n_classes)
+        if "embedding" in config.warm_starts:
+            networks["matched generator"] = build_generator(config, n_classes)
+        return networks
 
     def warm_training(
         self, config: Config, n_classes: int, world: World, pretrained: dict | None

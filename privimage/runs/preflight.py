@@ -17,7 +17,6 @@ from privimage.data import beton, store
 from privimage.data.decode import DamagedError, Source
 from privimage.data.request import ONE_CLASS
 from privimage.data.sources import (
-    count_of,
     form,
     has_test_split,
     held_out_source,
@@ -231,9 +230,7 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
 
     What is found is cached: the stages that follow do not search again.
     """
-    count = visit.config.data.sensitive.count
-    if visit.sensitive is not None:
-        count = count_of(visit.config, visit.sensitive)
+    count = visit.count
     begun = (visit.run.path / "private" / "account.json").exists()  # with a plan of its own
     if not (count and visit.config.spec.private and visit.opens_account) or begun:
         return
@@ -244,9 +241,8 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
 
 def usefulness(visit: Visit) -> None:
     """Say where noise must drown what the set can teach; the run goes on."""
-    if visit.needs(TRAINING) and visit.sensitive is not None:
-        for line in too_little_signal(visit.config, len(visit.sensitive), visit.rows or 0):
-            visit.warnings.append(line)
+    if visit.needs(TRAINING) and visit.sensitive is not None and visit.count is not None:
+        visit.warnings += too_little_signal(visit.config, visit.count, visit.rows or 0)
 
 
 def ledger(visit: Visit) -> None:

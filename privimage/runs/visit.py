@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from privimage.config import Config
 from privimage.config.stages import TRAINING
 from privimage.data.decode import Source
+from privimage.data.sources import count_of
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.storage.rundir import RunDir
@@ -42,6 +43,13 @@ class Visit:
         except ModuleNotFoundError:
             if not self.mistakes:  # a missing package has been reported already
                 raise
+
+    @property
+    def count(self) -> int | None:
+        """N, the number of units of the sensitive set: as it is, else as it is stated."""
+        if self.sensitive is None:
+            return self.config.data.sensitive.count
+        return count_of(self.config, self.sensitive)
 
     @property
     def rows(self) -> int | None:

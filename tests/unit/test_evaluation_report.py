@@ -226,6 +226,15 @@ def test_a_result_near_chance_is_told_first_with_three_reasons(run: RunDir, tiny
     assert "made it worse (before: 56.0 %)" in reasons[2]
 
 
+def test_a_set_of_groups_has_its_ceiling_and_its_warnings_too(run: RunDir, tiny_config: Config) -> None:
+    """How many images it has is private, and not in the report."""
+    groups = {"sensitive": {"images": None, "groups": 75, "test_images": 50}, "parameters": 10**9}
+    low = {"accuracy": {"lr": 52.0, "mlp": 55.0, "cnn": 54.0}}
+    report.write(run, tiny_config, results(**CEILING | low | groups))
+    assert "the images of 75 groups; a private set" in sections(page(run))["How useful"]
+    assert "The noise drowns the signal" in page(run)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

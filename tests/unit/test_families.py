@@ -11,6 +11,7 @@ from privimage.config.seeds import public_seed
 from privimage.data.sensitive import ImageDraws
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
+from privimage.errors import UserError
 from privimage.families import family, finetuned_family, pretrained_family
 from privimage.families.gan import GanPrivate, GanPublic
 
@@ -115,6 +116,15 @@ def test_every_network_is_counted(method: str) -> None:
         if method == "dpdm"
         else {"generator": own["generator"], "discriminator": own["module"]}
     )
+
+
+def test_a_size_that_only_the_generator_of_a_warm_start_cannot_make_is_refused_with_one_alone() -> None:
+    """36 pixels are three doublings from 4.5, and divide by 4."""
+    config = settings("dpdm", "data.resolution=36")
+    assert list(family(config).sizes(config, 10)) == ["generator"]
+    with pytest.raises(UserError, match=r"data\.resolution"):
+        warm = settings("dpdm", "data.resolution=36", "warm.starts=[embedding]")
+        family(warm).sizes(warm, 10)
 
 
 @pytest.mark.parametrize("method", ["privimage+d", "privimage+g"])
