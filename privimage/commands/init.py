@@ -9,25 +9,16 @@ import torch
 import yaml
 
 from privimage.config import Config, parse
+from privimage.config.stages import STAGES
+from privimage.data.folder import KINDS
 from privimage.data.sources import sensitive_source
-from privimage.distributed.world import World
+from privimage.distributed.world import alone
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
 from privimage.recipes.choose import Choices
 from privimage.recipes.settle import chosen
 
-SUFFIXES = {
-    ".npz": "npz",
-    ".beton": "beton",
-    ".npy": "beton",
-    ".zip": "zip",
-    ".csv": "csv",
-    ".jsonl": "jsonl",
-    ".tar": "webdataset",
-    ".parquet": "parquet",
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-}
+SUFFIXES = KINDS | {".npy": "beton"}  # a store without FFCV
 EMBEDDED = ("digits", "glyphs")
 CHARACTERS = ("digits", "glyphs", "mnist", "fashion-mnist")  # kinds whose images must not be mirrored
 RESOLUTIONS = (8, 16, 28, 32, 64)
@@ -64,7 +55,7 @@ def write(wanted: Wanted) -> None:
         config,
         count,
         (sensitive.class_count or 2) if sensitive.labelled else 0,
-        World(0, 0, 1, 1, device),
+        alone(device),
     )
     sys.stdout.write(rendered(config, choices, device))
 
@@ -202,12 +193,11 @@ def rendered(config: Config, choices: Choices, device: torch.device) -> str:
     """The YAML text: what was asked for and what was chosen, a reason beside each line."""
     lines = {key: (value, WHY[key]) for key, value in _given(config).items()}
     lines |= {key: (choice.value, choice.why) for key, choice in choices.items()}
-    needed = {"query": "query", "select": "select", "pretrain": "pretrain", "finetune": "finetune"}
     text = [_head(config, device)]
     section = ""
     for key, (value, why) in sorted(lines.items(), key=lambda one: _place(one[0])):
         parts = key.split(".")
-        if parts[0] in needed and parts[0] not in config.stages:
+        if parts[0] in STAGES and parts[0] not in config.stages:
             continue
         for depth in range(1, len(parts)):
             head = ".".join(parts[:depth])

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from privimage.config import Config
 from privimage.distributed.precision import resolved
-from privimage.distributed.world import World
+from privimage.distributed.world import alone
 from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import Work
@@ -83,7 +83,8 @@ def plan_run(config: Config) -> RunPlan:
     # Time is measured where this runs, which should be the kind of machine that will train.
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
     # What a run would choose here for settings that are left at `auto`, or has chosen.
-    config = settled(config, World(0, 0, 1, 1, device), RunDir(config.run.dir))
+    world = alone(device)
+    config = settled(config, world, RunDir(config.run.dir))
     other = None
     # The other accountant is shown beside the one that is used: a check, and the price of the choice.
     if config.spec.private:
@@ -95,7 +96,7 @@ def plan_run(config: Config) -> RunPlan:
     if config.spec.generator == "none":
         return RunPlan(config, count, classes, privacy, other, {}, [], device.type)
     # `auto` settings of the precision are resolved for the machine at hand, as a run would.
-    work = work_of(resolved(config, World(0, 0, 1, 1, device)), privacy, count, classes, device)
+    work = work_of(resolved(config, world), privacy, count, classes, device)
     sizes = family(config).sizes(config, classes)
     return RunPlan(config, count, classes, privacy, other, sizes, work, device.type)
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-from privimage.commands.plan import public_size
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data import store
 from privimage.distributed.world import ALONE
 from privimage.errors import Stopped, UserError
+from privimage.evaluation.report import CLASSIFIERS
 from privimage.experiments.execute import execute
 from privimage.experiments.gather import Cell, gather
 from privimage.experiments.settings import load
 from privimage.experiments.table import write
+from privimage.recipes.facts import public_size
 from privimage.runs import pipeline
 from privimage.stages.public_set import public_labels
 from privimage.storage.files import write_arrays, write_whole
@@ -27,11 +28,6 @@ from privimage.telemetry.progress import say
 MOST = 200_000  # public images of a rehearsal
 PREPARING = "pdp-diffusion"  # a method with a stage `prepare`
 HELD_OUT = 0.2  # of the images of a stand-in's classes: for the evaluation
-MEASURES = {
-    "LR": {"key": "accuracy.lr", "best": "highest", "unit": "%"},
-    "MLP": {"key": "accuracy.mlp", "best": "highest", "unit": "%"},
-    "CNN": {"key": "accuracy.cnn", "best": "highest", "unit": "%"},
-}
 
 
 def run(config: Config, tries: Sequence[str], seeds: int) -> int:
@@ -135,7 +131,9 @@ def _experiment(config: Config, folder: Path, axes: dict[str, dict[str, list[str
         "axes": axes or {"settings": {"as given": []}},
         "seeds": list(range(seeds)),
         "measures": {
-            name: measure for name, measure in MEASURES.items() if name.lower() in config.evaluate.classifiers
+            key.upper(): {"key": f"accuracy.{key}", "best": "highest", "unit": "%"}
+            for key in CLASSIFIERS
+            if key in config.evaluate.classifiers
         },
     }
 

@@ -1,6 +1,5 @@
 """`privimage sample`: more images from a released model, in a folder like that of the release."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import torch
 from privimage.config.results import Synthesize
 from privimage.config.section import validated
 from privimage.errors import UserError
-from privimage.releases.assemble import assemble
+from privimage.releases.assemble import assemble, whole
 from privimage.releases.formats import FORMATS
 from privimage.releases.synthetic import SyntheticSet
 from privimage.runs.release import Release
-from privimage.storage import owner_only
 
 
 def run(path: Path, count: int, seed: int, formats: str, out: Path | None) -> None:
@@ -38,13 +36,8 @@ def run(path: Path, count: int, seed: int, formats: str, out: Path | None) -> No
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     synthetic = SyntheticSet(*release.sample(count, seed, device), release.classes)
-    # Whole or not at all, as the release itself.
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    assemble(aside, config, synthetic, release.promise, labelled=release.labelled, drawn_later=seed)
-    owner_only.open_to_all(aside)
-    aside.rename(folder)
+    with whole(folder) as aside:
+        assemble(aside, config, synthetic, release.promise, labelled=release.labelled, drawn_later=seed)
     sys.stdout.write(f"{folder}: {count:,} images, seed {seed}. {_promise(release.promise)}\n")
 
 

@@ -60,8 +60,8 @@ def below(folder: Path) -> Iterator[str]:
 
 def _leads_back(place: str, name: str) -> bool:
     """Whether a folder is a link to one that it lies in."""
-    path = os.path.join(place, name)  # noqa: PTH118
-    return os.path.islink(path) and f"{os.path.realpath(place)}/".startswith(f"{os.path.realpath(path)}/")  # noqa: PTH114
+    path = Path(place, name)
+    return path.is_symlink() and Path(place).resolve().is_relative_to(path.resolve())
 
 
 def open_file(path: str) -> Image.Image | Values:

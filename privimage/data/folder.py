@@ -9,7 +9,7 @@ from privimage.data.decode import Source
 from privimage.data.request import Request, part
 from privimage.errors import UserError
 
-# What people give in place of a folder, and the kind that reads it.
+# Files in place of a folder, by the ending of their names, and the kind that reads them.
 KINDS = {
     ".beton": "beton",
     ".csv": "csv",

@@ -13,7 +13,7 @@ from PIL import Image
 from privimage.data import files, labels
 from privimage.data.arrays import with_groups
 from privimage.data.decode import Source
-from privimage.data.request import Request
+from privimage.data.request import Request, column
 from privimage.errors import UserError
 
 IMAGES = ("image", "img", "images")
@@ -46,18 +46,18 @@ def read(request: Request) -> Source:
     for file in _files(request):
         try:
             table = _Rows(str(file))
-            image = _column(file, table.columns, columns.image, IMAGES, "image_column")
+            image = column(file, table.columns, columns.image, IMAGES, "image_column")
             items += [
                 (str(file), image, part, row)
                 for part, count in enumerate(table.counts())
                 for row in range(count)
             ]
             if request.labelled:
-                label = _column(file, table.columns, columns.label, LABELS, "label_column")
+                label = column(file, table.columns, columns.label, LABELS, "label_column")
                 raw.append(_numpy(table.whole(label), file, label))
                 names = _class_names(table.schema, label)
             if columns.group is not None:
-                group = _column(file, table.columns, columns.group, (), "data.sensitive.group")
+                group = column(file, table.columns, columns.group, (), "data.sensitive.group")
                 groups.append(_numpy(table.whole(group), file, group))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: not readable ({str(error).splitlines()[0]})") from None
@@ -136,14 +136,6 @@ class _Rows:
     def whole(self, column: str) -> Any:
         """A column as a list."""
         return [value for part in range(len(self.counts())) for value in self.part(part, column).to_pylist()]
-
-
-def _column(file: Path, there: list[str], given: str | None, usual: tuple[str, ...], key: str) -> str:
-    found = [name for name in ((given,) if given else usual) if name in there]
-    if len(found) != 1:
-        problem = f"no column {given!r}" if given else f"{len(found) or 'none'} of its columns may be meant"
-        raise UserError(f"{file}: {problem} (found: {', '.join(there[:10])}); {key} names it")
-    return found[0]
 
 
 def _numpy(values: list, file: Path, column: str) -> np.ndarray:

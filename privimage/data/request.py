@@ -1,5 +1,6 @@
 """What is asked of a reader of image sets: where the set is, and what is known of it beforehand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,18 @@ class Request:
     labelled: bool = True
     known: Known | None = None
     columns: Columns = Columns()
+
+
+def column(place: Path, there: Sequence[str], given: str | None, usual: tuple[str, ...], key: str) -> str:
+    """The column of `there` that is `given`, else the only one of the `usual` names.
+
+    Raises UserError, about `place`, where there is none or several; `key` is the setting that names it.
+    """
+    found = [name for name in ((given,) if given else usual) if name in there]
+    if len(found) != 1:
+        problem = f"no column {given!r}" if given else f"{len(found) or 'none'} of its columns may be meant"
+        raise UserError(f"{place}: {problem} (found: {', '.join(map(str, there[:10]))}); {key} names it")
+    return found[0]
 
 
 def part(request: Request, suffix: str = "") -> Path:

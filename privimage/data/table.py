@@ -12,7 +12,7 @@ import numpy as np
 from privimage.data import files, labels
 from privimage.data.arrays import with_groups
 from privimage.data.decode import Source
-from privimage.data.request import Request
+from privimage.data.request import Request, column
 from privimage.errors import UserError
 
 IMAGES = ("path", "file_name", "filename", "file", "image", "image_path")
@@ -56,29 +56,20 @@ def read_json_lines(request: Request) -> Source:
 def _listed(path: Path, rows: list[dict], request: Request) -> Source:
     if not rows:
         raise UserError(f"{path}: lists no image")
-    image = _column(path, rows, request.columns.image, IMAGES, "image_column")
+    image = column(path, list(rows[0]), request.columns.image, IMAGES, "image_column")
     listed = [os.path.join(path.parent, str(value)) for value in _values(path, rows, image)]  # noqa: PTH118
     if twice := [name for name, number in Counter(listed).items() if number > 1]:
         raise UserError(f"{path}: lists {twice[0]} twice; an image has one label")
     numbers, classes = labels.none(len(rows))
     if request.labelled:
-        label = _column(path, rows, request.columns.label, LABELS, "label_column")
+        label = column(path, list(rows[0]), request.columns.label, LABELS, "label_column")
         raw = np.array([str(value) for value in _values(path, rows, label)])
         numbers, classes = labels.numbered(raw, None, str(path), request.known)
     source = Source(listed, files.open_file, listed, numbers, classes)
     if request.columns.group is not None:
-        group = _column(path, rows, request.columns.group, (), "data.sensitive.group")
+        group = column(path, list(rows[0]), request.columns.group, (), "data.sensitive.group")
         source = with_groups(source, np.array(_values(path, rows, group)), str(path))
     return replace(source, notes=(*_unlisted(path, listed), *files.notes(str(path), listed, ())))
-
-
-def _column(path: Path, rows: list[dict], given: str | None, usual: tuple[str, ...], key: str) -> str:
-    there = [name for name in ((given,) if given else usual) if name in rows[0]]
-    if len(there) != 1:
-        columns = ", ".join(str(name) for name in list(rows[0])[:10])
-        problem = f"no column {given!r}" if given else f"{len(there) or 'none'} of its columns may be meant"
-        raise UserError(f"{path}: {problem} (found: {columns}); {key} names it")
-    return there[0]
 
 
 def _values(path: Path, rows: list[dict], column: str) -> list:

@@ -170,7 +170,12 @@ class World:
             dist.destroy_process_group()
 
 
-ALONE = World(0, 0, 1, 1, torch.device("cpu"))  # of a process without a launcher
+def alone(device: torch.device, cores: int = 1) -> World:
+    """The world of a process without a launcher, on a device."""
+    return World(0, 0, 1, 1, device, cores)
+
+
+ALONE = alone(torch.device("cpu"))
 
 
 def connect(runtime: Runtime) -> World:
@@ -186,7 +191,7 @@ def connect(runtime: Runtime) -> World:
     if device.type == "cpu":
         memory.keep_freed()
     if place.size == 1:
-        return World(0, 0, 1, 1, device, cores)
+        return alone(device, cores)
     # torch's rendezvous reads the address from the environment, whatever launcher has set it.
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     timeout = timedelta(minutes=runtime.timeout_minutes)

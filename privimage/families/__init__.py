@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
-from privimage.families.base import Family, FineTuned, Pretrained
+from privimage.families.base import Family, FineTuned, Pretrained, Warmed
 from privimage.families.diffusion import Diffusion
 from privimage.families.evolution import Evolution
 from privimage.families.gan import Gan
@@ -42,6 +42,14 @@ def finetuned_family(config: Config) -> FineTuned:
     chosen = family(config)
     if not isinstance(chosen, FineTuned):
         raise TypeError(f"{config.method}: {type(chosen).__name__} has no DP-SGD")
+    return chosen
+
+
+def warmed_family(config: Config) -> Warmed:
+    """The family of a method with stage `warm`. Raises TypeError for one without warm starts."""
+    chosen = family(config)
+    if not isinstance(chosen, Warmed):
+        raise TypeError(f"{config.method}: {type(chosen).__name__} has no warm start")
     return chosen
 
 

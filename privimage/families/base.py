@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
-from privimage.distributed.world import World
+from privimage.distributed.world import World, alone
 from privimage.families.work import FEW, Work, seconds_an_image
 from privimage.models import parameters
 from privimage.privacy.batching import cpu_batch_size
@@ -186,6 +186,16 @@ class Pretrained(ABC):
         """Fresh networks, equal on all ranks; `pretrain.engine` is one of `engines`."""
 
 
+class Warmed(ABC):
+    """A family that stage `warm` trains on images that follow from noisy statistics."""
+
+    @abstractmethod
+    def warm_training(
+        self, config: Config, n_classes: int, world: World, pretrained: dict | None
+    ) -> PublicTraining:
+        """Networks that start from the `weights` of public training, or fresh ones; equal on all ranks."""
+
+
 class FineTuned(ABC):
     """A family that stage `finetune` trains on sensitive images by DP-SGD."""
 
@@ -199,19 +209,10 @@ class FineTuned(ABC):
         Raises ValueError for the weights of other networks.
         """
 
-    def warm_training(
-        self, config: Config, n_classes: int, world: World, pretrained: dict | None
-    ) -> PublicTraining:
-        """Training on the images of a warm start, from the `weights` of public training or fresh networks.
-
-        Raises NotImplementedError for a family without warm starts.
-        """
-        raise NotImplementedError
-
     def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
         """Seconds per image of a private step on `device`, without noise and update, measured briefly."""
         # The real step on grey images: rules, clipping and summation included.
-        training = self.private_training(config, n_classes, World(0, 0, 1, 1, device), None)
+        training = self.private_training(config, n_classes, alone(device), None)
         gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
         trained = trained_parameters(training.module)
         size = sum(parameter.numel() for parameter in trained)

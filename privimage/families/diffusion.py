@@ -20,6 +20,7 @@ from privimage.families.base import (
     Pretrained,
     PrivateTraining,
     PublicTraining,
+    Warmed,
     image_shape,
 )
 from privimage.families.denoising import (
@@ -107,8 +108,8 @@ class DiffusionFamily(Family, Pretrained):
         """Estimate of what follows pretraining; `forward(n)` is what was measured in `passes`."""
 
 
-class Diffusion(DiffusionFamily, FineTuned):
-    """A denoiser that is fine-tuned by DP-SGD: see `Family`, `Pretrained` and `FineTuned`."""
+class Diffusion(DiffusionFamily, FineTuned, Warmed):
+    """A denoiser that is fine-tuned by DP-SGD: see `Pretrained`, `FineTuned` and `Warmed`."""
 
     def networks(self, config: Config, n_classes: int) -> dict[str, nn.Module]:
         """The denoiser, and the generator of a warm start that has one."""
@@ -120,7 +121,7 @@ class Diffusion(DiffusionFamily, FineTuned):
     def warm_training(
         self, config: Config, n_classes: int, world: World, pretrained: dict | None
     ) -> PublicTraining:
-        """EDM's loss on the images of a warm start."""
+        """EDM's loss, by DDP."""
         return DiffusionWarm(config, n_classes, world, pretrained)
 
     def private_training(

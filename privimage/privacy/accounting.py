@@ -142,8 +142,7 @@ def profile(mechanisms: Iterable[SampledGaussian], epsilons: np.ndarray) -> np.n
 
     Upper bounds, by PLD.
     """
-    mechanisms = tuple(mechanisms)
-    composed = _composed(mechanisms, "pld", _fine_enough(mechanisms, 1e-9, COARSE))
+    composed = _for_attacks(tuple(mechanisms))
     return np.array([composed.get_delta(e) for e in epsilons])
 
 
@@ -154,9 +153,12 @@ def best_guess(mechanisms: Iterable[SampledGaussian]) -> float:
     best attack is right with probability (1 + TV) / 2, where the total variation distance TV of the outputs
     is delta at epsilon 0 (by PLD).
     """
-    mechanisms = tuple(mechanisms)
-    composed = _composed(mechanisms, "pld", _fine_enough(mechanisms, 1e-9, COARSE))
-    return (1 + min(1.0, composed.get_delta(0.0))) / 2
+    return (1 + min(1.0, _for_attacks(tuple(mechanisms)).get_delta(0.0))) / 2
+
+
+def _for_attacks(mechanisms: tuple[SampledGaussian, ...]) -> dp_accounting.PrivacyAccountant:
+    """The composition by which attacks are judged."""
+    return _composed(mechanisms, "pld", _fine_enough(mechanisms, 1e-9, COARSE))
 
 
 Compose = Callable[[float], tuple[SampledGaussian, ...]]

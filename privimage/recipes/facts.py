@@ -45,14 +45,19 @@ class Facts:
         return max(self.classes, 1)
 
 
+def stated_size(config: Config) -> tuple[int | None, int | None]:
+    """N and the number of classes, as far as they are stated or the kind of the set is known."""
+    sensitive = config.data.sensitive
+    known = KNOWN.get(sensitive.kind, (None, None)) if config.privacy.unit == "image" else (None, None)
+    return sensitive.count or known[0], sensitive.class_count or known[1]
+
+
 def public_size(config: Config) -> tuple[int, int]:
     """N and the number of classes (0 if unlabelled), as stated by the configuration.
 
     Raises UserError if it does not.
     """
-    sensitive = config.data.sensitive
-    known = KNOWN.get(sensitive.kind, (None, None)) if config.privacy.unit == "image" else (None, None)
-    count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
+    sensitive, (count, classes) = config.data.sensitive, stated_size(config)
     if count is None:
         raise UserError(
             "data.sensitive.count: `plan` does not touch data; give the number of sensitive "

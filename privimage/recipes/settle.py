@@ -7,12 +7,12 @@ from privimage.config import Config
 from privimage.config.stages import STAGES
 from privimage.data.sources import count_of, sensitive_source
 from privimage.distributed.precision import resolved
-from privimage.distributed.world import ALONE, World
+from privimage.distributed.world import ALONE, World, alone
 from privimage.errors import UserError
 from privimage.privacy.plan import plan_without_noise
 from privimage.recipes.choose import Choice, Choices, Speeds, applied, choose, is_auto
 from privimage.recipes.cost import work_of
-from privimage.recipes.facts import KNOWN, facts_of
+from privimage.recipes.facts import facts_of, stated_size
 from privimage.storage.rundir import RunDir
 
 # Settings that the rules choose. Others that may be "auto" (precision, workers ...) are resolved by what
@@ -47,8 +47,10 @@ def settled(config: Config, world: World = ALONE, run: RunDir | None = None) -> 
     """
     if not automatic(config):
         return config
-    kept = _kept(config, run) if world.is_main and run is not None else {}
-    found = kept | ({} if not world.is_main else _new(applied(config, kept), world))
+    found: Choices = {}
+    if world.is_main:
+        kept = _kept(config, run) if run is not None else {}
+        found = kept | _new(applied(config, kept), world)
     return applied(config, world.broadcast_object(found))
 
 
@@ -76,8 +78,7 @@ def chosen(config: Config, count: int, classes: int, world: World = ALONE) -> Ch
         plan = plan_without_noise(trial, count)
         if trial.spec.generator == "none":
             return {}
-        alone = World(0, 0, 1, 1, world.device)
-        work = work_of(resolved(trial, alone), plan, count, classes, world.device)
+        work = work_of(resolved(trial, alone(world.device)), plan, count, classes, world.device)
         return {
             one.stage: one.seconds / (one.steps * one.images) / world.size for one in work if one.steps
         } | {
@@ -91,9 +92,7 @@ def chosen(config: Config, count: int, classes: int, world: World = ALONE) -> Ch
 
 def size_of(config: Config) -> tuple[int, int]:
     """N and the number of classes (0 if unlabelled), as stated, or as the sensitive set has them."""
-    sensitive = config.data.sensitive
-    known = KNOWN.get(sensitive.kind, (None, None)) if config.privacy.unit == "image" else (None, None)
-    count, classes = sensitive.count or known[0], sensitive.class_count or known[1]
+    sensitive, (count, classes) = config.data.sensitive, stated_size(config)
     if count is None or (classes is None and sensitive.labelled):
         with contextlib.suppress(UserError):  # the checks before a run say what is wrong
             source = sensitive_source(config, "train")

@@ -1,7 +1,9 @@
 """Puts a release together, file by file, from an allow-list."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from privimage.releases.card import About, card
 from privimage.releases.formats import FORMATS
 from privimage.releases.model import write_model
 from privimage.releases.synthetic import SyntheticSet
+from privimage.storage import owner_only
 from privimage.storage.files import write_arrays, write_json, write_whole
 
 # Regular expressions of all that may be in a release, folders too.
@@ -69,6 +72,19 @@ def assemble(
     about = About(labelled, has_model, rows, config.synthesize.formats, drawn_later)
     write_whole(folder / "README.md", card(synthetic, said, about).encode())
     require_allowed(folder)
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when everything is in it, open to all readers."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    yield aside
+    # The only files of a run that others may read.
+    owner_only.open_to_all(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def _contact_sheet(path: Path, synthetic: SyntheticSet) -> list[int]:

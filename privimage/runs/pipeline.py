@@ -130,7 +130,7 @@ def _run_stage(name: str, config: Config, run_dir: RunDir, world: World) -> None
     measured = {
         "seconds": times["seconds"],
         "cpu_seconds": sum(_of_ranks(times["cpu_seconds"], world)),
-        "gpu_seconds": times["seconds"] * world.size if world.device.type == "cuda" else 0.0,
+        "gpu_seconds": compute.gpu_seconds(times["seconds"], world.device, world.size),
         "peak_memory_bytes": int(max(_of_ranks(memory.peak(world.device), world))),
         "ranks": world.size,
         "images_per_second": record["images"] / times["seconds"],

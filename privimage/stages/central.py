@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privimage.config import Config
-from privimage.distributed.blocks import BLOCK
-from privimage.distributed.microbatch import block_size
 from privimage.distributed.world import World
 from privimage.models.edm import to_uint8
 from privimage.privacy.mechanisms import CentralImages
 from privimage.privacy.mechanisms.central import central_sum, noisy_central_means, random_parts
 from privimage.privacy.noise import bit_generator
-from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once
+from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once, sum_over_ranks
 from privimage.storage.rundir import RunDir
 
 
@@ -32,7 +30,13 @@ def central_means(
         images = sensitive.images
         bits = bit_generator(source, key).random_raw(int(images.groups.max()) + 1)
         places = random_parts(bits, mechanism.parts)[images.groups] * rows + images.labels
-        return _sum_over_ranks(world, sensitive, places, mechanism)
+        count = mechanism.parts * rows
+        total = torch.zeros(count, mechanism.values, dtype=torch.int64, device=world.device)
+
+        def summed(block: Tensor, of_block: Tensor, sizes: Tensor, _: int) -> Tensor:
+            return central_sum(block, of_block, sizes, count, mechanism)
+
+        return sum_over_ranks(world, images, places, total, summed)
 
     def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
         return noisy_central_means(total, mechanism, source, key)
@@ -58,19 +62,3 @@ def moved(images: Tensor, normal: Tensor) -> Tensor:
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     turned = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return turned.round().clamp(0, 255).to(torch.uint8)
-
-
-def _sum_over_ranks(
-    world: World, sensitive: Sensitive, places: np.ndarray, mechanism: CentralImages
-) -> np.ndarray:
-    images, rows = sensitive.images.images, mechanism.parts * sensitive.rows
-    sizes = np.bincount(sensitive.images.groups)[sensitive.images.groups]  # of the group of each image
-    total = torch.zeros(rows, mechanism.values, dtype=torch.int64, device=world.device)
-    size = block_size(images.shape, BLOCK)
-    for start in range(world.rank * size, len(images), world.size * size):
-        block, own, of_group = (
-            torch.from_numpy(array[start : start + size]).to(world.device)
-            for array in (images, places, sizes)
-        )
-        total += central_sum(block, own, of_group, rows, mechanism)
-    return world.all_reduce_(total).cpu().numpy()

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from privimage.config import Config
 from privimage.config.seeds import public_seed
-from privimage.data.private_store import ImageSet
-from privimage.distributed.blocks import BLOCK, blockwise
-from privimage.distributed.microbatch import block_size
+from privimage.distributed.blocks import blockwise
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.families.matching import MatchedGenerator
@@ -20,7 +19,7 @@ from privimage.models.edm import to_unit
 from privimage.models.random_features import RandomFeatures
 from privimage.privacy.mechanisms import MeanEmbedding
 from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
-from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once
+from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once, sum_over_ranks
 from privimage.stages.training import Schedule, train
 from privimage.storage.rundir import RunDir
 
@@ -36,7 +35,14 @@ def mean_embedding(
     """The noisy mean embedding, float64 (rows, F), drawn once and kept in `path`: see `draw_once`."""
 
     def exact(_: str) -> np.ndarray:
-        return _sum_over_ranks(config, world, sensitive.images, sensitive.rows)
+        features, rows = _features(config, world, torch.float64), sensitive.rows
+        total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
+
+        def summed(images: Tensor, labels: Tensor, sizes: Tensor, block: int) -> Tensor:
+            ((_, embedded),) = blockwise(lambda filled: features(to_unit(filled)), images, size=block)
+            return embedding_sum(embedded, labels, sizes, rows)
+
+        return sum_over_ranks(world, sensitive.images, sensitive.images.labels, total, summed)
 
     def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
         return noisy_mean_embedding(total, mechanism, config.privacy.noise_source, key)
@@ -65,22 +71,6 @@ def matched_generator(
     schedule = Schedule(settings.steps, settings.batch_size, settings.log_every, settings.checkpoint_every)
     train(name, schedule, generator, steps, run_dir, world)
     return generator
-
-
-def _sum_over_ranks(config: Config, world: World, sensitive: ImageSet, rows: int) -> np.ndarray:
-    features = _features(config, world, torch.float64)
-    total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
-    sizes = np.bincount(sensitive.groups)[sensitive.groups]  # of the group of each image
-    # Blocks of one size, and sums of integers: the total is the same to the bit for any number of ranks.
-    size = block_size(sensitive.images.shape, BLOCK)
-    for start in range(world.rank * size, len(sensitive.images), world.size * size):
-        images, labels, of_group = (
-            torch.from_numpy(array[start : start + size]).to(world.device)
-            for array in (sensitive.images, sensitive.labels, sizes)
-        )
-        for _, embedded in blockwise(lambda block: features(to_unit(block)), images, size=size):
-            total += embedding_sum(embedded, labels, of_group, rows)
-    return world.all_reduce_(total).cpu().numpy()
 
 
 def _features(config: Config, world: World, dtype: torch.dtype) -> RandomFeatures:

@@ -43,7 +43,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         results["evaluate"] = {
             "seconds": seconds,
             "cpu_seconds": compute.cpu_seconds() - used,
-            "gpu_seconds": seconds * world.size if world.device.type == "cuda" else 0.0,
+            "gpu_seconds": compute.gpu_seconds(seconds, world.device, world.size),
             "peak_memory_bytes": memory.peak(world.device),
             "images_per_second": images / seconds,
         }

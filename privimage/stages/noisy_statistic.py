@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from privimage.config import Config
 from privimage.data.private_store import ImageSet
 from privimage.distributed import told
+from privimage.distributed.blocks import BLOCK
+from privimage.distributed.microbatch import block_size
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.privacy.account import Account, charge_name
@@ -39,6 +43,29 @@ class Sensitive:
     def rows(self) -> int:
         """Rows of a statistic by class; an unlabelled set has one."""
         return max(self.n_classes, 1)
+
+
+def sum_over_ranks(
+    world: World,
+    images: ImageSet,
+    places: np.ndarray,
+    total: Tensor,
+    summed: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+) -> np.ndarray:
+    """`total` int64, of zeros, to which `summed(images, places, sizes, block)` of all blocks is added.
+
+    A block is images uint8 (B, C, H, W), their `places` int64 (B,) of (N,), and the sizes int64 (B,) of their
+    groups; `block` is the largest B. Blocks of one size and sums of whole numbers: the result is the same to
+    the bit for any number of ranks, which call this together.
+    """
+    size = block_size(images.images.shape, BLOCK)
+    arrays = images.images, places, images.group_sizes
+    for start in range(world.rank * size, len(places), world.size * size):
+        block, of_block, sizes = (
+            torch.from_numpy(array[start : start + size]).to(world.device) for array in arrays
+        )
+        total += summed(block, of_block, sizes, size)
+    return world.all_reduce_(total).cpu().numpy()
 
 
 def draw_once(

@@ -20,11 +20,10 @@ from privimage.privacy import keys
 from privimage.privacy.account import open_account
 from privimage.privacy.records import key_path
 from privimage.privacy.statement import statement
-from privimage.releases.assemble import assemble
+from privimage.releases.assemble import assemble, whole
 from privimage.releases.synthetic import SyntheticSet
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
 from privimage.stages.noisy_statistic import Sensitive
-from privimage.storage import owner_only
 from privimage.storage.files import write_array, write_arrays
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
@@ -146,21 +145,12 @@ def _gathered(config: Config, run_dir: RunDir, count: int, name: str) -> np.ndar
 
 
 def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray, said: dict) -> None:
-    """Assemble release/ aside, rename it when it is complete, and destroy the key: nobody can subtract the
-    noise.
-    """
+    """Put release/ together, whole or not at all, and destroy the key: nobody can subtract the noise."""
     # Blocks of all ranks, from the disk that they share.
     images = _gathered(config, run_dir, len(labels), "after")
-    # Assembled aside and renamed at the end: release/ is there whole, or not at all.
-    aside = run_dir.path / ".release.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     synthetic = SyntheticSet(images, labels, tuple(weights["classes"]))
-    assemble(aside, config, synthetic, said, labelled=weights["n_classes"] > 0, weights=weights)
-    # The only files of a run that others may read.
-    owner_only.open_to_all(aside)
-    shutil.rmtree(run_dir.release, ignore_errors=True)
-    aside.rename(run_dir.release)
+    with whole(run_dir.release) as aside:
+        assemble(aside, config, synthetic, said, labelled=weights["n_classes"] > 0, weights=weights)
     # The release is written; nothing has to be repeated any more.
     keys.destroy(key_path(run_dir))
     for name in ("after", "before"):

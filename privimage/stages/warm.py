@@ -1,5 +1,6 @@
 """Warm start: train the generator on what noisy statistics of the sensitive set tell."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from privimage.data.sensitive import ImageDraws
 from privimage.data.sources import open_sensitive
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.families import finetuned_family
+from privimage.families import warmed_family
 from privimage.families.base import image_shape
 from privimage.families.generator import generated
 from privimage.privacy.account import Behind, merged, open_account
@@ -42,14 +43,12 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     # From here on the run sees the sensitive set through a few noisy numbers only, kept in files.
     sensitive = Sensitive(images, account, n_classes)
     draws, charges = _starts(config, run_dir, world, sensitive)
-    training = finetuned_family(config).warm_training(config, n_classes, world, pretrained)
+    training = warmed_family(config).warm_training(config, n_classes, world, pretrained)
     own = -(-settings.batch_size // world.size)
     places = world.rank * own + torch.arange(own, device=world.device)
 
     def steps(first: int) -> Iterator[None]:
-        step = first
-        while True:
-            step += 1
+        for step in itertools.count(first + 1):
             # The starts take turns, place by place, so that each has the same share of every batch.
             parts = [draw(step, places[places % len(draws) == number]) for number, draw in enumerate(draws)]
             batch = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]

@@ -93,3 +93,13 @@ class Mechanism(ABC):
             "sample_rate": used.sample_rate,
             "count": used.count,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneUse(Mechanism):
+    """A mechanism that a run uses once, on the whole set."""
+
+    @property
+    def composition(self) -> SampledGaussian:
+        """See `Mechanism.composition`."""
+        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.base import Mechanism, Share
+from privimage.privacy.mechanisms.base import OneUse, Share
 from privimage.privacy.noise import gaussian
 from privimage.privacy.relation import Relation
 
@@ -22,7 +21,7 @@ PARTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralImages(Mechanism):
+class CentralImages(OneUse):
     """One noisy sum of small images for each class and part of the set, every image in one part."""
 
     name: ClassVar[str] = "central images"
@@ -50,11 +49,6 @@ class CentralImages(Mechanism):
     def share(cls, config: Config) -> Share | None:
         """Of runs whose warm start uses it."""
         return Share(None, config.warm.max_rise) if "central" in config.warm_starts else None
-
-    @property
-    def composition(self) -> SampledGaussian:
-        """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)
 
     @property
     def contribution(self) -> float:

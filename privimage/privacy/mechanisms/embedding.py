@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.base import Mechanism, Share
+from privimage.privacy.mechanisms.base import OneUse, Share
 from privimage.privacy.noise import gaussian
 from privimage.privacy.relation import Relation
 
@@ -19,7 +18,7 @@ QUANTUM = 2.0**-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanEmbedding(Mechanism):
+class MeanEmbedding(OneUse):
     """One noisy sum of feature vectors, each in the row of its image's label."""
 
     name: ClassVar[str] = "noisy mean embedding"
@@ -32,11 +31,6 @@ class MeanEmbedding(Mechanism):
         """See `Mechanism.draft`."""
         relation = Relation.of(config)
         return cls(noise_multiplier=0.0, relation=relation, count=count, features=config.match.features)
-
-    @property
-    def composition(self) -> SampledGaussian:
-        """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)
 
     @property
     def contribution(self) -> float:

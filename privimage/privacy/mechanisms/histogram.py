@@ -8,7 +8,7 @@ import numpy as np
 
 from privimage.config import Config
 from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.base import Mechanism, Share
+from privimage.privacy.mechanisms.base import Mechanism, OneUse, Share
 from privimage.privacy.noise import gaussian
 from privimage.privacy.relation import Relation
 
@@ -47,7 +47,7 @@ class Histogram(Mechanism):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticHistogram(Histogram):
+class SemanticHistogram(OneUse, Histogram):
     """The semantic distribution query: one histogram of votes for public classes (PrivImage, Section 3.2)."""
 
     name: ClassVar[str] = "semantic distribution query"
@@ -67,11 +67,6 @@ class SemanticHistogram(Histogram):
             if config.spec.pretraining == "selected"
             else None
         )
-
-    @property
-    def composition(self) -> SampledGaussian:
-        """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)
 
 
 @dataclass(frozen=True, kw_only=True)

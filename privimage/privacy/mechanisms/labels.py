@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from privimage.config import Config
-from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.mechanisms.base import Share
+from privimage.privacy.mechanisms.base import OneUse, Share
 from privimage.privacy.mechanisms.histogram import Histogram
 from privimage.privacy.relation import Relation
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelCounts(Histogram):
+class LabelCounts(OneUse, Histogram):
     """One histogram, in which each image votes for its label."""
 
     name: ClassVar[str] = "label counts"
@@ -27,8 +26,3 @@ class LabelCounts(Histogram):
         """Of runs whose synthetic labels have the proportions of the sensitive ones."""
         settings = config.synthesize
         return Share(None, settings.max_rise) if settings.labels == "noisy" else None
-
-    @property
-    def composition(self) -> SampledGaussian:
-        """See `Mechanism.composition`."""
-        return SampledGaussian(self.noise_multiplier, replacement=self.relation.replacement)
