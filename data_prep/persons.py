@@ -1,7 +1,7 @@
-"""The UCI digits with artificial persons: images dealt out at random, so many to each.
+"""A set with artificial persons: images dealt out at random, so many to each.
 
-To measure what a promise for persons costs (configs/experiments/persons-cpu.yaml). Writes train.npz and
-test.npz with images, labels, classes, and whom each image belongs to (`person`); no person is in both.
+To measure what a promise for persons costs (configs/experiments/persons-*.yaml). Writes train.npz and test.npz
+with images, labels, classes, and whom each image belongs to (`person`); no person is in both.
 """
 
 import argparse
@@ -22,10 +22,14 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, required=True, help="of a person; what is left over makes one more"
     )
+    parser.add_argument(
+        "--source", type=Path, help="folder with train.npz and test.npz; default: the UCI digits"
+    )
     arguments = parser.parse_args()
+    kind = "npz" if arguments.source else "digits"
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        source = open_source("digits", None, split)
+        source = open_source(kind, arguments.source, split)
         # By a fixed seed, so that the same persons are made everywhere.
         dealt = np.random.default_rng(0).permutation(len(source)) // arguments.images
         write_arrays(
