@@ -1,7 +1,7 @@
 """A set with artificial persons: images dealt out at random, so many to each.
 
-To measure what a promise for persons costs (configs/experiments/persons-*.yaml). Writes train.npz and test.npz
-with images, labels, classes, and whom each image belongs to (`person`); no person is in both.
+To measure what a promise for persons costs (configs/experiments/persons-*.yaml). Writes train.npz and
+test.npz with images, labels, classes, and whom each image belongs to (`person`); no person is in both.
 """
 
 import argparse

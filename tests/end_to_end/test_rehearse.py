@@ -33,6 +33,7 @@ def test_settings_are_tried_on_other_public_classes_than_those_that_are_left(
     assert train["images"].shape == (300, 8, 8, 1) and np.unique(train["labels"]).tolist() == [*range(10)]
     assert len(test["labels"]) == 40 and len(rest["labels"]) == 38 * 20
     assert not {one.tobytes() for one in train["images"]} & {one.tobytes() for one in rest["images"]}
+    assert not set(train["group"]) & set(test["group"])
     # Nothing of it is in the ledgers of real sets.
     assert len(list((folder / "ledgers").glob("*.jsonl"))) == 1 and not (tmp_path / "ledgers").exists()
     said = capfd.readouterr()
