@@ -50,8 +50,16 @@ class Evaluate(Section):
 
     affects = on("evaluate")
 
-    classifiers: tuple[Literal["lr", "mlp", "cnn"], ...] = Field(
-        ("lr", "mlp", "cnn"), description="trained on synthetic images, tested on real ones"
+    classifiers: tuple[Literal["lr", "mlp", "cnn", "resnet", "wrn", "resnext"], ...] = Field(
+        ("lr", "mlp", "cnn"),
+        description="trained on synthetic images, tested on real ones; resnet, wrn and resnext are "
+        "DPImageBench's, and take hours on a CPU",
+    )
+    benchmark: Literal["small", "large"] = Field(
+        "small", description="sizes and schedule of DPImageBench's networks; large is what it takes for CIFAR"
+    )
+    benchmark_epochs: int | None = Field(
+        None, ge=1, description="epochs of these networks; unset: 50 of the small, 200 of the large ones"
     )
     cnn_epochs: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="epochs of the CNN")
     cnn_batch_size: Auto[Annotated[int, Field(ge=2)]] = Field(AUTO, description="batch size of the CNN")

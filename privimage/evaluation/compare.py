@@ -22,8 +22,8 @@ def compare(runs: Sequence[Path], out: Path) -> None:
     distances = {c["report"]["fidelity"]["name"] for c in columns if c["report"]["fidelity"]["name"]}
     page = report.template("compare.html.j2").render(
         runs=columns,
-        classifiers=report.CLASSIFIERS,
-        best={key: _best(columns, key) for key in report.CLASSIFIERS},
+        classifiers=report.SCORES,
+        best={key: _best(columns, key) for key in report.SCORES},
         same_set=len(sets) == 1,
         distances=sorted(distances),
     )

@@ -48,6 +48,7 @@ class Extractor:
     features: str
     network: nn.Module
     sha256: str | None = None
+    head: Tensor | None = None  # (1008, 2048), Inception's last layer without bias, where the file has it
 
     @property
     def name(self) -> str:
@@ -155,9 +156,10 @@ def choose(features: str, weights: Path | None, scratch: Path) -> Extractor:
     if (found := weights_for(features, weights)) is None:
         return Extractor("stand-in", StandIn())
     assert weights is not None  # `weights_for` has read them
-    return Extractor(
-        found.layer, _First(_inception(found.state, found.layer, weights, scratch)), found.sha256
-    )
+    network = _First(_inception(found.state, found.layer, weights, scratch))
+    head = found.state["fc.weight"].float()
+    known = found.layer == "2048" and bool(head.any())
+    return Extractor(found.layer, network, found.sha256, head if known else None)
 
 
 def vision(weights: Path | None) -> Extractor | None:

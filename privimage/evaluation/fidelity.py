@@ -1,4 +1,4 @@
-"""Fidelity of synthetic images: FID, KID, precision and recall, by torch-fidelity.
+"""Fidelity of synthetic images: FID, KID, precision, recall and Inception score, by torch-fidelity.
 
 The name states which features were compared. Only the 2048 features of the Inception network of 2015-12-05
 give "FID"; its 768 features give "FD-768", and without weights a fixed random network gives "stand-in FD".
@@ -19,6 +19,10 @@ from privimage.evaluation.extractor import Extractor
 from privimage.storage.files import write_array
 from privimage.telemetry.progress import Progress
 
+BLOCK = 1000  # images whose features are in double precision at once
+DISTANCES = 20_000_000  # between features, held at once
+SPLITS = 10  # of the images, over which the Inception score is averaged
+
 
 @torch.inference_mode()
 def extract(
@@ -33,23 +37,20 @@ def extract(
         raise TypeError(
             f"expected uint8 images N,C,H,W with 1 or 3 channels, got {images.dtype} {images.shape}"
         )
-    # Each rank takes every W-th image.
+    # Each rank takes every W-th image, and writes its rows where they belong: features are held once.
     network = extractor.network.to(world.device).eval()
-    share, parts = images[world.rank :: world.size], []
+    width = network(torch.zeros(1, 3, *images.shape[2:], dtype=torch.uint8, device=world.device)).shape[1]
+    everything = torch.zeros(len(images), width, device=world.device)
+    share, rows = images[world.rank :: world.size], everything[world.rank :: world.size]
     with Progress(label, total=len(share), shown=world.is_main) as bar:
         for start in range(0, len(share), batch_size):
             batch = torch.from_numpy(share[start : start + batch_size]).to(world.device).expand(-1, 3, -1, -1)
-            parts.append(network(batch).float())
+            rows[start : start + batch_size] = network(batch).float()
             bar.advance(len(batch))
             if stop.requested:
                 break
     if stop.agreed(world):
         raise Stopped("evaluate: finished measures are kept, features are computed again")
-    # A rank without an image of its own does not know the number of features otherwise.
-    width = network(torch.zeros(1, 3, *images.shape[2:], dtype=torch.uint8, device=world.device)).shape[1]
-    everything = torch.zeros(len(images), width, device=world.device)
-    if parts:
-        everything[world.rank :: world.size] = torch.cat(parts)
     return world.all_reduce_(everything).cpu()
 
 
@@ -71,11 +72,25 @@ def frechet_distance(synthetic: Tensor, real: Tensor) -> float:
     0 for equal sets.
     """
     torchvision_operators.declare()
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    # In double precision: covariances of thousands of features lose digits otherwise.
-    statistics = [fid_features_to_statistics(features.double()) for features in (synthetic, real)]
+    statistics = [_moments(features) for features in (synthetic, real)]
     return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def _moments(features: Tensor) -> dict[str, np.ndarray]:
+    """Mean (D,) and covariance (D, D) of features (N, D).
+
+    In double precision, since covariances of thousands of features lose digits otherwise, and block by block,
+    since 50,000 images would be held several times.
+    """
+    mean = sum(block.double().sum(0) for block in features.split(BLOCK)) / len(features)
+    assert isinstance(mean, Tensor)  # there is an image
+    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for block in features.split(BLOCK):
+        centred = block.double() - mean
+        covariance.addmm_(centred.T, centred)
+    return {"mu": mean.numpy(), "sigma": (covariance / (len(features) - 1)).numpy()}
 
 
 def kernel_distance(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
@@ -104,17 +119,42 @@ def precision_recall(synthetic: Tensor, real: Tensor) -> tuple[float, float]:
     torchvision_operators.declare()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+    # Distances of a batch to all others are held at once.
+    batch = max(100, min(2000, DISTANCES // max(len(synthetic), len(real))))
     result = prc_features_to_metric(
-        synthetic, real, prc_neighborhood=3, prc_batch_size=2000, save_cpu_ram=True, verbose=False
+        synthetic, real, prc_neighborhood=3, prc_batch_size=batch, save_cpu_ram=True, verbose=False
     )
     return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
+
+
+def inception_score(features: Tensor, head: Tensor) -> tuple[float, float]:
+    """Inception score of features (N, 2048), and its deviation, over 10 splits (Salimans et al. 2016).
+
+    `head` (1008, 2048) are the weights of Inception's last layer, without its bias, as torch-fidelity has it.
+    It looks at the synthetic images alone; 1 to 1008. Raises ValueError for fewer images than splits.
+    """
+    torchvision_operators.declare()
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    if len(features) < SPLITS:
+        raise ValueError(f"{len(features)} images cannot be split in {SPLITS}")
+    # Split by split, so that the logits of all images are never held together.
+    order = np.random.RandomState(2020).permutation(len(features))
+    scores = [
+        isc_features_to_metric(features[order[rows]] @ head.T, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
+        for rows in (
+            slice(split * len(features) // SPLITS, (split + 1) * len(features) // SPLITS)
+            for split in range(SPLITS)
+        )
+    ]
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def described(extractor: Extractor, synthetic: Tensor, real: Tensor) -> dict:
     """All measures of two feature sets (N, D) and (M, D), under names that state their features.
 
     `distance` and `kernel_distance` are always present; `fid` and `kid` repeat them only for the 2048
-    features.
+    features. `inception_score` is None without the last layer of Inception.
     """
     distance, (kernel, deviation), (precision, recall) = (
         frechet_distance(synthetic, real),
@@ -122,6 +162,9 @@ def described(extractor: Extractor, synthetic: Tensor, real: Tensor) -> dict:
         precision_recall(synthetic, real),
     )
     genuine = extractor.features == "2048"
+    score = spread = None
+    if extractor.head is not None and len(synthetic) >= SPLITS:
+        score, spread = inception_score(synthetic, extractor.head)
     return {
         "name": extractor.name,
         "fid": distance if genuine else None,
@@ -134,6 +177,8 @@ def described(extractor: Extractor, synthetic: Tensor, real: Tensor) -> dict:
         "kernel_name": extractor.name.replace("FID", "KID").replace("FD", "KD"),
         "kernel_distance": kernel,
         "kernel_deviation": deviation,
+        "inception_score": score,
+        "inception_deviation": spread,
         "reference_samples": len(real),
         "weights_sha256": extractor.sha256,
         "note": extractor.note,

@@ -57,14 +57,27 @@ COVERED = (
 )
 COVERED_FIGURES = ("samples", "selection", "loss", "budget")
 CLASSES_SHOWN = 20  # of the table class by class
-CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"}
-FIDELITY = ("distance", "fid", "kid", "precision", "recall", "kernel_distance", "kernel_deviation")
+# Those of DPImageBench, what is said of the three together, and all that a report may have.
+BENCHMARK = {"resnet": "ResNet", "wrn": "WideResNet", "resnext": "ResNeXt"}
+OF_BENCHMARK = {"benchmark_best": "Best of the three", "benchmark_mean": "Mean of the three"}
+CLASSIFIERS = {"lr": "Logistic regression", "mlp": "MLP", "cnn": "CNN"} | BENCHMARK
+SCORES = CLASSIFIERS | OF_BENCHMARK  # keys of `accuracy`
+FIDELITY = (
+    "distance",
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "kernel_distance",
+    "kernel_deviation",
+    "inception_score",
+)
 # All numbers of report.json, for tables over many runs; null or missing where a run has not measured one.
 NUMBERS = (
     *(
         f"{section}.{name}"
         for section in ("accuracy", "accuracy_before", "accuracy_ceiling")
-        for name in CLASSIFIERS
+        for name in SCORES
     ),
     *(
         f"{section}.{name}"
@@ -135,9 +148,14 @@ def write(run: RunDir, config: Config, results: dict) -> None:
 
 def read(path: Path) -> dict:
     """report.json, also of an older version: what that did not measure is None. Raises UserError."""
-    return dict.fromkeys(
+    report = dict.fromkeys(
         ("accuracy_ceiling", "accuracy_chance", "agreement", "classes", "fidelity_vision", "ledger")
     ) | read_json(path)
+    for section, keys in (("accuracy", SCORES), ("fidelity", FIDELITY)):
+        for name in (section, f"{section}_before", f"{section}_ceiling", f"{section}_vision"):
+            if report.get(name):
+                report[name] = dict.fromkeys(keys) | report[name]
+    return report
 
 
 def rebuild(run: RunDir) -> None:
@@ -154,8 +172,9 @@ def rebuild(run: RunDir) -> None:
         title=METHODS[report["method"]].title,
         resources=measured,
         stages={name: stage.title for name, stage in STAGES.items()},
-        classifiers=CLASSIFIERS,
-        measured=[key for key in CLASSIFIERS if report["accuracy"][key] is not None],
+        classifiers=SCORES,
+        measured=[key for key in SCORES if report["accuracy"][key] is not None],
+        benchmark=BENCHMARK,
         figures=embedded(path.parent / "figures"),
         covered_figures=COVERED_FIGURES,
         covered_key=covered,

@@ -1,7 +1,7 @@
 """Classifiers trained on synthetic images and tested on real ones: logistic regression, an MLP and a CNN.
 
-The three accuracies are always reported separately: taking the best of them on the test set would be
-selection on the test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
+Each accuracy is always reported by itself: taking the best of them on the test set would be selection on the
+test set. Whatever is fitted (means, scales, weights) is fitted on the training images alone.
 """
 
 import math
@@ -107,38 +107,60 @@ def mlp(train: Labelled, test: Labelled, seed: int) -> np.ndarray:
 SHALLOW: dict[str, Callable[[Labelled, Labelled, int], np.ndarray]] = {"lr": logistic_regression, "mlp": mlp}
 
 
-def train_cnn(
-    train: Labelled,
-    n_classes: int,
-    *,
-    epochs: int,
-    batch_size: int,
-    flip: bool,
-    seed: int,
-    world: World,
-    label: str = "cnn",
-) -> nn.Module:
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained; `batch_size` is over all ranks, `label` is for messages."""
+
+    epochs: int
+    batch_size: int
+    flip: bool
+    seed: int
+    world: World
+    label: str = "cnn"
+
+
+def train_cnn(train: Labelled, n_classes: int, how: Training) -> nn.Module:
     """Train a ResNet-9 by SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
 
     Returns the network of the last epoch, in eval mode. The learning rate is 0.1 at a batch of 512 and in
-    proportion at others: small sets need small batches to get enough steps. `batch_size` is over all ranks,
-    whose gradients are added up: the update is that of the whole batch but for batch-norm statistics. All
-    ranks call it together and get the same network. Raises Stopped when a stop was requested.
+    proportion at others: small sets need small batches to get enough steps. All ranks call it together and
+    get the same network. Raises Stopped when a stop was requested.
     """
-    images, labels = (torch.from_numpy(array).to(world.device) for array in (train.images, train.labels))
+    channels, resolution = train.images.shape[1], train.images.shape[-1]
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = resnet9(images.shape[1], n_classes, images.shape[-1]).to(world.device)
+        torch.manual_seed(how.seed)
+        network = resnet9(channels, n_classes, resolution).to(how.world.device)
+    steps = how.epochs * math.ceil(len(train) / how.batch_size)
+    optimizer, schedule = _sgd(list(network.parameters()), how.batch_size, steps)
+    return fitted(network, train, how, optimizer, schedule)
+
+
+def fitted(
+    network: nn.Module,
+    train: Labelled,
+    how: Training,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    after_step: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """Train by cross-entropy, and leave the network in eval mode; the schedule counts steps.
+
+    The ranks' gradients are added up: the update is that of the whole batch but for batch-norm statistics.
+    All ranks call it together, with the same network. Raises Stopped when a stop was requested.
+    """
+    world, label, batch_size = how.world, how.label, how.batch_size
+    images, labels = (torch.from_numpy(array).to(world.device) for array in (train.images, train.labels))
     parameters = list(network.parameters())
-    optimizer, schedule = _sgd(parameters, batch_size, epochs * math.ceil(len(train) / batch_size))
-    generator = torch.Generator().manual_seed(seed)  # order and flips, equal on all ranks
+    generator = torch.Generator().manual_seed(how.seed)  # order and flips, equal on all ranks
 
     own, shape = -(-batch_size // world.size), images.shape[1:]
     at_once = fitting_images(own, shape, network, _loss, "fp32", world, f"evaluate: {label}")
-    with Progress(label, total=epochs, shown=world.is_main) as bar:
-        for _ in range(epochs):
+    network.train()
+    with Progress(label, total=how.epochs, shown=world.is_main) as bar, torch.random.fork_rng():
+        torch.manual_seed(how.seed + world.rank)  # of dropout
+        for _ in range(how.epochs):
             loss_sum = torch.zeros(1, device=world.device)
-            for batch, mirrored in _batches(len(train), batch_size, flip, generator):
+            for batch, mirrored in _batches(len(train), batch_size, how.flip, generator):
                 optimizer.zero_grad(set_to_none=True)
                 mine, flips = (part[world.rank :: world.size].to(world.device) for part in (batch, mirrored))
                 # A rank without images still takes part in the sum of gradients.
@@ -150,6 +172,7 @@ def train_cnn(
                 _add_up(parameters, world)
                 optimizer.step()
                 schedule.step()
+                after_step()
                 if stop.agreed(world):
                     raise Stopped(f"evaluate: finished measures are kept, {label} begins again")
             bar.advance(loss=f"{float(world.all_reduce_(loss_sum)) / len(train):.3f}")

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from privimage.config import Config
 from privimage.distributed.microbatch import activations
+from privimage.evaluation.benchmark import RECIPES
+from privimage.evaluation.report import BENCHMARK
 from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
 from privimage.models import parameters
+from privimage.models.benchmark import SIZES, benchmark_classifier
 from privimage.models.resnet import classifier, resnet9
 from privimage.privacy.plan import PrivacyPlan
 
@@ -34,11 +37,16 @@ def classifier_pass(
 ) -> tuple[float, float]:
     """Seconds of a forward pass of a classifier per image, and bytes of its activations.
 
-    `network` is one of `query.network`, or "cnn", that of the evaluation; `shape` is (C, H, W).
+    `network` is one of `query.network`, "cnn", or of `evaluate.benchmark` as "small resnet"; `shape` is
+    (C, H, W).
     """
-    model = (
-        resnet9(shape[0], classes, shape[1]) if network == "cnn" else classifier(network, shape[0], classes)
-    )
+    size, _, name = network.partition(" ")
+    if size in SIZES:
+        model = benchmark_classifier(name, SIZES[size][name], shape[0], classes)
+    elif network == "cnn":
+        model = resnet9(shape[0], classes, shape[1])
+    else:
+        model = classifier(network, shape[0], classes)
     model = model.to(device)
 
     def forward(images: int) -> Tensor:
@@ -73,7 +81,7 @@ def _query(config: Config, count: int, device: torch.device) -> list[Work]:
 
 
 def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:
-    """Training of the three classifiers on the synthetic images, and on those from before fine-tuning."""
+    """Training of the classifiers on the synthetic images, and on those from before fine-tuning."""
     if classes < 2 or config.spec.generator == "none":
         return []
     settings, samples = config.evaluate, config.synthesize.samples
@@ -83,6 +91,12 @@ def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:
     if "cnn" in settings.classifiers:
         a_pass = classifier_pass("cnn", image_shape(config), classes, device, "fp32")[0]
         seconds += 3 * images * settings.cnn_epochs * a_pass
+    for key in BENCHMARK:
+        if key in settings.classifiers:
+            network = f"{settings.benchmark} {key}"
+            a_pass = classifier_pass(network, image_shape(config), classes, device, "fp32")[0]
+            epochs = settings.benchmark_epochs or RECIPES[settings.benchmark].epochs
+            seconds += 3 * images * epochs * a_pass
     if "lr" in settings.classifiers:
         seconds += images * pixels * LR_SECONDS
     if "mlp" in settings.classifiers:

@@ -112,7 +112,8 @@ def _real(config: Config, train: ImageSet, test: ImageSet | None) -> str:
     """What the accuracy of classifiers that are trained on the sensitive images depends on."""
     digest = hashlib.sha256(train.content + (test.content if test else b""))
     settings = config.evaluate
-    chosen = [settings.cnn_epochs, settings.cnn_batch_size, config.pretrain.flip, config.runtime.seed]
+    chosen: list[Any] = [settings.cnn_epochs, settings.cnn_batch_size, config.pretrain.flip]
+    chosen += [config.runtime.seed, settings.benchmark, settings.benchmark_epochs]
     digest.update(json.dumps(chosen).encode())
     return digest.hexdigest()
 

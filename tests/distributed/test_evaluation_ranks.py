@@ -27,9 +27,9 @@ class Plain(nn.Module):
 world = connect(Runtime(device="cpu", threads=1, timeout_minutes=1))
 random = np.random.default_rng(0)
 train = utility.Labelled(random.integers(0, 256, (65, 1, 8, 8), dtype=np.uint8), random.integers(0, 3, 65))
-real = utility.train_cnn(train, 3, epochs=1, batch_size=32, flip=True, seed=0, world=world)
+real = utility.train_cnn(train, 3, utility.Training(1, 32, True, 0, world))
 utility.resnet9 = Plain
-plain = utility.train_cnn(train, 3, epochs=3, batch_size=32, flip=True, seed=0, world=world)
+plain = utility.train_cnn(train, 3, utility.Training(3, 32, True, 0, world))
 features = fidelity.extract(choose("stand-in", None, Path(".")), train.images, world, "features")
 result = {"real": real.state_dict(), "plain": plain.state_dict(), "features": features}
 torch.save(result, Path(sys.argv[1]) / f"{world.size}-{world.rank}.pt")

@@ -51,6 +51,40 @@ def test_frechet_distance_is_the_closed_form_for_gaussians(shift: float) -> None
     assert found == pytest.approx(expected, rel=0.03)
 
 
+def test_moments_taken_block_by_block_are_those_of_all_features() -> None:
+    features = gaussian(2 * fidelity.BLOCK + 37, 3, shift=50.0)
+    found = fidelity._moments(features)
+    assert found["mu"] == pytest.approx(features.double().mean(0).numpy(), rel=1e-12)
+    assert found["sigma"] == pytest.approx(np.cov(features.double().numpy(), rowvar=False), rel=1e-9)
+
+
+def test_the_memory_of_a_distance_does_not_grow_with_the_images() -> None:
+    # In double precision at once these features would be 60 MB, and centred as much again.
+    script = (
+        "import resource, torch; from privimage.evaluation import fidelity\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "features = torch.ones(60_000, 128); fidelity._moments(features[:2000]); before = peak()\n"
+        "fidelity._moments(features); print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 20_000  # KiB
+
+
+def test_the_inception_score_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    features, head = gaussian(203, 0), gaussian(30, 1)
+    expected = isc_features_to_metric(features @ head.T)
+    found = fidelity.inception_score(features, head)
+    assert found == pytest.approx(tuple(expected.values()), rel=1e-6)
+
+
+def test_the_inception_score_is_the_number_of_classes_that_are_surely_seen() -> None:
+    classes = torch.eye(5).repeat(200, 1)
+    assert fidelity.inception_score(classes, 100 * torch.eye(5))[0] == pytest.approx(5, rel=0.02)
+    assert fidelity.inception_score(classes[:1].repeat(100, 1), 100 * torch.eye(5))[0] == pytest.approx(1)
+
+
 def test_kernel_distance_is_unbiased_where_the_distributions_are_equal() -> None:
     # over independent pairs of sets the mean is 0: a biased estimate would be positive every time
     means = [
@@ -138,7 +172,8 @@ def test_partial_weights_give_fd_768_and_never_fid(partial_weights: Path, tmp_pa
     assert len(extractor.sha256 or "") == 64
     features = fidelity.extract(extractor, images(2, 0), ALONE, "features")
     assert features.shape == (2, 768)
-    assert fidelity.described(extractor, gaussian(20, 0), gaussian(20, 1))["fid"] is None
+    told = fidelity.described(extractor, gaussian(20, 0), gaussian(20, 1))
+    assert told["fid"] is None and told["inception_score"] is None
 
 
 def test_partial_weights_are_refused_for_fid(partial_weights: Path, tmp_path: Path) -> None:
@@ -157,6 +192,13 @@ def test_whole_weights_give_fid_and_say_when_they_are_not_the_published_file(
     extractor = choose("auto", tmp_path / "whole.pth", tmp_path)
     assert (extractor.name, extractor.features) == ("FID", "2048")
     assert "another weights file" in extractor.note
+    assert extractor.head is None  # the last layer of this file is zero
+    state["fc.weight"].fill_(0.01)
+    torch.save(state, tmp_path / "whole.pth")
+    extractor = choose("auto", tmp_path / "whole.pth", tmp_path)
+    assert extractor.head is not None and extractor.head.shape == (1008, 2048)
+    told = fidelity.described(extractor, gaussian(20, 0, size=2048), gaussian(20, 1, size=2048))
+    assert told["inception_score"] == pytest.approx(1)  # all classes alike
 
 
 @pytest.mark.parametrize("content", ["absent", "garbage", "code", "other"])

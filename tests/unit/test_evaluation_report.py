@@ -44,6 +44,8 @@ FIDELITY = {
     "kernel_name": "KD-768",
     "kernel_distance": 0.02,
     "kernel_deviation": 0.001,
+    "inception_score": None,
+    "inception_deviation": None,
     "reference_samples": 40,
     "weights_sha256": "ab" * 32,
     "note": "middle features",
@@ -97,7 +99,8 @@ def run(tiny_config: Config) -> RunDir:
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     figures.sample_grid(folder / "samples.png", images, np.arange(40) % 2, 2)
     figures.nearest_pairs(folder / "sensitive-nearest.png", images, images, np.arange(40.0))
-    figures.accuracies(folder / "sensitive-accuracy.png", {"lr": 87.5}, {"lr": 60.0}, 50)
+    names = report.CLASSIFIERS
+    figures.accuracies(folder / "sensitive-accuracy.png", {"lr": 87.5}, {"lr": 60.0}, 50, names)
     return run
 
 
@@ -318,6 +321,25 @@ def test_runs_are_set_side_by_side_for_their_owner_alone(
         compare([run.path, tmp_path / "nowhere"], out)
 
 
+def test_scores_of_the_benchmark_are_in_report_and_comparison(
+    run: RunDir, tiny_config: Config, tmp_path: Path
+) -> None:
+    report.write(run, tiny_config, results())
+    older = RunDir(tmp_path / "older")  # which knows nothing of them
+    shutil.copytree(run.path / "evaluate", older.stage("evaluate"), dirs_exist_ok=True)
+    three = {"resnet": 71.0, "wrn": 72.5, "resnext": 76.0, "benchmark_best": 76.0, "benchmark_mean": 73.17}
+    scores = {"lr": 50.0, "mlp": 51.0, "cnn": 70.0} | three
+    fidelity = FIDELITY | {"name": "FID", "inception_score": 7.77, "inception_deviation": 0.1}
+    report.write(run, tiny_config, results(accuracy=scores, accuracy_before=None, fidelity=fidelity))
+    for said in ("ResNeXt", "73.2 %", "Best of the three", "Inception score", "7.77"):
+        assert said in page(run), said
+    assert "Inception score" not in page(older) and "DPImageBench" not in page(older)
+    compare([run.path, older.path], tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text()
+    for said in ("Mean of the three", "73.2 %", "7.77"):
+        assert said in text, said
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_names_of_classes_stand_in_line_with_their_rows(
@@ -470,7 +492,7 @@ def test_many_classes_or_one_make_rows_of_whatever_comes(n_classes: int, labels:
 
 def test_each_figure_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
     random, names = np.random.default_rng(0), ["automobile", "bird", "cat"]
-    figures.accuracies(tmp_path / "accuracy.png", {"lr": 80.0, "cnn": 90.0}, {}, 33.3)
+    figures.accuracies(tmp_path / "accuracy.png", {"lr": 80.0, "cnn": 90.0}, {}, 33.3, report.CLASSIFIERS)
     figures.confusion_matrix(tmp_path / "confusion.png", random.integers(0, 50, (3, 3)), names)
     figures.embedding(
         tmp_path / "tsne.png",

@@ -14,7 +14,8 @@ from privimage.config import Config, load
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped, UserError
-from privimage.evaluation import utility
+from privimage.evaluation import benchmark, report, utility
+from privimage.models import benchmark as models
 from privimage.stages import evaluate
 from privimage.storage.files import write_json
 from privimage.storage.rundir import RunDir
@@ -162,6 +163,32 @@ def test_the_ceiling_is_of_real_images_and_measured_once(
     assert told(run)["accuracy_ceiling"] is None
 
 
+def test_the_three_of_the_benchmark_with_their_best_and_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"resnet": (1, 8), "wrn": (1, 8), "resnext": (1, 8)}
+    monkeypatch.setitem(benchmark.SIZES, "small", sizes)
+    monkeypatch.setattr(models, "BOTTLENECK", 4)
+    settings = config(tmp_path, "evaluate.classifiers=[lr,resnet,wrn,resnext]", "evaluate.benchmark_epochs=6")
+    run = release(settings, *noisy_digits(settings))
+    evaluate.run(settings, run, ALONE)
+    scores, ceiling = told(run)["accuracy"], told(run)["accuracy_ceiling"]
+    three = [scores[key] for key in ("resnet", "wrn", "resnext")]
+    assert max(three) > 40 and scores["cnn"] is None  # chance is 10
+    assert scores["benchmark_best"] == max(three)
+    assert scores["benchmark_mean"] == pytest.approx(sum(three) / 3)
+    assert ceiling["benchmark_best"] > 60
+    assert told(run)["agreement"]["classifier"] == "lr"  # not one that takes hours
+    text = (run.path / "evaluate" / "report.html").read_text()
+    assert "WideResNet" in text and "Mean of the three" in text and "no epoch was chosen" in text
+
+    # Two of the three are neither best nor mean of the three.
+    settings = config(tmp_path, "evaluate.classifiers=[lr,wrn,resnet]", "evaluate.benchmark_epochs=1")
+    evaluate.run(settings, run, ALONE)
+    assert told(run)["accuracy"]["benchmark_best"] is None
+    assert "Mean of the three" not in (run.path / "evaluate" / "report.html").read_text()
+
+
 def test_labels_that_were_shuffled_do_not_agree_with_their_images(tmp_path: Path) -> None:
     found = []
     for name in ("as they are", "shuffled"):
@@ -222,7 +249,7 @@ def test_without_held_out_images_there_is_no_accuracy_and_the_report_says_why(tm
     settings = config(tmp_path, "data.sensitive.kind=npz", f"data.sensitive.path={path}")
     run = release(settings, *noisy_digits(digits))
     evaluate.run(settings, run, ALONE)
-    assert told(run)["accuracy"] == {"lr": None, "mlp": None, "cnn": None}
+    assert told(run)["accuracy"] == dict.fromkeys(report.SCORES)
     assert told(run)["memorization"] is None
     assert told(run)["fidelity"]["distance"] > 0
     assert (

@@ -7,8 +7,9 @@ import torch
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
-from privimage.evaluation import utility
-from privimage.evaluation.utility import Labelled
+from privimage.evaluation import benchmark, utility
+from privimage.evaluation.utility import Labelled, Training
+from privimage.models import benchmark as models
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -25,7 +26,7 @@ def bars(count: int, seed: int, noise: float = 20.0) -> Labelled:
 
 def cnn(train: Labelled, **changes: object) -> torch.nn.Module:
     settings: dict = {"epochs": 3, "batch_size": 32, "flip": False, "seed": 0, "world": ALONE} | changes
-    return utility.train_cnn(train, 3, **settings)
+    return utility.train_cnn(train, 3, Training(**settings))
 
 
 @pytest.mark.parametrize("name", ["lr", "mlp"])
@@ -85,6 +86,67 @@ def test_a_request_to_stop_ends_training_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(stop, "requested", True)
     with pytest.raises(Stopped, match="cnn begins again"):
         cnn(bars(100, 0), epochs=2)
+
+
+@pytest.fixture
+def tiny_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's networks with one block in each group, and few channels."""
+    sizes = {size: {"resnet": (1, 8), "wrn": (1, 8), "resnext": (1, 8)} for size in ("small", "large")}
+    monkeypatch.setattr(benchmark, "SIZES", sizes)
+    monkeypatch.setattr(models, "BOTTLENECK", 2)
+
+
+def judged(name: str, train: Labelled, size: str = "small", epochs: int = 12) -> torch.nn.Module:
+    return benchmark.train(name, size, train, 3, epochs=epochs, seed=0, world=ALONE, label=name)
+
+
+@pytest.mark.usefixtures("tiny_benchmark")
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("name", ["resnet", "wrn", "resnext"])
+def test_the_benchmarks_networks_learn_separable_classes(name: str, size: str) -> None:
+    test = bars(100, 1)
+    predictions = utility.predict(judged(name, bars(400, 0), size), test.images, ALONE.device)
+    assert utility.percent(predictions.labels, test.labels) >= 95
+
+
+@pytest.mark.usefixtures("tiny_benchmark")
+def test_a_network_with_dropout_is_the_same_each_time() -> None:
+    train = bars(100, 0)
+    torch.manual_seed(1)
+    first = judged("wrn", train, epochs=1)
+    torch.manual_seed(2)
+    again = judged("wrn", train, epochs=1)
+    for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("tiny_benchmark")
+def test_the_averaged_weights_are_judged_and_the_rate_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, networks = [], []
+    real = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        real(self)
+        networks.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    network = judged("resnet", bars(257, 0), epochs=5)  # two steps an epoch
+    assert rates == pytest.approx([0.01] * 4 + [0.002] * 4 + [0.0004] * 2)
+    assert not any(torch.equal(a, b) for a, b in zip(network.parameters(), networks[-1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large"),
+    [("resnet", 1.73e6, 2.61e6), ("wrn", 8.95e6, 36.48e6), ("resnext", 34.43e6, 40.56e6)],
+)
+def test_the_benchmarks_networks_have_their_published_sizes(name: str, small: float, large: float) -> None:
+    with torch.device("meta"):
+        for size, expected in (("small", small), ("large", large)):
+            network = models.benchmark_classifier(name, models.SIZES[size][name], 3, 10)
+            count = sum(parameter.numel() for parameter in network.parameters())
+            assert count == pytest.approx(expected, rel=2e-3)
+            assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_training_pixels_are_centred_and_test_pixels_follow_them() -> None:

@@ -1,6 +1,6 @@
 """Bars of accuracies, and the plane of the features behind them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from privimage.evaluation.figures.theme import ANNOTATED, OKABE_ITO, beside, save
 
 
-def accuracies(path: Path, after: dict[str, float], before: dict[str, float], chance: float) -> None:
-    """Accuracy in percent of each classifier, trained before and after private fine-tuning."""
-    names = {"lr": "logistic regression", "mlp": "MLP", "cnn": "CNN"}
+def accuracies(
+    path: Path, after: dict[str, float], before: dict[str, float], chance: float, names: Mapping[str, str]
+) -> None:
+    """Accuracy in percent of each classifier, by its key in `names`, before and after private fine-tuning."""
 
     def draw(figure: Figure, theme: dict[str, str]) -> None:
         axes = figure.add_subplot()

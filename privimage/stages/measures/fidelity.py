@@ -18,6 +18,7 @@ def _take(subject: Subject) -> dict:
     # A method without a generator has no synthetic set; the keys stay, with nothing in them.
     if subject.after is None:
         empty = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
+        empty |= {"inception_score": None}
         return {"fidelity": empty, "fidelity_before": None, "fidelity_vision": None}
 
     def take(extractor: Extractor, images: Labelled, name: str) -> dict:

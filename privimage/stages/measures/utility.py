@@ -7,7 +7,7 @@ import numpy as np
 
 from privimage.evaluation import report, utility
 from privimage.evaluation.utility import Labelled
-from privimage.stages.measures.classify import predicted, seed, strongest, trained_cnn
+from privimage.stages.measures.classify import predicted, seed, strongest, trained_network
 from privimage.stages.measures.subject import Measure, Subject
 from privimage.telemetry.progress import say
 
@@ -22,7 +22,7 @@ def _take(subject: Subject) -> dict:
     """Accuracies in percent, by name of the classifier, after training on the synthetic set, on what the
     pretrained generator made, and on the sensitive images themselves.
     """
-    empty: Scores = dict.fromkeys(report.CLASSIFIERS)
+    empty: Scores = dict.fromkeys((*report.CLASSIFIERS, *report.OF_BENCHMARK))
     nothing: dict = dict.fromkeys(("accuracy_before", "accuracy_ceiling", "accuracy_chance"))
     nothing |= {"accuracy": empty, "accuracy_before_images": 0, "accuracy_note": "", "classes": None}
     if subject.test is None:
@@ -45,9 +45,12 @@ def _take(subject: Subject) -> dict:
     if subject.world.is_main:
         from privimage.evaluation import figures as draw
 
-        known = [{key: value for key, value in s.items() if value is not None} for s in scores.values()]
+        known = [
+            {key: score for key in report.CLASSIFIERS if (score := s[key]) is not None}
+            for s in scores.values()
+        ]
         file = subject.figures / "sensitive-accuracy.png"
-        draw.accuracies(file, known[0], known[1], 100 / subject.n_classes)
+        draw.accuracies(file, known[0], known[1], 100 / subject.n_classes, report.CLASSIFIERS)
     # What saying always the same would get right, where the classes of the test images are not even.
     counts = np.bincount(subject.test.labels, minlength=subject.n_classes)
     return nothing | {
@@ -91,7 +94,7 @@ def _judged(subject: Subject, key: str, training: Labelled | None, name: str) ->
 def _cnn_with_figures(
     subject: Subject, key: str, training: Labelled, held_out: Labelled, name: str
 ) -> np.ndarray:
-    network = trained_cnn(subject, training, name)
+    network = trained_network(subject, key, training, name)
     predictions = utility.predict(network, held_out.images, subject.world.device)
     if subject.world.is_main:
         from privimage.evaluation import figures as draw
@@ -114,7 +117,14 @@ def _cnn_with_figures(
 
 
 def _scores(judged: Judged | None) -> Scores:
-    return {key: (judged or {}).get(key, {}).get("percent") for key in report.CLASSIFIERS}
+    scores = {key: (judged or {}).get(key, {}).get("percent") for key in report.CLASSIFIERS}
+    # Of the benchmark's three, both numbers that others print; of fewer they would be something else.
+    three = [score for key in report.BENCHMARK if (score := scores[key]) is not None]
+    whole = len(three) == len(report.BENCHMARK)
+    return scores | {
+        "benchmark_best": max(three) if whole else None,
+        "benchmark_mean": float(np.mean(three)) if whole else None,
+    }
 
 
 def _by_class(subject: Subject, after: Judged, ceiling: Judged | None, counts: np.ndarray) -> dict:
