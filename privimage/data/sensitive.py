@@ -101,37 +101,47 @@ class GroupedSet(StepData):
         """`groups` int64 (N,), one for each image; `per_group` is m."""
         self.images, self.per_group = images, per_group
         self.order = np.argsort(groups, kind="stable")  # images, group by group
-        self.ends = np.cumsum(np.bincount(groups))
-        self.chosen: dict[int, list[int]] = {}
+        self.sizes = np.bincount(groups)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.chosen, self.places = np.zeros((0, per_group), np.int64), dict[int, int]()
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.sizes)
 
-    def members(self, group: int) -> np.ndarray:
-        """The images of a group, int64 (n,)."""
-        return self.order[self.ends[group - 1] if group else 0 : self.ends[group]]
+    def choose(self, groups: list[int], seed: int) -> np.ndarray:
+        """m images of each group, int64 (B, m): all different where it has as many, else each as often as any
+        other, or once more.
 
-    def choose(self, group: int, seed: int) -> list[int]:
-        """m images of a group: all different where it has as many, else each as often as any other, or once
-        more.
-
-        A function of the seed, the number of the group and its images, whatever other groups there are.
+        Those of a group are a function of the seed, its number and its images, whatever other groups there
+        are.
         """
-        own = self.members(group)
-        rng = np.random.default_rng(_mix(seed, group))
-        rounds = [rng.permutation(own) for _ in range(-(-self.per_group // len(own)))]
-        return np.concatenate(rounds)[: self.per_group].tolist()
+        at = np.array(groups, np.int64)
+        sizes = self.sizes[at]
+        # The images of these groups, one group after the other. Each is shuffled from the front, all at once
+        # (Fisher and Yates), as far as m images; one that has fewer begins again.
+        starts = np.cumsum(sizes) - sizes
+        images = self.order[np.arange(sizes.sum()) + np.repeat(self.starts[at] - starts, sizes)]
+        seeds, chosen = _mix(seed, at), np.empty((len(at), self.per_group), np.int64)
+        for draw in range(self.per_group):
+            done = draw % sizes
+            front = starts + done
+            other = front + (_mix(seeds, draw) % (sizes - done).astype(np.uint64)).astype(np.int64)
+            images[front], images[other] = images[other], images[front]
+            chosen[:, draw] = images[front]
+        return chosen
 
     def begin(self, indices: list[int], size: int, seed: int) -> None:
         """See `StepData.begin`; which images of a group take part is drawn anew in each step."""
-        self.chosen = {group: self.choose(group, seed) for group in indices}
-        self.images.begin([i for group in indices for i in self.chosen[group]], size * self.per_group, seed)
+        self.chosen = self.choose(indices, seed)
+        self.places = {group: place for place, group in enumerate(indices)}
+        self.images.begin(self.chosen.ravel().tolist(), size * self.per_group, seed)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels, _ = self.images.__getitems__([i for group in indices for i in self.chosen[group]])
+        chosen = self.chosen[[self.places[group] for group in indices]]
+        images, labels, _ = self.images.__getitems__(chosen.ravel().tolist())
         shape = (len(indices), self.per_group)
         at = torch.tensor(indices, dtype=torch.int64, device=self.images.device)
         return images.view(*shape, *images.shape[1:]), labels.view(shape), at
@@ -166,18 +176,22 @@ class ImageDraws:
         """Standard normal numbers (len(indices), size) for the images at `indices`."""
         draws = torch.empty(len(indices), size, device=self.generator.device)
         # One generator seeded per image: the draw of an image is the same in any batch, on any rank.
-        for row, index in zip(draws, indices.tolist(), strict=True):
-            self.generator.manual_seed(_mix(seed, index))
+        for row, own in zip(draws, _mix(seed, indices.cpu().numpy()).tolist(), strict=True):
+            self.generator.manual_seed(own)
             row.normal_(generator=self.generator)
         return draws
 
 
-def _mix(seed: int, index: int) -> int:
-    """A 64-bit hash of two numbers (the finaliser of SplitMix64)."""
-    value = (seed + (index + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return value ^ (value >> 31)
+def _mix(seeds: int | np.ndarray, indices: int | np.ndarray) -> np.ndarray:
+    """Hashes uint64 (n,) of pairs of numbers below 2^64, of which one or both are arrays (n,).
+
+    The finaliser of SplitMix64.
+    """
+    seeds, indices = (np.atleast_1d(np.asarray(one)).astype(np.uint64) for one in (seeds, indices))
+    value = seeds + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
 def dropped(normal: Tensor, probability: float) -> Tensor:

@@ -13,6 +13,7 @@ from data_sets import numbered, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import TINY
+from scipy import stats
 from torch import Tensor, nn
 
 from privimage.config import Config, load
@@ -121,7 +122,7 @@ def clipped_sum(
     total = torch.zeros(4, dtype=torch.float64)
     found = SensitiveSet(images, scales, CPU, "device")
     data = GroupedSet(found, groups, m)
-    indices = [group for group in range(len(data)) if len(data.members(group))]
+    indices = [group for group in range(len(data)) if data.sizes[group]]
     data.begin(indices, physical, seed=7)
     for start in range(0, len(indices), physical):
         *batch, at = data.__getitems__(indices[start : start + physical])
@@ -182,7 +183,7 @@ def test_a_group_has_m_images_all_different_or_each_as_often_as_any_other() -> N
     assert len(data) == 3
     seen = set()
     for seed in range(60):
-        large, single, pair = (data.choose(group, seed) for group in (1, 0, 2))
+        large, single, pair = data.choose([1, 0, 2], seed).tolist()
         assert len(set(large)) == 3 and set(large) <= {0, 2, 3, 6, 7}
         assert single == [1, 1, 1]
         assert sorted(np.bincount(pair, minlength=6)[[4, 5]]) == [1, 2]
@@ -190,17 +191,28 @@ def test_a_group_has_m_images_all_different_or_each_as_often_as_any_other() -> N
     assert len(seen) == 10  # all choices of 3 of 5: drawn anew in each step
 
 
+def test_images_of_a_group_are_chosen_alike_often_and_those_of_two_groups_apart() -> None:
+    """Chi-squared of all choices of 2 of 4 in order, of one group and of two together; fixed seeds."""
+    data, _ = grouped([0, 1] * 4, 2)
+    drawn = np.stack([data.choose([0, 1], seed) // 2 for seed in range(12_000)])  # places in the group
+    first, second = (drawn[:, group, 0] * 4 + drawn[:, group, 1] for group in (0, 1))
+    for found, kinds in ((first, 12), (second, 12), (first * 16 + second, 144)):
+        counts = np.unique(found, return_counts=True)[1]
+        assert len(counts) == kinds and stats.chisquare(counts).pvalue > 1e-3
+
+
 def test_what_a_group_gives_depends_on_no_other_group() -> None:
     """The same number and images: the same choice, the same random numbers, the same losses."""
     few, many = grouped([0, 1, 1, 1], 2), grouped([0, 1, 1, 1, 2, 3, 3], 2)
     for seed in range(20):
-        assert few[0].choose(1, seed) == many[0].choose(1, seed)
+        alone = few[0].choose([1], seed).tolist()
+        assert many[0].choose([1], seed).tolist() == alone == many[0].choose([3, 0, 1], seed)[2:].tolist()
     many[0].begin([3, 1, 0], 2, seed=4)
     first = many[0].__getitems__([3, 1])
     few[0].begin([1], 2, seed=4)
     alone = few[0].__getitems__([1])
     assert torch.equal(first[0][1], alone[0][0]) and first[2].tolist() == [3, 1]
-    assert numbers(alone[0][0].numpy()).tolist() == few[0].chosen[1]
+    assert numbers(alone[0][0].numpy()).tolist() == few[0].choose([1], 4)[0].tolist()
 
 
 GROUPED = (
