@@ -106,8 +106,9 @@ class SensitiveData(Section):
     group: Annotated[int, Field(ge=1, le=9)] | str | None = Field(
         None,
         description=(
-            "what names whom an image belongs to (a person, a patient): a column or array; of a folder the "
-            "level of sub-folders (1 is the first), or a regular expression on the path"
+            "what names whom an image belongs to (a person, a patient): a column, an array, or a field of "
+            "webdataset's .json; of a folder, zip or tar the level of sub-folders (1 is the first), or a "
+            "regular expression on the path; of celeba `identity`"
         ),
     )
     per_group: int = Field(

@@ -10,8 +10,8 @@ import numpy as np
 from privimage.data import folder, hdf5, npz, parquet, store, table, webdataset, zip_archive
 from privimage.data.arrays import from_arrays
 from privimage.data.decode import Source
-from privimage.data.folder_groups import grouped_by_path, labelled_below_groups
 from privimage.data.labels import shown
+from privimage.data.path_groups import grouped_by_path, labelled_below_groups
 from privimage.data.request import ONE_CLASS, Columns, Known, Request, Split, part
 from privimage.data.torchvision_sets import celeba, torchvision_set
 from privimage.errors import UserError
@@ -20,7 +20,8 @@ FOLDERS = {"folder", "npz", "parquet", "webdataset", "beton"}  # kinds that may 
 SPLIT = {"folder", "npz", "parquet", "webdataset"}  # kinds that may hold held-out images too
 EMBEDDED = {"digits"}
 OWN_TEST_SPLIT = {"cifar10", "mnist", "fashion-mnist", "digits"}
-GROUPED = {"csv", "folder", "hdf5", "jsonl", "npz", "parquet"}  # kinds that say whom an image belongs to
+# Kinds that say whom an image belongs to.
+GROUPED = {"celeba", "csv", "folder", "hdf5", "jsonl", "npz", "parquet", "webdataset", "zip"}
 
 
 def open_source(
@@ -75,7 +76,7 @@ def _at(kind: str, request: Request) -> Source:
     if kind in ("cifar10", "mnist", "fashion-mnist"):
         return torchvision_set(kind, request.path, request.split, request.known)
     if kind == "celeba":
-        return celeba(request.path)
+        return celeba(request.path, request.columns.group)
     if not request.path.exists():
         raise UserError(f"{request.path}: no such file or folder")
     if request.split == "test" and kind not in SPLIT:
@@ -104,7 +105,8 @@ def _folder(request: Request) -> Source:
         return folder.read(request)
     above = request.labelled and group == "1"
     source, root = folder.read(replace(request, labelled=request.labelled and not above)), part(request)
-    return grouped_by_path(labelled_below_groups(source, root) if above else source, root, group)
+    source = labelled_below_groups(source, root) if above else source
+    return grouped_by_path(source, [Path(name).relative_to(root) for name in source.names], group, root)
 
 
 def _digits(split: Split, known: Known | None) -> Source:

@@ -31,7 +31,7 @@ class Columns:
 
     image: str | None = None
     label: str | None = None
-    group: str | None = None  # of a folder: a level of sub-folders, or a regular expression on the path
+    group: str | None = None  # of folders: a level of sub-folders, or a regular expression on the path
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,22 @@ import numpy as np
 from PIL import Image
 
 from privimage import torchvision_operators
-from privimage.data.arrays import from_arrays
+from privimage.data.arrays import from_arrays, with_groups
 from privimage.data.decode import Source
 from privimage.data.request import ONE_CLASS, Known, Split
 from privimage.data.transforms import celeba_side
 from privimage.errors import UserError
 
 
-def celeba(path: Path) -> Source:
-    """All 202,599 faces, as in the paper; without labels."""
+def celeba(path: Path, group: str | None = None) -> Source:
+    """All 202,599 faces, as in the paper; without labels, with the 10,177 persons where `group` is identity.
+
+    Raises UserError for any other `group`, and where a face has no person.
+    """
+    if group not in (None, "identity"):
+        raise UserError(
+            f"data.sensitive.group: celeba knows whom a face belongs to by 'identity', not {group!r}"
+        )
     torchvision_operators.declare()
     from torchvision.datasets import CelebA
 
@@ -28,7 +35,22 @@ def celeba(path: Path) -> Source:
     if not files:
         _fetch("celeba", path, lambda: CelebA(str(path), split="all", download=True))
         files = faces()
-    return Source(files, Image.open, files, np.zeros(len(files), np.int64), ONE_CLASS, celeba_side)
+    source = Source(files, Image.open, files, np.zeros(len(files), np.int64), ONE_CLASS, celeba_side)
+    return with_groups(source, _identities(path, files), str(path)) if group else source
+
+
+def _identities(path: Path, files: list[str]) -> list[str]:
+    """The persons of faces, from CelebA's list of file names and numbers of persons."""
+    places = [place / "identity_CelebA.txt" for place in (path / "celeba", path, path.parent)]
+    listed = next((place for place in places if place.is_file()), None)
+    if listed is None:
+        raise UserError(f"data.sensitive.group: {path} has no identity_CelebA.txt")
+    rows = [line.split() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    persons = {row[0]: row[-1] for row in rows if len(row) == 2}
+    for file in files:
+        if Path(file).name not in persons:
+            raise UserError(f"data.sensitive.group: {listed} has no person for {Path(file).name}")
+    return [persons[Path(file).name] for file in files]
 
 
 def torchvision_set(kind: str, path: Path, split: Split, known: Known | None) -> Source:

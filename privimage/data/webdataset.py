@@ -4,13 +4,15 @@ import json
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from privimage.data import files, labels
+from privimage.data.arrays import with_groups
 from privimage.data.decode import Source
+from privimage.data.path_groups import KEY, grouped_by_path
 from privimage.data.request import Request, part
 from privimage.errors import UserError
 
@@ -23,12 +25,13 @@ def holds_test_split(path: Path) -> bool:
 
 
 def read(request: Request) -> Source:
-    """All tars of a folder in order, or one; labels from .cls, .txt or a field of .json.
+    """All tars of a folder in order, or one; labels from .cls, .txt or a field of .json, groups from a field
+    of .json or the name of the sample.
 
     In a folder whose tars are named train* and test*, those are the splits. Raises UserError for damaged tars
-    and samples without an image or a label.
+    and samples without a label or a group.
     """
-    path = request.path
+    path, group = request.path, request.columns.group
     tars = [path]
     if path.is_dir():
         tars = _tars(path, request.split) or sorted(part(request).glob("*.tar"))
@@ -37,6 +40,7 @@ def read(request: Request) -> Source:
     items: list[tuple[str, int, int, str]] = []
     names: list[str] = []
     raw: list[str] = []
+    groups: list[str] = []
     skipped: list[str] = []
     for tar in tars:
         for sample, members in _samples(tar):
@@ -54,13 +58,19 @@ def read(request: Request) -> Source:
             items.append((str(tar), info.offset_data, info.size, f".{suffixes[0].split('.')[-1]}"))
             names.append(f"{tar}: {info.name}")
             raw += [_label(tar, sample, members, request)] if request.labelled else []
+            groups += [_group(tar, sample, members, group)] if group is not None else []
     if not items:
         raise UserError(f"{path}: holds no image")
     numbers, classes = labels.none(len(items))
     if request.labelled:
         numbers, classes = labels.numbered(np.array(raw), None, str(path), request.known)
     skipped += files.others(path, {str(tar) for tar in tars}, "test")
-    return Source(items, opened, names, numbers, classes, notes=files.notes(str(path), names, skipped))
+    source = Source(items, opened, names, numbers, classes, notes=files.notes(str(path), names, skipped))
+    if group is None:
+        return source
+    if _is_in_name(group):
+        return grouped_by_path(source, [PurePosixPath(name) for name in groups], group, path)
+    return with_groups(source, groups, str(path))
 
 
 def _tars(folder: Path, split: str) -> list[Path]:
@@ -109,6 +119,24 @@ def _label(tar: Path, sample: str, members: dict[str, tarfile.TarInfo], request:
         "; a tar of a folder for each class is not read: unpack it" if sample.strip("/.").count("/") else ""
     )
     raise UserError(f"{tar}: sample {sample.strip('/')} has no label: no {wanted}{folders}")
+
+
+def _group(tar: Path, sample: str, members: dict[str, tarfile.TarInfo], group: str) -> str:
+    """What names the group of a sample: itself, or the field `group` of its .json."""
+    if _is_in_name(group):
+        return sample.removeprefix("/")
+    try:
+        return str(json.loads(_content(tar, members["json"]))[group])
+    except (ValueError, TypeError, KeyError):
+        where = f"{tar}: sample {sample.strip('/')} has no field {group!r} in its .json"
+        raise UserError(
+            f"{KEY}: {where}; a regular expression on the names of samples has a (group)"
+        ) from None
+
+
+def _is_in_name(group: str) -> bool:
+    """Whether it is a level of folders or a regular expression: one with a parenthesis, which fields lack."""
+    return group.isdecimal() or "(" in group
 
 
 def _content(tar: Path, info: tarfile.TarInfo) -> bytes:

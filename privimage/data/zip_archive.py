@@ -13,6 +13,7 @@ from PIL import Image
 
 from privimage.data import files, labels
 from privimage.data.decode import Source
+from privimage.data.path_groups import classes_of_groups, grouped_by_path
 from privimage.data.request import ONE_CLASS, Request
 from privimage.errors import UserError
 
@@ -20,9 +21,9 @@ LABELS = "dataset.json"
 
 
 def read(request: Request) -> Source:
-    """Labels are those of dataset.json, numbers of classes, or the names of folders.
+    """Labels are those of dataset.json, numbers of classes, or the names of folders; groups are in the paths.
 
-    Raises UserError for what is no zip, or has no classes or images.
+    Raises UserError for what is no zip, has no classes or images, or an image that belongs to no group.
     """
     path = request.path
     if not zipfile.is_zipfile(path):
@@ -44,6 +45,8 @@ def read(request: Request) -> Source:
         source = _described(path, images, table, PurePosixPath(described[0]).parent, request)
     else:
         source = _foldered(path, images, folders, request)
+    if (group := request.columns.group) is not None:
+        source = grouped_by_path(source, [PurePosixPath(name) for _, name in source.items], group, path)
     return replace(source, notes=(*source.notes, *files.notes(str(path), images, skipped)))
 
 
@@ -73,11 +76,13 @@ def _described(path: Path, images: list[str], table: dict, root: PurePosixPath, 
 
 
 def _foldered(path: Path, images: list[str], folders: list[str], request: Request) -> Source:
-    """Classes are the folders at the top, or those inside of the only folder there."""
+    """Classes are the folders at the top, or those inside of the only folder there, or of each group's."""
     parts = [PurePosixPath(name).parts for name in images]
     depth = 0
     while len({part[depth] for part in parts}) == 1 and all(len(part) > depth + 2 for part in parts):
         depth += 1
+    above = request.columns.group == str(depth + 1)
+    depth += above
     inside = [index for index, part in enumerate(parts) if len(part) > depth + 1]
     if not inside:
         raise UserError(
@@ -87,27 +92,33 @@ def _foldered(path: Path, images: list[str], folders: list[str], request: Reques
     beside = len(parts) - len(inside)
     notes = (f"{path}: {beside} images beside the folders of the classes skipped",) if beside else ()
     raw = np.array([parts[index][depth] for index in inside])
-    classes = _classes(path, set(raw.tolist()), folders, depth, request)
+    classes = _classes(path, set(raw.tolist()), folders, depth, request, above)
     numbers, classes = labels.numbered(raw, classes, str(path), request.known)
     return replace(_source(path, [images[index] for index in inside], numbers, classes), notes=notes)
 
 
-def _classes(path: Path, used: set[str], folders: list[str], depth: int, request: Request) -> tuple | None:
+def _classes(
+    path: Path, used: set[str], folders: list[str], depth: int, request: Request, above: bool
+) -> tuple | None:
     """Classes by the names of folders; in a sensitive set only where folders have entries of their own.
 
-    Otherwise the only image of a class would decide whether the class exists.
+    Otherwise the only image of a class would decide whether the class exists. With groups `above` them each
+    group must have an entry for each class.
     """
     if request.known is None:
         return tuple(sorted(used))
     if request.known.names is not None:
         return None
-    parts = [PurePosixPath(name).parts for name in folders]
-    own = {part[depth] for part in parts if len(part) == depth + 1}
+    parts = [part for name in folders if len(part := PurePosixPath(name).parts) == depth + 1]
+    own = {part[depth] for part in parts}
     if used - own:
         raise UserError(
             f"data.sensitive.classes: needed as a list of names, since {path} has no entries for its folders"
         )
-    return tuple(sorted(own))
+    of_groups: dict[str, set[str]] = {}
+    for part in parts if above else ():
+        of_groups.setdefault(f"{path}: {part[depth - 1]}", set()).add(part[depth])
+    return classes_of_groups(of_groups) if above else tuple(sorted(own))
 
 
 def _table(archive: zipfile.ZipFile, name: str, path: Path) -> dict | None:

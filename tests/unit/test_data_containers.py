@@ -5,7 +5,7 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -384,3 +384,127 @@ def test_medical_images_of_8_bits_and_damaged_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.dcm: not readable as an image") as caught:
         source.image(0, Form(8, 1))
     assert "SECRET" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def zip_of_people(root: Path, form: str, last: bool = True) -> Path:
+    """Images by `form`, and entries for the folders of all classes and people, but the `last` one's."""
+    folders = [form.rpartition("/")[0].format(kind=kind, who=f"p{who}") for who in range(8) for kind in NAMES]
+    with zipfile.ZipFile(root / "set.zip", "w") as archive:
+        above = {str(folder) for name in folders for folder in PurePosixPath(name).parents}
+        for name in sorted({*(folders if last else folders[:-1]), *above} - {"."}):
+            archive.mkdir(name)
+        for number, label in enumerate(LABELS):
+            archive.writestr(form.format(kind=NAMES[label], who=PEOPLE[number], n=number), png(number))
+    return root / "set.zip"
+
+
+def tars_of_people(root: Path, fields: list[dict]) -> Path:
+    """Three samples with a .json each, whose names say whom they belong to."""
+    with tarfile.open(root / "set.tar", "w") as archive:
+        for number, more in enumerate(fields):
+            sample = {"png": png(number), "json": json.dumps({"label": 0, **more}).encode()}
+            for suffix, content in sample.items():
+                info = tarfile.TarInfo(f"./ward{number // 2}/pat-{number % 2}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return root / "set.tar"
+
+
+PATHS = {
+    "classes of people": ("mine/{kind}/{who}/{n}.png", "3"),
+    "people of classes": ("{who}/{kind}/{n}.png", "1"),
+    "people of classes, packed": ("mine/{who}/{kind}/{n}.png", "2"),
+    "a regular expression": ("{kind}/{who}-{n}.png", r"(p\d+)-"),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_zip_says_whose_images_they_are_by_paths(tmp_path: Path, tiny_config: Config, name: str) -> None:
+    form, group = PATHS[name]
+    more = {"kind": "zip", "path": zip_of_people(tmp_path, form), "group": group}
+    source = sensitive(tiny_config, **more)
+    pictures = [image.transpose(2, 0, 1).tobytes() for image in IMAGES]
+    assert source.classes == NAMES and whose(source) == sorted(
+        zip(pictures, LABELS.tolist(), PEOPLE, strict=True)
+    )
+
+
+def test_a_zip_of_stylegan_has_groups_too(tmp_path: Path) -> None:
+    path = style_zip(tmp_path, LABELS.tolist())
+    source = open_source("zip", path, "train", columns=Columns(group=r"img\d+(\d)\d\."))
+    assert list(source.groups) == [str(number // 10) for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("group", "groups"),
+    [
+        ("who", ["x", "7", "x"]),
+        ("1", ["ward0", "ward0", "ward1"]),
+        (r"pat-(\d)$", ["0", "1", "0"]),
+    ],
+)
+def test_samples_of_a_tar_say_whose_they_are(tmp_path: Path, group: str, groups: list[str]) -> None:
+    path = tars_of_people(tmp_path, [{"who": "x"}, {"who": 7}, {"who": "x"}])
+    assert list(open_source("webdataset", path, "train", columns=Columns(group=group)).groups) == groups
+
+
+def faces(root: Path, table: str | None) -> Path:
+    """As torchvision keeps CelebA."""
+    folder = root / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (178, 218)).save(folder / f"{number:06d}.jpg")
+    if table is not None:
+        (root / "celeba" / "identity_CelebA.txt").write_text(table)
+    return root
+
+
+def test_faces_of_celeba_belong_to_identities(tmp_path: Path) -> None:
+    path = faces(tmp_path, "000000.jpg 2880\n000001.jpg 17\n000002.jpg 2880\n")
+    source = open_source("celeba", path, "train", labelled=False, columns=Columns(group="identity"))
+    assert list(source.groups) == ["2880", "17", "2880"]
+
+
+NOBODYS: dict[str, tuple[str, Callable[[Path], Path], str, str]] = {
+    "zip, level": ("zip", lambda root: zip_of_people(root, "{kind}/{n}.png"), "2", "in no folder of level 2"),
+    "zip, no match": (
+        "zip",
+        lambda root: zip_of_people(root, "{kind}/{n}.png"),
+        "(who)",
+        "does not match cat/0",
+    ),
+    "zip, no expression": ("zip", lambda root: zip_of_people(root, "{kind}/{n}.png"), "(", "no regular expr"),
+    "tar, no field": (
+        "webdataset",
+        lambda root: tars_of_people(root, [{"who": 1}, {}]),
+        "who",
+        r"sample \./ward0/pat-1 has no field 'who' in its \.json",
+    ),
+    "tar, nobody": (
+        "webdataset",
+        lambda root: tars_of_people(root, [{"who": 1}, {"who": None}]),
+        "who",
+        r"pat-1\.png belongs to no group",
+    ),
+    "tar, level": ("webdataset", lambda root: tars_of_people(root, [{}]), "2", "in no folder of level 2"),
+    "celeba, a column": ("celeba", lambda root: faces(root, ""), "person", "by 'identity', not 'person'"),
+    "celeba, no list": ("celeba", lambda root: faces(root, None), "identity", r"no identity_CelebA\.txt"),
+    "celeba, a face more": ("celeba", lambda root: faces(root, "000000.jpg 1\n"), "identity", "000001.jpg"),
+}
+
+
+@pytest.mark.parametrize("name", NOBODYS)
+def test_an_image_that_belongs_to_nobody_is_named(tmp_path: Path, name: str) -> None:
+    kind, build, group, told = NOBODYS[name]
+    with pytest.raises(UserError, match=told) as caught:
+        open_source(kind, build(tmp_path), "train", columns=Columns(group=group))
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("data.sensitive.group: ")
+
+
+def test_a_person_in_a_zip_does_not_decide_which_classes_there_are(
+    tmp_path: Path, tiny_config: Config
+) -> None:
+    path = zip_of_people(tmp_path, "{who}/{kind}/{n}.png", last=False)
+    with pytest.raises(UserError, match=r"set\.zip: p7: no sub-folder '.*', which other groups have"):
+        sensitive(tiny_config, kind="zip", path=path, group="1")
+    assert sensitive(tiny_config, kind="zip", path=path, group="1", classes=NAMES).classes == NAMES
