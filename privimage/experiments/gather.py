@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from privimage.experiments.settings import Choice, ExperimentFile, PlannedRun
+from privimage.recipes import as_begun
 from privimage.storage.files import read_json
 from privimage.storage.rundir import RunDir
 
@@ -99,7 +100,7 @@ def state_of(run: PlannedRun) -> State:
     folder = RunDir(config.run.dir)
     if not (folder.path / "config.yaml").exists() and folder.failure is None:
         return State("running") if folder.is_running else State("missing", "not started")
-    if clashes := folder.clashes(config):
+    if clashes := folder.clashes(as_begun(config, folder)):
         return State(
             "missing",
             (

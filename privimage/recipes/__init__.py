@@ -6,6 +6,6 @@ promise, the time that the run may take, and the speed of the machine. No pixel 
 
 from privimage.recipes.choose import Choice, choose
 from privimage.recipes.facts import Facts, facts_of
-from privimage.recipes.settle import automatic, settled
+from privimage.recipes.settle import as_begun, automatic, settled
 
-__all__ = ["Choice", "Facts", "automatic", "choose", "facts_of", "settled"]
+__all__ = ["Choice", "Facts", "as_begun", "automatic", "choose", "facts_of", "settled"]

@@ -266,15 +266,19 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
 
 def rates(config: Config, facts: Facts) -> Choices:
     """What follows from the steps and samples."""
-    # 5e-3 for 60 steps (digits) and 1e-3 for 1,600 (MNIST) of width 8.
-    rate = 5e-3 * math.sqrt(FEWEST / max(config.finetune.steps, FEWEST)) * 8 / max(config.model.width, 8)
     samples = config.synthesize.samples
-    return {
-        "finetune.learning_rate": Choice(float(f"{rate:.1g}"), "Adam; falls with the root of the steps"),
+    found: Choices = {
         "evaluate.fidelity_samples": Choice(
             max(10, min(5000, samples // 2)), "enough for a distance, quickly computed"
         ),
     }
+    if "finetune" in config.stages:
+        # 5e-3 for 60 steps (digits) and 1e-3 for 1,600 (MNIST) of width 8.
+        rate = 5e-3 * math.sqrt(FEWEST / max(config.finetune.steps, FEWEST)) * 8 / max(config.model.width, 8)
+        found["finetune.learning_rate"] = Choice(
+            float(f"{rate:.1g}"), "Adam; falls with the root of the steps"
+        )
+    return found
 
 
 def _within(value: float, low: float, high: float) -> int:

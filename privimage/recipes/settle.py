@@ -54,6 +54,11 @@ def settled(config: Config, world: World = ALONE, run: RunDir | None = None) -> 
     return applied(config, world.broadcast_object(found))
 
 
+def as_begun(config: Config, run: RunDir) -> Config:
+    """The configuration with what was chosen for a run, once it has begun, in place of `auto`."""
+    return applied(config, _kept(config, run))
+
+
 def _kept(config: Config, run: RunDir) -> Choices:
     if not any((run.path / stage).exists() for stage in STAGES):
         return {}

@@ -272,6 +272,16 @@ def test_results_of_other_settings_are_a_gap(path: Path) -> None:
     assert all("was made with other settings (synthesize.samples was 30, now 31)" in told for told in states)
 
 
+def test_results_of_settings_that_were_chosen_count(path: Path) -> None:
+    """What is `auto` in the file has a value in the run."""
+    edited(path, "synthesize.samples=30", "synthesize.samples=auto")
+    for run in load(path).all_runs():
+        finish(run, 50.0)
+        kept = RunDir(run.config.run.dir).path / "config.yaml"
+        kept.write_text(kept.read_text().replace("samples: auto", "samples: 500"))
+    assert {state_of(run).kind for run in load(path).all_runs()} == {"finished"}
+
+
 def test_without_any_run_the_table_says_so(path: Path) -> None:
     text = table.write(path)
     assert "0 of 8 runs" in text

@@ -86,6 +86,13 @@ def test_a_recipe_fills_the_time_and_not_more(count: int, hours: float) -> None:
         assert seconds(config) > 0.5 * 3600 * hours
 
 
+@pytest.mark.parametrize("method", ["dp-merf", "private-evolution", "dpdm", "nonpriv"])
+def test_every_method_has_a_recipe(method: str) -> None:
+    config = bare(method=method)
+    chosen = choose(config, Facts(3000, 2, 32, 3, 200, 10, 1e-5, 1, "cpu"), lambda _: SPEEDS)
+    assert ("finetune.learning_rate" in chosen) == ("finetune" in config.stages)
+
+
 def test_noise_is_spent_where_it_teaches_most() -> None:
     """Small sets: copies and nine tenths of the signal; large ones: many small steps, as on MNIST."""
     small, large = recipe(3000, 4).finetune, recipe(200_000, 4).finetune
