@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from privimage.data.readers import open_source
+from privimage.errors import UserError
 from privimage.storage.files import write_arrays
 
 
 def main() -> None:
-    """Read the arguments and write both files."""
+    """Read the arguments and write both files; ends with status 2 and one line if something is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,15 +26,24 @@ def main() -> None:
     parser.add_argument(
         "--source", type=Path, help="folder with train.npz and test.npz; default: the UCI digits"
     )
-    arguments = parser.parse_args()
-    kind = "npz" if arguments.source else "digits"
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    given = parser.parse_args()
+    try:
+        if given.images < 1:
+            raise UserError(f"--images: {given.images} is less than 1")
+        write(given.output, given.images, given.source)
+    except (UserError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+def write(output: Path, images: int, given: Path | None) -> None:
+    """Write both files, with so many images of each person but the last."""
+    output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        source = open_source(kind, arguments.source, split)
+        source = open_source("npz" if given else "digits", given, split)
         # By a fixed seed, so that the same persons are made everywhere.
-        dealt = np.random.default_rng(0).permutation(len(source)) // arguments.images
+        dealt = np.random.default_rng(0).permutation(len(source)) // images
         write_arrays(
-            arguments.output / f"{split}.npz",
+            output / f"{split}.npz",
             {
                 "images": np.asarray(source.items),
                 "labels": source.labels,

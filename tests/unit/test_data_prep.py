@@ -146,3 +146,22 @@ def test_deep_images_are_written_within_a_window(script, tmp_path: Path) -> None
     assert script("folder", tmp_path / "set", out, *settings, "--window", 5, 5).status == 2
     done = script("folder", tmp_path / "set", out, *settings, "--fit", "squash", "--window", 0, 2000)
     assert done.status == 0 and store.read(out, np.arange(3))[:, 0, 0, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_images_are_dealt_out_to_artificial_persons(script, tmp_path: Path, given: bool) -> None:
+    source = ()
+    if given:
+        (tmp_path / "given").mkdir()
+        for name, count in (("train", 30), ("test", 10)):
+            save_npz(tmp_path / "given" / f"{name}.npz", numbered(count), np.arange(count) % 5)
+        source = ("--source", tmp_path / "given")
+    done = script("persons", tmp_path / "made", "--images", 4, *source)
+    assert done.status == 0, done.err
+    train, test = (dict(np.load(tmp_path / "made" / f"{name}.npz")) for name in ("train", "test"))
+    sizes = np.unique(train["person"], return_counts=True)[1]
+    assert sorted(set(sizes)) == ([2, 4] if given else [1, 4]) and (sizes != 4).sum() == 1
+    assert not set(train["person"]) & set(test["person"])
+    assert len(train["images"]) == (30 if given else 1437) and len(test["labels"]) == (10 if given else 360)
+    wrong = script("persons", tmp_path / "made", "--images", 4, "--source", tmp_path / "none")
+    assert wrong.status == 2 and wrong.err.strip().endswith("none: no such file or folder")
