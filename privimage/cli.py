@@ -81,22 +81,8 @@ def init(
     """Write a complete, commented configuration that this machine finishes in the time given."""
     from privimage.commands.init import Wanted, write
 
-    write(
-        Wanted(
-            sensitive,
-            public,
-            test,
-            hours,
-            epsilon,
-            delta,
-            count,
-            classes,
-            resolution,
-            channels,
-            method,
-            run_dir,
-        )
-    )
+    told = (sensitive, public, test, hours, epsilon, delta, count, classes, resolution, channels)
+    write(Wanted(*told, method, run_dir))
 
 
 @app.command()
@@ -132,6 +118,21 @@ def rehearse(
     from privimage.config import load
 
     sys.exit(run(load(config, overrides or ()), tries or (), seeds))
+
+
+@app.command()
+def starter(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the folder of the starter")] = Path("starter/mine"),
+    licence: Annotated[str, typer.Option(help="of the weights, as an SPDX identifier")] = "unknown",
+    data: Annotated[str, typer.Option(help="what the public images are, for the card")] = "",
+) -> None:
+    """Train a query network and a diffusion model on all of the public set, for other runs to begin with."""
+    from privimage.commands.starter import run
+    from privimage.config import load
+
+    sys.exit(run(load(config, overrides or ()), out, licence, data))
 
 
 @app.command()
@@ -264,22 +265,9 @@ def table(file: ExperimentFile, overrides: Overrides = None) -> None:
 @app.command()
 def methods() -> None:
     """List the methods that can be run, as settings of one pipeline."""
-    from rich.console import Console
-    from rich.table import Table
+    from privimage.commands.methods import show
 
-    from privimage.config.methods import METHODS
-
-    table = Table("method", "", "pretraining data", "generator", "private", "stages")
-    for name, method in METHODS.items():
-        table.add_row(
-            name,
-            method.title,
-            method.pretraining,
-            method.generator,
-            "yes" if method.private else "no",
-            " ".join(method.stages),
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    show()
 
 
 def main() -> None:

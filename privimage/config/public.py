@@ -47,6 +47,11 @@ class Query(Section):
     )
     batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="images per step, over all ranks")
     steps: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="training steps")
+    start_from: Path | None = Field(
+        None,
+        description="starter to begin with, the folder or its query.safetensors (`privimage starter`); few "
+        "steps are then enough",
+    )
     learning_rate: Auto[Annotated[float, Field(gt=0)]] = Field(
         AUTO, description="SGD learning rate, cosine schedule, momentum 0.9, weight decay 5e-4"
     )
@@ -74,6 +79,10 @@ class Pretrain(Section):
     )
     batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="images per step, over all ranks")
     steps: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="training steps")
+    start_from: Path | None = Field(
+        None,
+        description="diffusion: starter to begin with, the folder or its diffusion.safetensors",
+    )
     learning_rate: Auto[Annotated[float, Field(gt=0)]] = Field(
         AUTO, description="Adam learning rate, no weight decay; of both networks of a GAN"
     )

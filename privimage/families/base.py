@@ -182,8 +182,12 @@ class Pretrained(ABC):
     engines: ClassVar[tuple[str, ...]] = ("ddp", "deepspeed")  # values of pretrain.engine that it supports
 
     @abstractmethod
-    def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
-        """Fresh networks, equal on all ranks; `pretrain.engine` is one of `engines`."""
+    def public_training(
+        self, config: Config, n_classes: int, world: World, start: dict[str, Tensor] | None = None
+    ) -> PublicTraining:
+        """Fresh networks, or those of a starter's weights (diffusion), equal on all ranks; `pretrain.engine`
+        is one of `engines`.
+        """
 
 
 class Warmed(ABC):

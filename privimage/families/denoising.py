@@ -48,11 +48,21 @@ class DiffusionPublic(PublicTraining):
 
     stage = "pretrain"
 
-    def __init__(self, config: Config, n_classes: int, world: World):
+    def __init__(
+        self,
+        config: Config,
+        n_classes: int,
+        world: World,
+        start: dict[str, Tensor] | None = None,
+        fresh: str | None = None,
+    ):
+        """`start` are weights to begin with, but for the parameter `fresh`."""
         self.config, self.n_classes, self.world = config, n_classes, world
         self.settings = self._settings()
         torch.manual_seed(public_seed(config, "networks"))
         self.denoiser = build_diffusion(config, n_classes).to(world.device)
+        if start is not None:  # before the engine, which may copy the weights
+            load_pretrained(self.denoiser, start, fresh)
         network = self.denoiser.network
         assert isinstance(network, DDPMpp)  # the family's
         network.recompute = config.pretrain.recompute
@@ -140,10 +150,8 @@ class DiffusionWarm(DiffusionPublic):
     stage = "warm"
 
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
-        super().__init__(config, n_classes, world)
-        if pretrained is not None:
-            load_pretrained(self.denoiser, pretrained["ema"], _fresh_label(config))
-            self.ema = EMA(self.denoiser, self.settings.ema_decay)
+        start = None if pretrained is None else pretrained["ema"]
+        super().__init__(config, n_classes, world, start, _fresh_label(config))
 
     def _settings(self) -> Pretrain | Warm:
         return self.config.warm

@@ -77,9 +77,11 @@ class DiffusionFamily(Family, Pretrained):
         images = edm.sample(generator, latents, labels, churn_noise=churn, **self.sampling(config))
         return edm.to_uint8(images)
 
-    def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
+    def public_training(
+        self, config: Config, n_classes: int, world: World, start: dict[str, Tensor] | None = None
+    ) -> PublicTraining:
         """EDM's loss, by DDP or DeepSpeed."""
-        return DiffusionPublic(config, n_classes, world)
+        return DiffusionPublic(config, n_classes, world, start)
 
     def work(self, config: Config, plan: PrivacyPlan, n_classes: int, device: torch.device) -> list[Work]:
         """Estimate from passes through the denoiser, 3 per public step, and private steps."""
@@ -89,11 +91,10 @@ class DiffusionFamily(Family, Pretrained):
         seconds = seconds_of_a_pass(forward, device, precision, settings.batch_size)
         # One pass is measured; every stage is a number of passes.
         passes = Passes(seconds, activations(forward, device, precision), parameters(denoiser))
-        pretrain = [passes.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size)]
-        return [
-            *(pretrain if config.spec.pretraining != "none" else []),
-            *self._later_work(config, plan, n_classes, passes, forward, device),
-        ]
+        later = self._later_work(config, plan, n_classes, passes, forward, device)
+        if config.spec.pretraining == "none":
+            return later
+        return [passes.work("pretrain", settings.steps, settings.batch_size, 3, settings.batch_size), *later]
 
     @abstractmethod
     def _later_work(

@@ -44,8 +44,11 @@ class Gan(GeneratorFamily, Pretrained, FineTuned):
             "discriminator": build_discriminator(config, n_classes),
         }
 
-    def public_training(self, config: Config, n_classes: int, world: World) -> PublicTraining:
-        """Discriminator and generator in turn, by DDP."""
+    def public_training(
+        self, config: Config, n_classes: int, world: World, start: dict[str, Tensor] | None = None
+    ) -> PublicTraining:
+        """Discriminator and generator in turn, by DDP; there are no starters of a GAN."""
+        assert start is None  # refused before a run begins
         return GanPublic(config, n_classes, world)
 
     def private_training(

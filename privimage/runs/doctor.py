@@ -22,7 +22,7 @@ from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.families.work import PARAMETER_BYTES
 from privimage.recipes import settled
-from privimage.runs import preflight, room
+from privimage.runs import preflight, room, starters
 from privimage.runs.devices import Row, connection, devices, in_job
 from privimage.runs.visit import Visit
 from privimage.storage.lock import HeldError, Lock
@@ -184,6 +184,7 @@ CHECKS: dict[str, Callable[[Visit], Iterable[str] | None]] = {
     "word vectors": preflight.word_vectors,
     "votes": preflight.votes,
     "networks": preflight.networks,
+    "starters": starters.fitting,
     "privacy plan": preflight.privacy_plan,
     "usefulness": preflight.usefulness,
     "ledger": preflight.ledger,

@@ -22,18 +22,24 @@ from privimage.telemetry import compute, memory
 from privimage.telemetry.progress import say
 
 
-def run(config: Config, stages: Sequence[str] = ()) -> int:
+def run(
+    config: Config, stages: Sequence[str] = (), afterwards: Callable[[RunDir, World], None] | None = None
+) -> int:
     """Run `stages`, or all stages of the method, as a command does, and return the exit status.
 
-    0 done, 2, 75 or 1 (see `privimage.errors`). Signals request a stop, and what ends the run early is
-    written to standard error, whichever rank it happened on. Raises UserError only where the ranks cannot
-    connect.
+    0 done, 2, 75 or 1 (see `privimage.errors`). The main rank calls `afterwards` once they are done. Signals
+    request a stop, and what ends the run early is written to standard error, whichever rank it happened on.
+    Raises UserError only where the ranks cannot connect.
     """
     world = connect(config.runtime)
     stop.install(announced=world.is_main)
     status = 0
     try:
-        execute(config, stages, world)
+        run_dir = execute(config, stages, world)
+        if afterwards is not None:
+            if world.is_main:
+                afterwards(run_dir, world)
+            world.barrier()
         if world.is_main:
             leave_status(status)
     except Stopped as error:

@@ -34,7 +34,7 @@ from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import make_plan
 from privimage.recipes.usefulness import too_little_signal
 from privimage.releases.formats import FORMATS
-from privimage.runs import room
+from privimage.runs import room, starters
 from privimage.runs.devices import devices
 from privimage.runs.visit import CHARGED, Check, Visit, together
 from privimage.storage.rundir import RunDir
@@ -282,4 +282,4 @@ EVERYWHERE: tuple[Check, ...] = (
     word_vectors,
 )
 # On the main rank: what is the same for all.
-ONCE: tuple[Check, ...] = (votes, networks, privacy_plan, usefulness, ledger, disk_space)
+ONCE: tuple[Check, ...] = (votes, networks, starters.fitting, privacy_plan, usefulness, ledger, disk_space)

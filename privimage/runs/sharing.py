@@ -21,6 +21,7 @@ from privimage.config.stages import upstream
 from privimage.data import store
 from privimage.data.private_store import stamp
 from privimage.distributed.world import World
+from privimage.runs import starters
 from privimage.storage.files import write_json
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import say
@@ -99,7 +100,9 @@ def _place(stage: str, config: Config, run: RunDir, world: World) -> Path | None
     images = (
         _original(config.data.public.path) if stage == "prepare" else store.verify(run.public_store).sha256
     )
-    return config.run.shared / name_of(stage, config, made=made, images=images)
+    begun = starters.digests(config, stage)
+    more = {"begun": begun} if begun else {}
+    return config.run.shared / name_of(stage, config, made=made, images=images, **more)
 
 
 def _original(path: Path | None) -> list:

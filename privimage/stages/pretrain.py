@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+from torch import Tensor
 
 from privimage.config import Config
 from privimage.distributed import checkpoint, told
@@ -10,10 +11,12 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.families import pretrained_family
 from privimage.privacy.account import Behind, merged
+from privimage.releases import starter
 from privimage.stages.public_set import public_labels, public_semantics, public_stream
 from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 
 def run(config: Config, run_dir: RunDir, world: World) -> dict:
@@ -26,7 +29,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     indices, labels, n_classes = pretraining_set(config, run_dir, world)
     behind = _charges(config, run_dir, world)
     batch_size = -(-settings.batch_size // world.size)
-    training = pretrained_family(config).public_training(config, n_classes, world)
+    start = _start(config, run_dir, world, (indices, labels, n_classes))
+    training = pretrained_family(config).public_training(config, n_classes, world, start)
     stream = public_stream(config, run_dir, world, indices, labels, batch_size, "pretraining stream")
 
     def steps(first: int) -> Iterator[None]:
@@ -50,6 +54,26 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         "selected": len(indices),
         "n_classes": n_classes,
     }
+
+
+def _start(
+    config: Config, run_dir: RunDir, world: World, selected: tuple[np.ndarray, np.ndarray, int]
+) -> dict[str, Tensor] | None:
+    """The weights of `pretrain.start_from` for the classes of `selected` (see `pretraining_set`)."""
+    if config.pretrain.start_from is None:
+        return None
+    begun = starter.read(config.pretrain.start_from, "diffusion", "pretrain.start_from", world)
+    public, (indices, labels, n_classes) = public_labels(run_dir), selected
+    # Images of each class by the starter's name of their public class, where it knows it.
+    number = {name: place for place, name in enumerate(begun.classes)}
+    of_starter = np.array([number.get(name, -1) for name in public.names])[public.of_images[indices]]
+    shares = np.zeros((n_classes, len(begun.classes)))
+    if n_classes:
+        np.add.at(shares, (labels[of_starter >= 0], of_starter[of_starter >= 0]), 1)
+    if world.is_main:
+        known = f", {np.count_nonzero(shares.sum(1))} of {n_classes} classes known" if n_classes else ""
+        say(f"pretrain: begins with {begun.described}{known}")
+    return starter.denoiser_weights(begun, shares)
 
 
 def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:

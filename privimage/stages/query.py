@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data import store
-from privimage.distributed import checkpoint
+from privimage.distributed import checkpoint, told
 from privimage.distributed.blocks import in_blocks
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.microbatch import block_size, fitting_images
@@ -22,6 +22,7 @@ from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
+from privimage.releases import starter
 from privimage.stages.public_set import (
     Semantics,
     clusters_path,
@@ -34,6 +35,7 @@ from privimage.stages.public_set import (
 from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.files import write_arrays
 from privimage.storage.rundir import RunDir
+from privimage.telemetry.progress import say
 
 
 def run(config: Config, run_dir: RunDir, world: World) -> dict:
@@ -58,6 +60,8 @@ def _trained(config: Config, run_dir: RunDir, world: World, public: Semantics) -
     )
     # Held-out images choose the weights that are kept; they are never trained on.
     training = QueryTraining(config, run_dir, world, public, held_out)
+    if settings.start_from is not None and not told.exists(run_dir.stage("query") / "checkpoint.pt", world):
+        training.scalars()  # what it begins with may stay the best
     # The global batch is shared out, rounded up.
     batch_size = -(-min(settings.batch_size, len(train_indices)) // world.size)
     stream = public_stream(
@@ -86,7 +90,13 @@ class QueryTraining:
         self.config, self.world, self.task = config, world, query_task(config, public)
         torch.manual_seed(public_seed(config, "query network"))
         # Channels last: a tenth faster on CPUs, and the layout of a GPU's bf16 convolutions.
-        network = query_network(config, public).to(world.device)
+        network = query_network(config, public)
+        if config.query.start_from is not None:
+            begun = starter.read(config.query.start_from, "query", "query.start_from", world)
+            network.load_state_dict(starter.classifier_weights(begun, network, public.names))
+            if world.is_main:
+                say(f"query: begins with {begun.described}")
+        network = network.to(world.device)
         self.network = network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             network.parameters(),

@@ -74,6 +74,14 @@ def test_a_warm_start_that_drowns_in_noise_is_told(capsys: pytest.CaptureFixture
     assert "warm start's embedding is" not in many
 
 
+def test_a_method_without_pretraining_is_planned_where_its_steps_are_left_to_be_chosen(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    open_ = ["pretrain.steps=auto", "pretrain.batch_size=auto", "data.sensitive.count=1437"]
+    show(load(TINY, ["method=dpdm", "data.sensitive.classes=10", *open_]))
+    assert "pretrain" not in capsys.readouterr().out.split("stage")[-1]
+
+
 def test_a_set_of_unknown_size_is_a_mistake_in_one_line():
     with pytest.raises(UserError, match=r"^data\.sensitive\.count: "):
         show(load(TINY, ["data.sensitive.kind=folder", "data.sensitive.path=nowhere"]))
