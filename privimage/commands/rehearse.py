@@ -34,9 +34,9 @@ def run(config: Config, tries: Sequence[str], seeds: int) -> int:
     """Run the pipeline with each combination of `tries`, ``section.key=VALUE,VALUE...``, on a stand-in.
 
     The stand-in is a part of the public set with as many images and classes as the configuration states for
-    the sensitive one, which is not opened. Everything is below RUN-rehearsal, where RUN is `run.dir`; what is
-    finished there is not made again. Prints a table and the settings that did best; returns the exit status.
-    Raises UserError.
+    the sensitive one, which is not opened. Networks begin at nothing, whatever `start_from` says. Everything
+    is below RUN-rehearsal, where RUN is `run.dir`; what is finished there is not made again. Prints a table
+    and the settings that did best; returns the exit status. Raises UserError.
     """
     count, classes = public_size(config)
     if not classes or not config.data.public.labelled:
@@ -117,6 +117,9 @@ def _base(config: Config, folder: Path, count: int, classes: int) -> str:
         "count": count,
         "classes": classes,
     }
+    # A starter of the whole public set has seen the images that stand for the sensitive ones.
+    for section in ("query", "pretrain"):
+        tree[section]["start_from"] = None
     tree["privacy"] |= {"ledger": str((folder / "ledgers").absolute()), "budget": None}
     return OmegaConf.to_yaml(tree)
 

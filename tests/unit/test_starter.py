@@ -10,6 +10,7 @@ import torch
 from ranks import TINY
 from safetensors import safe_open
 
+from privimage.commands import rehearse
 from privimage.commands import starter as command
 from privimage.config import Config, load
 from privimage.distributed import checkpoint
@@ -216,3 +217,11 @@ def test_another_starter_is_another_stage_for_runs_that_share(made: Path, tmp_pa
     assert not sharing.adopt("query", settings, other, ALONE)
     copy.write_bytes((made / "query.safetensors").read_bytes())
     assert sharing.adopt("query", settings, other, ALONE)
+
+
+def test_a_rehearsal_begins_without_the_starter(tmp_path: Path) -> None:
+    """It may have seen the public images that stand for the sensitive ones."""
+    settings = config(tmp_path, "query.start_from=somewhere", "pretrain.start_from=somewhere")
+    (tmp_path / "base.yaml").write_text(rehearse._base(settings, tmp_path, 100, 3))
+    base = load(tmp_path / "base.yaml")
+    assert base.query.start_from is None and base.pretrain.start_from is None
