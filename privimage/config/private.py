@@ -39,10 +39,11 @@ class Warm(Section):
 
     affects = on("warm")
 
-    starts: tuple[Literal["embedding", "central"], ...] = Field(
+    starts: tuple[Literal["moments", "embedding", "central"], ...] = Field(
         (),
-        description="embedding: images of a generator that matches the noisy mean embedding (settings of "
-        "`match`); central: noisy means of random parts of each class; [] is off",
+        description="moments: Gaussian images of noisy means of the classes and a noisy covariance; "
+        "embedding: images of a generator that matches the noisy mean embedding (settings of `match`); "
+        "central: noisy means of random parts of each class; [] is off",
         json_schema_extra=on("warm", "finetune", planned=True),
     )
     max_rise: float = Field(
@@ -52,12 +53,26 @@ class Warm(Section):
         description="allowed relative rise of the fine-tuning noise by each of `starts`",
         json_schema_extra=on("warm", planned=True),
     )
+    coordinates: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="moments: the lowest frequencies of an image, of which means and covariance are taken",
+        json_schema_extra=on("warm", planned=True),
+    )
     parts: int = Field(
         5,
         ge=1,
         le=1000,
         description="central: random parts of the sensitive set; each gives one image of each class",
         json_schema_extra=on("warm", planned=True),
+    )
+    sigma_min: float = Field(
+        0.5,
+        ge=0,
+        le=80,
+        description="noise level from which on images of `starts` are trained on; below it those of "
+        "pretraining, which have finer details, if there are any",
     )
     batch_size: int = Field(64, ge=1, description="images per step, over all ranks")
     steps: int = Field(1000, ge=1, description="training steps, which cost no privacy")

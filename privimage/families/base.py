@@ -190,13 +190,25 @@ class Pretrained(ABC):
         """
 
 
+class WarmTraining(PublicTraining):
+    """Training on images of warm starts, and on public ones."""
+
+    @abstractmethod
+    def step(
+        self, images: Tensor, labels: Tensor, step: int, below: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """See `PublicTraining.step`; `below`, as many images and labels as these, takes their place at noise
+        levels below `warm.sigma_min`.
+        """
+
+
 class Warmed(ABC):
     """A family that stage `warm` trains on images that follow from noisy statistics."""
 
     @abstractmethod
     def warm_training(
         self, config: Config, n_classes: int, world: World, pretrained: dict | None
-    ) -> PublicTraining:
+    ) -> WarmTraining:
         """Networks that start from the `weights` of public training, or fresh ones; equal on all ranks."""
 
 

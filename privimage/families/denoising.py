@@ -18,6 +18,7 @@ from privimage.families.base import (
     ImageLosses,
     PrivateTraining,
     PublicTraining,
+    WarmTraining,
     image_shape,
     load_pretrained,
 )
@@ -82,13 +83,16 @@ class DiffusionPublic(PublicTraining):
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""
-        noised = self._noised(images, labels, step)
+        self._update(self._noised(images, labels, step))
+
+    def _update(self, noised: tuple[Tensor, ...]) -> None:
+        """One update by the images, labels, noise levels and noise of `_noised`."""
 
         def loss(piece: slice) -> Tensor:
             return edm.loss(self.engine.forward, *(part[piece] for part in noised)).mean()
 
         # Summed on the device; reading it would wait for the GPU at every step.
-        self.loss_sum += self.engine.update(loss, len(images), self.at_once)
+        self.loss_sum += self.engine.update(loss, len(noised[0]), self.at_once)
         self.ema.update()
         self.steps += 1
 
@@ -144,7 +148,7 @@ class DiffusionPublic(PublicTraining):
         return {"raw": self.denoiser.state_dict(), "ema": self.ema.averages}
 
 
-class DiffusionWarm(DiffusionPublic):
+class DiffusionWarm(DiffusionPublic, WarmTraining):
     """The same on images that noisy statistics of the sensitive set have given, from pretrained weights."""
 
     stage = "warm"
@@ -152,6 +156,21 @@ class DiffusionWarm(DiffusionPublic):
     def __init__(self, config: Config, n_classes: int, world: World, pretrained: dict | None):
         start = None if pretrained is None else pretrained["ema"]
         super().__init__(config, n_classes, world, start, _fresh_label(config))
+
+    def step(
+        self, images: Tensor, labels: Tensor, step: int, below: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """See `WarmTraining`."""
+        x, labels, sigma, noise = self._noised(images, labels, step)
+        if below is not None:
+            # Both with the same random numbers: which of the two an image is follows from its noise level.
+            public, public_labels, _, _ = self._noised(*below, step)
+            low = sigma < self.config.warm.sigma_min
+            x, labels = (
+                torch.where(low[:, None, None, None], public, x),
+                torch.where(low, public_labels, labels),
+            )
+        self._update((x, labels, sigma, noise))
 
     def _settings(self) -> Pretrain | Warm:
         return self.config.warm

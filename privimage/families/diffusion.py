@@ -21,6 +21,7 @@ from privimage.families.base import (
     PrivateTraining,
     PublicTraining,
     Warmed,
+    WarmTraining,
     image_shape,
 )
 from privimage.families.denoising import (
@@ -121,7 +122,7 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
 
     def warm_training(
         self, config: Config, n_classes: int, world: World, pretrained: dict | None
-    ) -> PublicTraining:
+    ) -> WarmTraining:
         """EDM's loss, by DDP."""
         return DiffusionWarm(config, n_classes, world, pretrained)
 

@@ -20,7 +20,10 @@ from privimage.privacy.account import Behind, merged, open_account
 from privimage.privacy.mechanisms import CentralImages, WarmEmbedding
 from privimage.stages.central import central_means, enlarged, moved
 from privimage.stages.embedding import matched_generator, mean_embedding
+from privimage.stages.moments import GaussianImages, moments
 from privimage.stages.noisy_statistic import Sensitive
+from privimage.stages.pretrain import pretraining_set
+from privimage.stages.public_set import public_stream
 from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.rundir import RunDir
 
@@ -48,11 +51,12 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     places = world.rank * own + torch.arange(own, device=world.device)
 
     def steps(first: int) -> Iterator[None]:
+        below = _public(config, run_dir, world, own, n_classes, first)
         for step in itertools.count(first + 1):
             # The starts take turns, place by place, so that each has the same share of every batch.
             parts = [draw(step, places[places % len(draws) == number]) for number, draw in enumerate(draws)]
             batch = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-            training.step(batch[0], batch[1], step)
+            training.step(batch[0], batch[1], step, next(below, None))
             yield
 
     schedule = Schedule(settings.steps, own * world.size, settings.log_every, settings.checkpoint_every)
@@ -78,6 +82,10 @@ def _starts(config: Config, run_dir: RunDir, world: World, sensitive: Sensitive)
     draws: list[Draw] = []
     charges: Behind = {}
     plan, folder = sensitive.account.plan, run_dir.stage("warm")
+    if "moments" in config.warm_starts:
+        found, drawn_moments = moments(config, run_dir, world, sensitive, folder)
+        charges |= {stage: [drawn.charge] for stage, drawn in drawn_moments.items()}
+        draws.append(GaussianImages(config, world, found))
     if "embedding" in config.warm_starts:
         embedding = plan.the(WarmEmbedding)
         drawn = mean_embedding(config, run_dir, world, sensitive, embedding, folder / "embedding.npz")
@@ -89,6 +97,21 @@ def _starts(config: Config, run_dir: RunDir, world: World, sensitive: Sensitive)
         charges[central.stage] = [drawn.charge]
         draws.append(_of_central(config, world, sensitive.rows, drawn.values))
     return draws, charges
+
+
+def _public(
+    config: Config, run_dir: RunDir, world: World, own: int, n_classes: int, first: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `own` images of the public set as pretraining has seen them, after the first `first`, with
+    labels; none for methods without pretraining.
+    """
+    if config.spec.pretraining == "none" or config.warm.sigma_min == 0:
+        return
+    indices, labels, _ = pretraining_set(config, run_dir, world)
+    # Public labels of their own are not those of the sensitive set: such images have none.
+    if config.spec.pretraining == "all":
+        labels = np.full_like(labels, n_classes)
+    yield from public_stream(config, run_dir, world, indices, labels, own, "warm stream").batches(first)
 
 
 def _of_embedding(

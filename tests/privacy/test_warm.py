@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,13 +25,14 @@ from privimage.storage.files import read_json
 
 WARM = (
     "method=dpdm",
-    "warm.starts=[embedding,central]",
+    "warm.starts=[moments,embedding,central]",
     "warm.parts=3",
     "warm.steps=8",
     "warm.batch_size=16",
 )
 FIXED = (*WARM, "warm.checkpoint_every=4", "privacy.insecure_fixed_key=7")
-FILES = ("embedding.npz", "central.npz")
+STATISTICS = ("warm-means", "warm-covariance", "warm-embedding", "warm-central")
+FILES = ("means.npz", "covariance.npz", "embedding.npz", "central.npz")
 
 
 def settings(folder: Path, *overrides: str) -> Config:
@@ -62,10 +64,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_ledger_holds_one_use_of_each_statistic(undisturbed: Path) -> None:
     plan = planned(undisturbed)
-    assert list(plan) == ["warm-embedding", "warm-central", "finetune"]
-    used = [(one.noise_multiplier, one.sample_rate, one.count) for one in charges(undisturbed)]
-    wanted = [(plan[stage]["noise_multiplier"], 1.0, 1) for stage in ("warm-embedding", "warm-central")]
-    assert sorted(used) == sorted(wanted)
+    assert list(plan) == [*STATISTICS, "finetune"]
+    # The ledger counts uses of the same noise together.
+    used = [one.noise_multiplier for one in charges(undisturbed) for _ in range(one.count)]
+    assert sorted(used) == sorted(plan[stage]["noise_multiplier"] for stage in STATISTICS)
 
 
 def test_the_central_means_are_those_of_the_images_and_noise_of_the_plan(undisturbed: Path) -> None:
@@ -125,10 +127,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights_and_draws_nothing(
 ) -> None:
     folder, step = tmp_path / "run", DiffusionWarm.step
 
-    def signalled(self: DiffusionWarm, images: torch.Tensor, labels: torch.Tensor, number: int) -> None:
-        if number == 5:
+    def signalled(self: DiffusionWarm, *arguments: Any) -> None:
+        if arguments[2] == 5:
             os.kill(os.getpid(), signal.SIGUSR2)
-        step(self, images, labels, number)
+        step(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionWarm, "step", signalled)
@@ -142,7 +144,8 @@ RANK = """
 import sys
 from privimage.runs import pipeline
 from privimage.config import load
-sys.exit(pipeline.run(load(sys.argv[1], sys.argv[2:]), ["warm"]))
+config = load(sys.argv[1], sys.argv[2:])
+sys.exit(pipeline.run(config, config.stages[: config.stages.index("warm") + 1]))
 """
 
 
@@ -152,6 +155,17 @@ def test_two_ranks_draw_the_statistics_of_one_to_the_bit(tmp_path: Path, undistu
         assert ended.status == 0, ended.err
     assert all(np.array_equal(values(folder, file), values(undisturbed, file)) for file in FILES)
     assert charges(folder) == charges(undisturbed)
+
+
+def test_ranks_compare_with_the_same_public_images(tmp_path: Path) -> None:
+    words = (*FIXED, "method=privimage+d", "warm.starts=[moments]")
+    for ended in run_ranks(RANK, 2, str(TINY), *words, f"run.dir={tmp_path / 'two'}"):
+        assert ended.status == 0, ended.err
+    config = settings(tmp_path / "one", *words[-2:])
+    assert pipeline.run(config, config.stages[: config.stages.index("warm") + 1]) == 0
+    # The covariance is about means that follow from the public selection, whose query rounds otherwise.
+    one, two = (values(tmp_path / name, "means.npz") for name in ("one", "two"))
+    assert np.array_equal(one, two) and values(tmp_path / "two", "covariance.npz").shape == (1, 2080)
 
 
 @pytest.mark.parametrize("method", ["dpdm", "privimage+d", "pdp-diffusion"])
@@ -182,7 +196,8 @@ def test_an_unlabelled_set_is_one_row(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = settings(folder, "data.sensitive.labelled=false")
     assert pipeline.run(config, ["warm", "finetune", "synthesize"]) == 0
-    assert values(folder, "embedding.npz").shape == (1, 60) and values(folder, "central.npz").shape == (3, 16)
+    shapes = [values(folder, file).shape for file in FILES]
+    assert shapes == [(1, 64), (1, 2080), (1, 60), (3, 16)]
 
 
 def test_methods_without_a_diffusion_model_have_no_warm_start(tmp_path: Path) -> None:

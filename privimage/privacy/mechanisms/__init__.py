@@ -6,12 +6,15 @@ from privimage.privacy.mechanisms.dpsgd import DPSGD
 from privimage.privacy.mechanisms.embedding import MeanEmbedding, WarmEmbedding
 from privimage.privacy.mechanisms.histogram import NearestHistogram, SemanticHistogram
 from privimage.privacy.mechanisms.labels import LabelCounts
+from privimage.privacy.mechanisms.moments import ClassMeans, Covariance
 
 # In the order in which a run uses them.
 MECHANISMS: dict[str, type[Mechanism]] = {
     kind.stage: kind
     for kind in (
         SemanticHistogram,
+        ClassMeans,
+        Covariance,
         WarmEmbedding,
         CentralImages,
         DPSGD,
@@ -25,6 +28,8 @@ __all__ = [
     "DPSGD",
     "MECHANISMS",
     "CentralImages",
+    "ClassMeans",
+    "Covariance",
     "LabelCounts",
     "MeanEmbedding",
     "Mechanism",

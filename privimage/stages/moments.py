@@ -1,0 +1,238 @@
+"""Gaussian images of each class, from noisy means and a noisy covariance of the sensitive set.
+
+At high noise levels a denoiser needs no more than the first two moments of a class, and these can be had for
+little of the budget. What the noise hides is taken from the public images that the selection gave to a class.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privimage.config import Config
+from privimage.config.seeds import public_seed
+from privimage.data import store
+from privimage.data.sensitive import ImageDraws
+from privimage.distributed.blocks import blockwise
+from privimage.distributed.world import World
+from privimage.families.base import image_shape
+from privimage.models.edm import to_uint8, to_unit
+from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
+from privimage.privacy.mechanisms.moments import REACH, ClassMeans, Covariance, coordinates, matrix, products
+from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once, sum_over_ranks
+from privimage.stages.pretrain import pretraining_set
+from privimage.storage.rundir import RunDir
+
+SEEN = 20_000  # public images that moments are computed from, at most
+
+
+class Coordinates:
+    """The lowest frequencies of an image, by an orthonormal cosine transform of its colours.
+
+    Public: it depends on the shape of the images alone. Lightness has the first places, twice as dense as the
+    two differences of colour.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], count: int) -> None:
+        """`count` coordinates of images of `shape` (C, H, W)."""
+        channels, side, _ = shape
+        colours = _COLOURS if channels == 3 else np.eye(channels)
+        waves = _cosines(side)
+        # Frequency i + j decides what is kept; colour counts as a higher one.
+        order = sorted(
+            ((i + j if c == 0 else 2 * (i + j) + 2), c, i, j)
+            for c in range(channels)
+            for i in range(side)
+            for j in range(side)
+        )[:count]
+        vectors = [(colours[c][:, None, None] * np.outer(waves[i], waves[j])).ravel() for _, c, i, j in order]
+        self.basis = torch.from_numpy(np.stack(vectors, 1))  # (C H W, count), float64
+        # Coordinates of about the same frequency, whose noise is judged together.
+        self.bands = np.array([8 * min(c, 1) + int(math.log2(1 + level)) for level, c, _, _ in order])
+        self.length = math.sqrt(math.prod(shape))  # the largest norm of an image in [-1, 1]
+
+    def of(self, images: Tensor) -> Tensor:
+        """Images uint8 (B, C, H, W) -> coordinates float64 (B, count), of L2 norm at most 1."""
+        return to_unit(images).flatten(1).double() @ self.basis.to(images.device) / self.length
+
+
+_COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+
+
+def _cosines(side: int) -> np.ndarray:
+    """The orthonormal vectors (side, side) of the discrete cosine transform, DCT-II, one a row."""
+    frequency, place = np.mgrid[:side, :side]
+    waves = np.cos(np.pi * (place + 0.5) * frequency / side) * math.sqrt(2 / side)
+    waves[0] /= math.sqrt(2)
+    return waves
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means (rows, d) and the covariance (d, d) about them, in units of `Coordinates`; float64."""
+
+    means: np.ndarray
+    covariance: np.ndarray
+
+
+class GaussianImages:
+    """Images of normal distributions, one for each class."""
+
+    def __init__(self, config: Config, world: World, found: Moments) -> None:
+        at, self.shape, self.config = (
+            Coordinates(image_shape(config), found.means.shape[1]),
+            image_shape(config),
+            config,
+        )
+        values, vectors = np.linalg.eigh(found.covariance)
+        # Noise may have made some negative.
+        root = torch.from_numpy(vectors * np.sqrt(values.clip(min=0)))
+        to_pixels = at.basis * at.length
+        self.means = (to_pixels @ torch.from_numpy(found.means).T).T.float().to(world.device)
+        self.root = (to_pixels @ root).T.float().to(world.device)
+        self.draws = ImageDraws(world.device)
+
+    def __call__(self, step: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 (B, C, H, W) and labels (B,) of `places` int64 (B,) in the batch of a step."""
+        labels = (places + step) % len(self.means)
+        normal = self.draws.normal(public_seed(self.config, "warm moments", step), places, len(self.root))
+        images = self.means[labels] + normal.to(self.root.device) @ self.root
+        return to_uint8(images.view(-1, *self.shape)), labels
+
+
+def moments(
+    config: Config, run_dir: RunDir, world: World, sensitive: Sensitive, folder: Path
+) -> tuple[Moments, dict[str, Drawn]]:
+    """Estimates for the sensitive set, and what they cost, by stage: each statistic is drawn once, kept in
+    `folder`.
+    """
+    at = Coordinates(image_shape(config), coordinates(config))
+    public = _public(config, run_dir, world, sensitive.rows, at)
+    sums = _Sums(config, run_dir, world, sensitive, at)
+    means = sums.means(folder / "means.npz")
+    estimate = _means(means.values, sums.plan.the(ClassMeans), public, at)
+    # Distances from the estimate, which is public by now.
+    spread = sums.covariance(estimate, folder / "covariance.npz")
+    covariance = _covariance(spread.values, sums.plan.the(Covariance), public, at)
+    return Moments(estimate, covariance), {ClassMeans.stage: means, Covariance.stage: spread}
+
+
+class _Sums:
+    """The two statistics of the sensitive set."""
+
+    def __init__(
+        self, config: Config, run_dir: RunDir, world: World, sensitive: Sensitive, at: Coordinates
+    ) -> None:
+        self.config, self.run_dir, self.world, self.sensitive, self.at = config, run_dir, world, sensitive, at
+        self.plan = sensitive.account.plan
+
+    def means(self, path: Path) -> Drawn:
+        """Noisy sums of the coordinates of each class over N: float64 (rows, d)."""
+        rows = self.sensitive.rows
+
+        def summed(images: Tensor, labels: Tensor, sizes: Tensor, block: int) -> Tensor:
+            return embedding_sum(self._coordinates(images, block), labels, sizes, rows)
+
+        return self._drawn(path, self.plan.the(ClassMeans), rows, summed)
+
+    def covariance(self, means: np.ndarray, path: Path) -> Drawn:
+        """The noisy sum of `products` of distances from `means` (rows, d), in parts of `REACH`, over N:
+        float64 (1, d (d + 1) / 2).
+        """
+        centre = torch.from_numpy(means).to(self.world.device)
+
+        def summed(images: Tensor, labels: Tensor, sizes: Tensor, block: int) -> Tensor:
+            distance = (self._coordinates(images, block) - centre[labels]) / REACH
+            # Shortened to the radius, so that no product is longer than 1.
+            distance = distance / distance.norm(dim=1, keepdim=True).clamp(min=1.0)
+            return embedding_sum(products(distance), torch.zeros_like(labels), sizes, 1)
+
+        return self._drawn(path, self.plan.the(Covariance), 1, summed)
+
+    def _coordinates(self, images: Tensor, block: int) -> Tensor:
+        ((_, found),) = blockwise(self.at.of, images, size=block)
+        return found
+
+    def _drawn(
+        self,
+        path: Path,
+        mechanism: ClassMeans | Covariance,
+        rows: int,
+        summed: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    ) -> Drawn:
+        config, world, images = self.config, self.world, self.sensitive.images
+
+        def exact(_: str) -> np.ndarray:
+            total = torch.zeros(rows, mechanism.features, dtype=torch.int64, device=world.device)
+            return sum_over_ranks(world, images, images.labels, total, summed)
+
+        def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
+            return noisy_mean_embedding(total, mechanism, config.privacy.noise_source, key)
+
+        return draw_once(config, self.run_dir, world, self.sensitive, mechanism, path, exact, noisy)
+
+
+def _means(noisy: np.ndarray, mechanism: ClassMeans, public: Moments | None, at: Coordinates) -> np.ndarray:
+    """Means of the classes (rows, d) from noisy sums over N: public ones, moved as far as noise allows."""
+    rows = len(noisy)
+    # A class has a share of 1 / rows of N, in public.
+    noisy, variance = noisy * rows, (mechanism.standard_deviation * rows / mechanism.count) ** 2
+    # Without public images, classes are alike as far as noise hides their differences.
+    prior = public.means if public else np.broadcast_to(noisy.mean(0), noisy.shape)
+    return _believed(prior, noisy, variance, at.bands[None])
+
+
+def _covariance(
+    noisy: np.ndarray, mechanism: Covariance, public: Moments | None, at: Coordinates
+) -> np.ndarray:
+    """The covariance (d, d) from a noisy sum (1, d (d + 1) / 2) over N, as `_means`."""
+    d = len(at.bands)
+    spread = matrix(torch.from_numpy(noisy[0]), d).numpy() * REACH**2
+    # Off the diagonal, where nearly all entries are.
+    variance = (mechanism.standard_deviation * REACH**2 / mechanism.count) ** 2 / 2
+    prior = public.covariance if public else np.zeros((d, d))
+    return _believed(prior, spread, variance, 32 * at.bands[:, None] + at.bands[None])
+
+
+def _believed(prior: np.ndarray, noisy: np.ndarray, variance: float, bands: np.ndarray) -> np.ndarray:
+    """`prior` moved towards `noisy`, by empirical Bayes within each of `bands` (James and Stein 1961).
+
+    The mean square of the differences of a band is that of the true ones plus the `variance` of the noise.
+    """
+    difference = noisy - prior
+    bands = np.broadcast_to(bands, difference.shape)
+    share = np.zeros_like(difference)
+    for band in np.unique(bands):
+        square = (difference[bands == band] ** 2).mean()
+        share[bands == band] = max(0.0, 1 - variance / square) if square else 0.0
+    return prior + share * difference
+
+
+def _public(config: Config, run_dir: RunDir, world: World, rows: int, at: Coordinates) -> Moments | None:
+    """The same of the public images that pretraining has seen; None for methods without."""
+    if config.spec.pretraining == "none":
+        return None
+    indices, labels, _ = pretraining_set(config, run_dir, world)
+    # Computed once, since what is drawn later depends on every digit.
+    found = _moments_of(config, run_dir, rows, at, indices, labels) if world.is_main else None
+    return world.broadcast_object(found)
+
+
+def _moments_of(
+    config: Config, run_dir: RunDir, rows: int, at: Coordinates, indices: np.ndarray, labels: np.ndarray
+) -> Moments:
+    """Moments of the public images at `indices`, by their `labels`."""
+    seen = np.random.default_rng(public_seed(config, "public moments")).permutation(len(indices))[:SEEN]
+    seen.sort()
+    images = torch.from_numpy(store.read(run_dir.public_store, indices[seen]))
+    found = np.concatenate([at.of(part).numpy() for part in images.split(1000)])
+    # Public labels of their own say nothing of the sensitive ones.
+    own = labels[seen] if config.spec.pretraining != "all" and rows > 1 else np.zeros(len(seen), np.int64)
+    middle = found.mean(0)
+    means = np.stack([found[own == row].mean(0) if (own == row).any() else middle for row in range(rows)])
+    about = found - (means[own] if config.spec.pretraining != "all" else middle)
+    return Moments(means, about.T @ about / len(about))
