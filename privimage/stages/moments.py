@@ -24,7 +24,7 @@ from privimage.models.edm import to_uint8, to_unit
 from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
 from privimage.privacy.mechanisms.moments import REACH, ClassMeans, Covariance, coordinates, matrix, products
 from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once, sum_over_ranks
-from privimage.stages.pretrain import pretraining_set
+from privimage.stages.public_set import pretraining_set
 from privimage.storage.rundir import RunDir
 
 SEEN = 20_000  # public images that moments are computed from, at most

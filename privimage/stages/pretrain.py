@@ -6,13 +6,12 @@ import numpy as np
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.distributed import checkpoint, told
+from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.errors import UserError
 from privimage.families import pretrained_family
 from privimage.privacy.account import Behind, merged
 from privimage.releases import starter
-from privimage.stages.public_set import public_labels, public_semantics, public_stream
+from privimage.stages.public_set import pretraining_set, public_labels, public_stream
 from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
@@ -95,28 +94,3 @@ def _charges(config: Config, run_dir: RunDir, world: World) -> Behind:
             ),
         )
     return world.broadcast_object(read_json(path) if world.is_main else None)
-
-
-def pretraining_set(config: Config, run_dir: RunDir, world: World) -> tuple[np.ndarray, np.ndarray, int]:
-    """Indices int64 (n,) of the public images to train on, their labels int64 (n,), and the number of classes
-    (0: no labels).
-
-    Raises UserError if the selection kept no image.
-    """
-    if config.spec.pretraining == "all":
-        public = public_labels(run_dir)
-        return (
-            np.arange(len(public.of_images)),
-            public.of_images,
-            len(public.names) if len(public.names) > 1 else 0,
-        )
-    run_dir.require("select")
-    selection = told.arrays(run_dir.stage("select") / "selection.npz", world)
-    labels = selection["assignment"][public_semantics(config, run_dir, world).of_images]
-    indices = np.flatnonzero(labels >= 0)
-    if not len(indices):
-        raise UserError(
-            f"{run_dir.stage('select') / 'selection.npz'}: the selection kept no public image; raise "
-            "select.per_class"
-        )
-    return indices, labels[indices], len(selection["counts"]) if config.data.sensitive.labelled else 0

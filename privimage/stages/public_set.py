@@ -70,6 +70,31 @@ def public_semantics(config: Config, run: RunDir, world: World) -> Semantics:
     return Semantics(tuple(run.require("query")["clusters"]), _clusters(run, world)["clusters"], "clusters")
 
 
+def pretraining_set(config: Config, run_dir: RunDir, world: World) -> tuple[np.ndarray, np.ndarray, int]:
+    """Indices int64 (n,) of the public images to train on, their labels int64 (n,), and the number of classes
+    (0: no labels).
+
+    Raises UserError if the selection kept no image.
+    """
+    if config.spec.pretraining == "all":
+        public = public_labels(run_dir)
+        return (
+            np.arange(len(public.of_images)),
+            public.of_images,
+            len(public.names) if len(public.names) > 1 else 0,
+        )
+    run_dir.require("select")
+    selection = told.arrays(run_dir.stage("select") / "selection.npz", world)
+    labels = selection["assignment"][public_semantics(config, run_dir, world).of_images]
+    indices = np.flatnonzero(labels >= 0)
+    if not len(indices):
+        raise UserError(
+            f"{run_dir.stage('select') / 'selection.npz'}: the selection kept no public image; raise "
+            "select.per_class"
+        )
+    return indices, labels[indices], len(selection["counts"]) if config.data.sensitive.labelled else 0
+
+
 def clusters_path(run: RunDir) -> Path:
     """Where `query` keeps `centroids` float32 (clusters, features) and `clusters` int64 (N,), that of each
     public image.

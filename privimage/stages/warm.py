@@ -22,8 +22,7 @@ from privimage.stages.central import central_means, enlarged, moved
 from privimage.stages.embedding import matched_generator, mean_embedding
 from privimage.stages.moments import GaussianImages, moments
 from privimage.stages.noisy_statistic import Sensitive
-from privimage.stages.pretrain import pretraining_set
-from privimage.stages.public_set import public_stream
+from privimage.stages.public_set import pretraining_set, public_stream
 from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.rundir import RunDir
 

@@ -25,7 +25,7 @@ from privimage.models.resnet import classifier
 from privimage.models.semantic import TEMPERATURE, SemanticQuery, centroids_of, contrastive_loss, varied
 from privimage.privacy.mechanisms.histogram import ONE, vote_counts
 from privimage.stages import prepare, pretrain, query, select
-from privimage.stages.public_set import load_scores, public_labels, public_semantics
+from privimage.stages.public_set import load_scores, pretraining_set, public_labels, public_semantics
 from privimage.storage.rundir import RunDir
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -205,7 +205,7 @@ def test_pretraining_takes_the_images_of_the_kept_clusters(clustered: tuple[Conf
     run.stage("select")
     np.savez(run.stage("select") / "selection.npz", counts=np.zeros((10, 20)), assignment=assignment)
     run.finish("select", {"images": 1})
-    indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
+    indices, labels, n_classes = pretraining_set(settings, run, ALONE)
     clusters = public_semantics(settings, run, ALONE).of_images
     assert n_classes == 10
     assert indices.tolist() == np.flatnonzero(np.isin(clusters, [3, 8, 11])).tolist()
@@ -292,7 +292,7 @@ def test_a_method_that_needs_labels_says_so_in_one_line(
 def test_without_public_labels_all_images_are_pretrained_on_unconditionally(tmp_path: Path) -> None:
     settings = config(tmp_path, "data.public.labelled=false", "method=pdp-diffusion", "pretrain.steps=2")
     run = prepared(settings)
-    indices, labels, n_classes = pretrain.pretraining_set(settings, run, ALONE)
+    indices, labels, n_classes = pretraining_set(settings, run, ALONE)
     assert (len(indices), labels.any(), n_classes) == (480, False, 0)
     assert pretrain.run(settings, run, ALONE)["n_classes"] == 0
 
