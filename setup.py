@@ -53,6 +53,7 @@ setup(
             "openmpi>=5.0.8,<6; platform_system == 'Linux'",
         ],
         "dicom": ["pydicom>=3,<4"],
+        "heif": ["pillow-heif>=0.18,<2"],
         "hdf5": ["h5py>=3.10,<4"],
         "parquet": ["pyarrow>=15"],
         "dev": [
@@ -67,6 +68,7 @@ setup(
             "h5py>=3.10,<4",
             "pyarrow>=15",
             "pydicom>=3,<4",
+            "pillow-heif>=0.18,<2",
             "webdataset>=0.2,<2",
             "datasets>=2.19",
         ],

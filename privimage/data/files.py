@@ -18,6 +18,7 @@ LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx"}
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Known here even where this Pillow lacks the library for them: then they are refused, not left out.
 ALWAYS = {".avif", ".jp2", ".j2k", ".webp"}
+HEIF = {".heic", ".heif"}  # as telephones write; opened by a package of its own
 FRAMES = {".gif", ".tif", ".tiff", ".apng", *dicom.SUFFIXES}  # of which the first frame or page is read
 SHOWN = 8  # kinds of files in a message
 
@@ -26,10 +27,22 @@ SHOWN = 8  # kinds of files in a message
 def suffixes() -> frozenset[str]:
     """The endings of the names of images, in lower case."""
     Image.init()
+    _with_heif()
     known = {
         suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in NOT_READ
     }
-    return frozenset(known | ALWAYS | dicom.SUFFIXES)
+    return frozenset(known | ALWAYS | HEIF | dicom.SUFFIXES)
+
+
+@cache
+def _with_heif() -> bool:
+    """Let Pillow open HEIF files; whether it can."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def is_hidden(name: str) -> bool:
@@ -73,7 +86,12 @@ def open_file(path: str) -> Image.Image | Values:
 
 
 def open_image(file: object, suffix: str) -> Image.Image:
-    """An image that Pillow opens, by its path or as an open file."""
+    """An image that Pillow opens, by its path or as an open file.
+
+    Raises UserError where the library of its format is missing.
+    """
+    if suffix in HEIF and not _with_heif():
+        raise UserError("needs pillow-heif, which is not installed; pip install 'privimage[heif]'")
     try:
         return Image.open(file)  # type: ignore[arg-type]
     except Image.UnidentifiedImageError:

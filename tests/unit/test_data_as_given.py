@@ -98,8 +98,13 @@ def other_formats(path: Path) -> None:
         )
 
 
+def telephone(path: Path) -> None:
+    files.suffixes()  # lets Pillow write it, too
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(path / "class0" / "IMG_0001.HEIC", quality=100)
+
+
 def other_files(path: Path) -> None:
-    for name in ("a.heic", "b.HEIC", "notes.txt", "README"):
+    for name in ("a.mov", "b.MOV", "notes.txt", "README"):
         (path / "class1" / name).write_bytes(b"x")
 
 
@@ -189,6 +194,12 @@ LIST = {
         holds=lambda found: len(found.images) == 36,
         notes=("1 .gif: of several frames or pages the first is read",),
     ),
+    "HEIC": Case(
+        folder_and(telephone),
+        holds=lambda found: (
+            len(found.images) == 31 and ((found.images > 78) & (found.images < 84)).all((1, 2, 3)).any()
+        ),
+    ),
     "a GIF of two frames": Case(
         one("0.gif", frames), holds=lambda found: (found.images == 10).all(), notes=("1 .gif: of several",)
     ),
@@ -196,11 +207,11 @@ LIST = {
         one("0.tiff", frames), holds=lambda found: (found.images == 10).all(), notes=("1 .tiff: of several",)
     ),
     "files of other kinds": Case(
-        folder_and(other_files), notes=("set: 4 files skipped: 2 .heic, 1 .txt, 1 without a suffix",)
+        folder_and(other_files), notes=("set: 4 files skipped: 2 .mov, 1 .txt, 1 without a suffix",)
     ),
     "nothing but other files": Case(
-        one("a.heic", lambda path: path.write_bytes(b"x")),
-        told="class0' has no image .1 file skipped: 1 .heic",
+        one("a.mov", lambda path: path.write_bytes(b"x")),
+        told="class0' has no image .1 file skipped: 1 .mov",
     ),
     "a link to nothing": Case(
         folder_and(lambda path: (path / "class1" / "z.png").symlink_to("gone.png")),
@@ -301,6 +312,8 @@ LIST = {
 @pytest.mark.parametrize("name", LIST)
 def test_what_people_have_is_read_or_told(tmp_path: Path, name: str) -> None:
     case = LIST[name]
+    if name == "HEIC":
+        pytest.importorskip("pillow_heif")
     if "AVIF" in name and not features.check("avif"):
         pytest.skip("this Pillow was built without AVIF")
     path = case.build(tmp_path)
@@ -369,6 +382,13 @@ def test_a_pillow_without_a_format_is_told_and_no_image_is_left_out(
         read(open_source("folder", path, "train"), skip_bad=True)
 
 
+def test_without_its_package_heic_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = one("0.heic", lambda file: file.write_bytes(b"x"))(tmp_path)
+    monkeypatch.setattr(files, "_with_heif", lambda: False)
+    with pytest.raises(UserError, match=r"0\.heic: needs pillow-heif.*pip install 'privimage\[heif\]'"):
+        read(open_source("folder", path, "train"), skip_bad=True)
+
+
 def odd_files(root: Path) -> Path:
     """A folder of 40 files as they come from phones, cameras, microscopes and other people's computers."""
     path = save_folder(root / "mine", numbered(18), LABELS[:18])
@@ -409,7 +429,7 @@ def test_a_folder_of_40_odd_files_from_the_command_line(tmp_path: Path) -> None:
     assert status == 0
     assert lines[:3] == [
         f"{path}: 1 file beside the class folders skipped, 1 of them images, the first stray.png",
-        f"{path}: 4 files skipped: 2 .heic, 1 .txt, 1 without a suffix",
+        f"{path}: 4 files skipped: 2 .mov, 1 .txt, 1 without a suffix",
         f"{path}: 2 .tif, 1 .gif: of several frames or pages the first is read",
     ]
     assert "of 29 images were skipped, the first: " in lines[3]
