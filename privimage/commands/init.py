@@ -92,6 +92,7 @@ def _settings(wanted: Wanted) -> Config:
             "public": {"kind": "glyphs"},
         },
         "privacy": {"epsilon": wanted.epsilon, "delta": wanted.delta},
+        "warm": {"starts": ["moments"]},
         "finetune": {"precision": "auto"},
         "runtime": {"precision": "auto"},
         # Its time grows with N and is not shared out by the rules.
@@ -183,6 +184,7 @@ WHY = {
     "query.flip": "characters must not be mirrored",
     "query.semantics": "no labels to choose by",
     "pretrain.flip": "characters must not be mirrored",
+    "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
     "finetune.precision": "bf16 where the device is faster in it",
     "evaluate.ceiling": "whether classifiers learn from the real images too, to compare with; takes time",
     "runtime.precision": "bf16 where the device is faster in it",

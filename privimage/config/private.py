@@ -46,10 +46,8 @@ class Warm(Section):
         "central: noisy means of random parts of each class; [] is off",
         json_schema_extra=on("warm", "finetune", planned=True),
     )
-    max_rise: float = Field(
-        0.02,
-        gt=0,
-        le=1,
+    max_rise: Auto[Annotated[float, Field(gt=0, le=1)]] = Field(
+        AUTO,
         description="allowed relative rise of the fine-tuning noise by each of `starts`",
         json_schema_extra=on("warm", planned=True),
     )
@@ -75,7 +73,9 @@ class Warm(Section):
         "pretraining, which have finer details, if there are any",
     )
     batch_size: int = Field(64, ge=1, description="images per step, over all ranks")
-    steps: int = Field(1000, ge=1, description="training steps, which cost no privacy")
+    steps: Auto[Annotated[int, Field(ge=1)]] = Field(
+        AUTO, description="training steps, which cost no privacy"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Adam learning rate, no weight decay")
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay of the averaged weights, with the ramp (1+n)/(10+n)"

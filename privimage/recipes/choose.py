@@ -14,6 +14,7 @@ from privimage.config import Config, parse
 from privimage.families import family
 from privimage.recipes.facts import Facts
 from privimage.recipes.signal import needed, reach, share
+from privimage.recipes.warm_start import warm_rise
 
 Speeds = dict[str, float]  # seconds per image of a step, by stage; of finetune per noised copy
 
@@ -35,6 +36,7 @@ OF_TIME, START_SECONDS = 0.75, 30.0
 SHARES = {
     "query": 0.08,
     "pretrain": 0.27,
+    "warm": 0.15,
     "finetune": 0.4,
     "match": 0.4,
     "synthesize": 0.08,
@@ -103,6 +105,7 @@ TRIAL: Choices = {
     for key, value in {
         "query.steps": 1,
         "pretrain.steps": 1,
+        "warm.steps": 1,
         "finetune.steps": 1,
         "finetune.noise_copies": 4,
         "finetune.learning_rate": 1e-3,
@@ -163,6 +166,9 @@ def constants(facts: Facts) -> Choices:
         ),
         "pretrain.batch_size": Choice(256 if large else 64, "small batches make many steps"),
         "pretrain.learning_rate": Choice(5e-4 if large else 2e-3, "Adam; narrow networks bear a larger one"),
+        "warm.max_rise": Choice(
+            warm_rise(facts), "more noise in the private steps, for means of the classes that stand out"
+        ),
         "finetune.max_grad_norm": Choice(
             0.01, "below the norm of nearly all gradients; Adam removes the scale"
         ),
@@ -177,8 +183,6 @@ def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> C
     stages = [stage for stage in shares if stage in config.stages and speeds.get(stage)]
     whole = sum(shares[stage] for stage in stages)
     total = OF_TIME * 3600 * facts.hours - START_SECONDS
-    # A warm start has steps of its own, if it is asked for.
-    total -= config.warm.steps * config.warm.batch_size * speeds.get("warm", 0.0)
     total = max(total, 30.0)
     seconds = {stage: total * shares[stage] / whole for stage in stages}
     private: Choices = {}
@@ -234,6 +238,7 @@ def _public_steps(config: Config, seconds: Speeds, speeds: Speeds) -> Choices:
     for stage, batch, most in (
         ("query", config.query.batch_size, 9400),
         ("pretrain", config.pretrain.batch_size, 128_000),
+        ("warm", config.warm.batch_size, 8000),
     ):
         if stage in seconds:
             steps = tidy(_within(seconds[stage] / (batch * speeds[stage]), 50, most))

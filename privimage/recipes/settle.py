@@ -22,6 +22,7 @@ CHOSEN = {
     "query": ("network", "batch_size", "steps", "learning_rate"),
     "select": ("per_image", "per_class", "max_rise"),
     "pretrain": ("batch_size", "steps", "learning_rate"),
+    "warm": ("max_rise", "steps"),
     "finetune": ("logical_batch_size", "steps", "noise_copies", "max_grad_norm", "learning_rate"),
     "synthesize": ("samples",),
     "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples", "before"),
@@ -30,12 +31,13 @@ ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run
 
 
 def automatic(config: Config) -> list[str]:
-    """The settings that are still to be chosen, by ``section.key``."""
+    """The settings that are still to be chosen, by ``section.key``; none of stages that it lacks."""
     return [
         f"{section}.{name}"
         for section, names in CHOSEN.items()
         for name in names
         if is_auto(getattr(getattr(config, section), name))
+        and (section not in STAGES or section in config.stages)
     ]
 
 

@@ -14,11 +14,14 @@ from privimage.config import Config, load, parse
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
 from privimage.privacy.accounting import SampledGaussian, epsilon, training_noise
+from privimage.privacy.mechanisms import ClassMeans
+from privimage.privacy.plan import make_plan
 from privimage.recipes import Facts, automatic, choose, settled
-from privimage.recipes.choose import applied, is_auto
+from privimage.recipes.choose import Choice, applied, is_auto
 from privimage.recipes.settle import CHOSEN
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
 from privimage.recipes.usefulness import too_little_signal, too_long
+from privimage.recipes.warm_start import MOST, NOISE, warm_rise
 from privimage.runs import pipeline
 from privimage.storage.rundir import RunDir
 
@@ -100,6 +103,22 @@ def test_noise_is_spent_where_it_teaches_most() -> None:
     most = reach(3000, 10, 1e-6)
     assert 0.85 < share(small.logical_batch_size * math.sqrt(small.steps) / most) < 0.97
     assert large.steps > 5 * small.steps and large.learning_rate < small.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "eps", "wanted"), [(60_000, 10, 1, 0.04), (3000, 2, 10, 0.01), (1437, 10, 1, 0.2)]
+)
+def test_a_warm_start_costs_what_lets_means_of_classes_stand_out(
+    count: int, rows: int, eps: float, wanted: float
+) -> None:
+    rise = warm_rise(Facts(count, rows, 32, 3, 200, eps, 1e-5, 1, "cpu"))
+    assert rise == pytest.approx(wanted, rel=0.5)
+    tree = {"warm": {"starts": ["moments"], "max_rise": rise}, "privacy": {"epsilon": eps, "delta": 1e-5}}
+    tree["finetune"] = {"logical_batch_size": count // 8, "steps": 100, "noise_copies": 1}
+    config = applied(bare(**tree), {"select.max_rise": Choice(0.005, "")})
+    deviation = make_plan(config, count).the(ClassMeans).standard_deviation * rows / count
+    # Near what is wanted, or as near as a fifth more noise in the private steps brings it.
+    assert 0.5 * NOISE < deviation < (2 * NOISE if rise < MOST else 0.1)
 
 
 def test_what_is_given_is_kept_and_the_rest_suits_it() -> None:
