@@ -15,8 +15,10 @@ from privimage.data.sources import sensitive_source
 from privimage.distributed.world import alone
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
-from privimage.recipes.choose import Choices
+from privimage.recipes.choose import Choice, Choices, applied
+from privimage.recipes.facts import facts_of
 from privimage.recipes.settle import chosen
+from privimage.recipes.warm_start import MOST, warm_rise
 
 SUFFIXES = KINDS | {".npy": "beton"}  # a store without FFCV
 EMBEDDED = ("digits", "glyphs")
@@ -51,12 +53,10 @@ def write(wanted: Wanted) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count, sensitive = config.data.sensitive.count, config.data.sensitive
     assert count is not None
-    choices = chosen(
-        config,
-        count,
-        (sensitive.class_count or 2) if sensitive.labelled else 0,
-        alone(device),
-    )
+    classes = (sensitive.class_count or 2) if sensitive.labelled else 0
+    if warm_rise(facts_of(config, count, classes)) < MOST:
+        config = applied(config, {"warm.starts": Choice(["moments"], WHY["warm.starts"])})
+    choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
 
 
@@ -92,7 +92,6 @@ def _settings(wanted: Wanted) -> Config:
             "public": {"kind": "glyphs"},
         },
         "privacy": {"epsilon": wanted.epsilon, "delta": wanted.delta},
-        "warm": {"starts": ["moments"]},
         "finetune": {"precision": "auto"},
         "runtime": {"precision": "auto"},
         # Its time grows with N and is not shared out by the rules.
@@ -220,7 +219,12 @@ def _given(config: Config) -> dict[str, Any]:
             value = value[part]
         found[key] = value
     flips = not config.pretrain.flip
-    hidden = {"query.flip": flips, "pretrain.flip": flips, "query.semantics": not config.data.public.labelled}
+    hidden = {
+        "warm.starts": bool(config.warm.starts),
+        "query.flip": flips,
+        "pretrain.flip": flips,
+        "query.semantics": not config.data.public.labelled,
+    }
     hidden["data.public.labelled"] = not config.data.public.labelled
     return {key: value for key, value in found.items() if value is not None and hidden.get(key, True)}
 

@@ -1,7 +1,6 @@
 """The interface of a family of generators: training in public and in private, and sampling."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -196,20 +195,10 @@ class WarmTraining(PublicTraining):
 
     @abstractmethod
     def step(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        step: int,
-        expected: Callable[[Tensor, Tensor], Tensor] | None = None,
-        below: tuple[Tensor, Tensor] | None = None,
+        self, images: Tensor, labels: Tensor, step: int, below: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """See `PublicTraining.step`.
-
-        Args:
-            expected: noisy images (B, C, H, W) and their noise levels (B,) -> what is expected of the images
-                given these, where it is known: a target with less variance than the images.
-            below: as many other images and labels, in the place of these at noise levels below
-                `warm.sigma_min`.
+        """See `PublicTraining.step`; `below`, as many images and labels as these, takes their place at noise
+        levels below `warm.sigma_min`.
         """
 
 

@@ -83,10 +83,10 @@ class DiffusionPublic(PublicTraining):
 
     def step(self, images: Tensor, labels: Tensor, step: int) -> None:
         """See `PublicTraining`."""
-        self._update(self._noised(images, labels, step, self.config.pretrain.flip))
+        self._update(self._noised(images, labels, step))
 
     def _update(self, noised: tuple[Tensor, ...]) -> None:
-        """One update by the arguments of `edm.loss`, images first."""
+        """One update by the images, labels, noise levels and noise of `_noised`."""
 
         def loss(piece: slice) -> Tensor:
             return edm.loss(self.engine.forward, *(part[piece] for part in noised)).mean()
@@ -96,9 +96,9 @@ class DiffusionPublic(PublicTraining):
         self.ema.update()
         self.steps += 1
 
-    def _noised(self, images: Tensor, labels: Tensor, step: int, flip: bool) -> tuple[Tensor, ...]:
-        """Images in [-1, 1], half of them flipped where that is asked for, labels with dropout, noise levels
-        and noise: the random part of a step, repeatable.
+    def _noised(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Images in [-1, 1], labels with dropout, noise levels and noise: the random part of a step,
+        repeatable.
         """
         device = self.world.device
         generator = torch.Generator(device).manual_seed(
@@ -107,7 +107,7 @@ class DiffusionPublic(PublicTraining):
         # The order of these draws is part of a repeatable step.
         x = edm.to_unit(images)
         count = len(x)
-        if flip:
+        if self.config.pretrain.flip:
             flipped = torch.rand(count, generator=generator, device=device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(3), x)
         sigma = edm.draw_sigma(torch.randn(count, generator=generator, device=device))
@@ -158,34 +158,19 @@ class DiffusionWarm(DiffusionPublic, WarmTraining):
         super().__init__(config, n_classes, world, start, _fresh_label(config))
 
     def step(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        step: int,
-        expected: Callable[[Tensor, Tensor], Tensor] | None = None,
-        below: tuple[Tensor, Tensor] | None = None,
+        self, images: Tensor, labels: Tensor, step: int, below: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """See `WarmTraining`."""
-        # A mirrored statistic is that of another set.
-        x, labels, sigma, noise = self._noised(images, labels, step, flip=False)
-        if below is None:
-            target = x if expected is None else expected(x + sigma[:, None, None, None] * noise, sigma)
-            self._update((x, labels, sigma, noise, target))
-            return
-        # Which of the two an image is follows from its noise level.
-        sigma, low = edm.halved(sigma, self.config.warm.sigma_min)
-        target = x if expected is None else expected(x + sigma[:, None, None, None] * noise, sigma)
-        public, public_labels, _, _ = self._noised(*below, step, self.config.pretrain.flip)
-        here = low[:, None, None, None]
-        self._update(
-            (
-                torch.where(here, public, x),
+        x, labels, sigma, noise = self._noised(images, labels, step)
+        if below is not None:
+            # Both with the same random numbers: which of the two an image is follows from its noise level.
+            public, public_labels, _, _ = self._noised(*below, step)
+            low = sigma < self.config.warm.sigma_min
+            x, labels = (
+                torch.where(low[:, None, None, None], public, x),
                 torch.where(low, public_labels, labels),
-                sigma,
-                noise,
-                torch.where(here, public, target),
             )
-        )
+        self._update((x, labels, sigma, noise))
 
     def _settings(self) -> Pretrain | Warm:
         return self.config.warm

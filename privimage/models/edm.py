@@ -37,18 +37,6 @@ def draw_sigma(normal: Tensor) -> Tensor:
     return torch.exp(1.2 * normal - 1.2)
 
 
-def halved(sigma: Tensor, at: float) -> tuple[Tensor, Tensor]:
-    """Noise levels of `draw_sigma` (B,), moved so that on average half of them are below `at`; and which are,
-    bool (B,).
-
-    On either side their distribution is that of `draw_sigma` on this side.
-    """
-    place = torch.special.ndtr((sigma.log() + 1.2) / 1.2)  # uniform in [0, 1]
-    border, low = float(torch.special.ndtr(torch.tensor((math.log(at) + 1.2) / 1.2))), place < 0.5
-    moved = torch.where(low, 2 * place * border, border + (2 * place - 1) * (1 - border))
-    return draw_sigma(torch.special.ndtri(moved.clamp(1e-6, 1 - 1e-6))), low
-
-
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), F preconditioned (equation 7, table 1)."""
 
@@ -79,12 +67,7 @@ class Denoiser(nn.Module):
 
 
 def loss(
-    denoiser: Callable[..., Tensor],
-    images: Tensor,
-    labels: Tensor | None,
-    sigma: Tensor,
-    noise: Tensor,
-    target: Tensor | None = None,
+    denoiser: Callable[..., Tensor], images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor
 ) -> Tensor:
     """Weighted squared error of each image, averaged over its pixels and channels (equation 8 and table 1).
 
@@ -93,14 +76,13 @@ def loss(
         labels: (B,) int64, or None.
         sigma: (B,).
         noise: (B, C, H, W), standard normal.
-        target: (B, C, H, W), what is expected given the noisy image, where it is known; else the image.
 
     Returns the losses (B,). The weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes the loss of an
     untrained network about 1 at every level.
     """
     level = sigma[:, None, None, None]
     # The network sees the noisy image; its error is weighted by 1 / c_out^2.
-    error = denoiser(images + level * noise, sigma, labels) - (images if target is None else target)
+    error = denoiser(images + level * noise, sigma, labels) - images
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     return weight * error.square().flatten(1).mean(1)
 

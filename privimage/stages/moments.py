@@ -93,10 +93,6 @@ class GaussianImages:
         root = torch.from_numpy(vectors * np.sqrt(values.clip(min=0)))
         to_pixels = at.basis * at.length
         self.means = (to_pixels @ torch.from_numpy(found.means).T).T.float().to(world.device)
-        # Directions of length 1 in pixels, and the variance of the images along each.
-        self.directions = (at.basis @ torch.from_numpy(vectors)).T.float().to(world.device)
-        variances = torch.from_numpy(values.clip(min=0)) * at.length**2
-        self.variances = variances.float().to(world.device)
         self.root = (to_pixels @ root).T.float().to(world.device)
         self.draws = ImageDraws(world.device)
 
@@ -106,15 +102,6 @@ class GaussianImages:
         normal = self.draws.normal(public_seed(self.config, "warm moments", step), places, len(self.root))
         images = self.means[labels] + normal.to(self.root.device) @ self.root
         return to_uint8(images.view(-1, *self.shape)), labels
-
-    def expected(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """What is expected of images given noisy ones (B, C, H, W) of levels (B,) and their labels (B,): the
-        noise along each direction is shrunk by its share of the variance.
-        """
-        along = (noisy.flatten(1) - self.means[labels]) @ self.directions.T
-        kept = self.variances / (self.variances + sigma[:, None] ** 2)
-        images = self.means[labels] + (along * kept) @ self.directions
-        return images.view_as(noisy).clamp(-1, 1)
 
 
 def moments(

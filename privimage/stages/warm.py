@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -56,10 +55,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
             # The starts take turns, place by place, so that each has the same share of every batch.
             parts = [draw(step, places[places % len(draws) == number]) for number, draw in enumerate(draws)]
             batch = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-            # Known of Gaussian images alone.
-            known = draws[0] if len(draws) == 1 and isinstance(draws[0], GaussianImages) else None
-            expected = partial(known.expected, labels=batch[1]) if known else None
-            training.step(batch[0], batch[1], step, expected, next(below, None))
+            training.step(batch[0], batch[1], step, next(below, None))
             yield
 
     schedule = Schedule(settings.steps, own * world.size, settings.log_every, settings.checkpoint_every)

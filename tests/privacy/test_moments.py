@@ -9,11 +9,9 @@ from data_sets import read_sensitive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import TINY, charges
-from scipy import stats
 
 from privimage.config import load
 from privimage.distributed.world import ALONE
-from privimage.models.edm import draw_sigma, halved
 from privimage.privacy.mechanisms.embedding import QUANTUM, embedding_sum
 from privimage.privacy.mechanisms.moments import coordinates, matrix, products
 from privimage.runs import pipeline
@@ -88,37 +86,6 @@ def test_gaussian_images_have_the_means_and_the_covariance():
         assert np.abs(np.cov(mine.T) - root @ root.T).max() < 5e-4
     again, _ = draw(3, torch.arange(10, 20))
     assert torch.equal(again, images[10:20])  # an image belongs to its place, not to its batch
-
-
-def test_what_is_expected_of_gaussian_images_is_the_posterior_mean():
-    """By the matrix that the shrinkage along each direction stands for."""
-    config, rng = load(TINY), np.random.default_rng(0)
-    d = coordinates(config)
-    means, root = rng.normal(size=(2, d)) / 90, rng.normal(size=(d, d)) / 900
-    draw = GaussianImages(config, ALONE, Moments(means, root @ root.T))
-    images, labels = draw(1, torch.arange(6))
-    sigma = torch.tensor([0.01, 0.1, 0.3, 1.0, 3.0, 80.0])
-    noisy = images / 127.5 - 1 + sigma[:, None, None, None] * torch.randn(images.shape)
-    at = Coordinates(tuple(images.shape[1:]), d)
-    basis = at.basis.numpy() * at.length
-    covariance, eye = basis @ root @ root.T @ basis.T, np.eye(len(basis))
-    for row in range(6):
-        mean = basis @ means[labels[row]]
-        away = noisy[row].flatten().double().numpy() - mean
-        wanted = mean + covariance @ np.linalg.solve(covariance + float(sigma[row]) ** 2 * eye, away)
-        found = draw.expected(noisy, sigma, labels)[row].flatten().double().numpy()
-        np.testing.assert_allclose(found, wanted.clip(-1, 1), atol=1e-4)
-
-
-def test_half_of_the_noise_levels_are_below_and_each_side_keeps_its_distribution():
-    """Kolmogorov-Smirnov on either side, false-alarm rate 1e-3 each, fixed seed."""
-    normal = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
-    sigma, low = halved(draw_sigma(normal), 0.5)
-    assert torch.equal(low, sigma < 0.5) and abs(low.float().mean().item() - 0.5) < 0.01
-    reference = draw_sigma(torch.randn(40_000, generator=torch.Generator().manual_seed(1)))
-    for side in (low, ~low):
-        of_side = reference[reference < 0.5] if side is low else reference[reference >= 0.5]
-        assert stats.ks_2samp(sigma[side].numpy(), of_side.numpy()).pvalue > 1e-3
 
 
 WARM = (

@@ -201,13 +201,17 @@ def test_init_writes_a_complete_commented_configuration(written: Path) -> None:
     assert yaml.safe_load(text).keys() <= Config.model_fields.keys()
 
 
-def test_init_looks_at_nothing_where_all_is_stated(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "starts"), [(100, ()), (60_000, ("moments",))])
+def test_init_looks_at_nothing_where_all_is_stated(
+    count: int, starts: tuple[str, ...], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """And begins with moments only where noise leaves enough of them."""
     (tmp_path / "sealed").mkdir()
     init.write(
         init.Wanted(
             str(tmp_path / "sealed"),
             hours=0.1,
-            count=100,
+            count=count,
             classes="no,yes",
             resolution=8,
             channels=1,
@@ -215,8 +219,10 @@ def test_init_looks_at_nothing_where_all_is_stated(capsys: pytest.CaptureFixture
         )
     )
     out, told = capsys.readouterr()
-    sensitive = parse(yaml.safe_load(out)).data.sensitive
-    assert not told and sensitive.count == 100 and sensitive.classes == ("no", "yes")
+    config = parse(yaml.safe_load(out))
+    sensitive = config.data.sensitive
+    assert config.warm_starts == starts
+    assert not told and sensitive.count == count and sensitive.classes == ("no", "yes")
 
 
 @pytest.mark.parametrize(
