@@ -155,10 +155,11 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
             * (2 if settings.sampler == "heun" else 1)
             * (2 if settings.guidance else 1)
         )
-        start = config.warm
-        warm = passes.work("warm", start.steps, start.batch_size, 3, start.batch_size)
+        start, warm = config.warm, []
+        if config.warm_starts:
+            warm.append(passes.work("warm", start.steps, start.batch_size, 3, start.batch_size))
         return [
-            *([warm] if config.warm_starts else []),
+            *warm,
             Work(
                 "finetune",
                 finetune.steps,

@@ -31,13 +31,12 @@ ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run
 
 
 def automatic(config: Config) -> list[str]:
-    """The settings that are still to be chosen, by ``section.key``; none of stages that it lacks."""
+    """The settings that are still to be chosen, by ``section.key``; of a warm start if there is one."""
     return [
         f"{section}.{name}"
         for section, names in CHOSEN.items()
         for name in names
-        if is_auto(getattr(getattr(config, section), name))
-        and (section not in STAGES or section in config.stages)
+        if is_auto(getattr(getattr(config, section), name)) and (section != "warm" or config.warm_starts)
     ]
 
 

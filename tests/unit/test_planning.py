@@ -66,7 +66,7 @@ def test_a_warm_start_that_drowns_in_noise_is_told(capsys: pytest.CaptureFixture
     few, many = (
         said(
             capsys, CONFIGS / "quickstart.yaml", "method=dpdm", "privacy.epsilon=1", "privacy.accountant=rdp",
-            "warm.starts=[embedding]", *more,
+            "warm.starts=[embedding]", "warm.max_rise=0.02", "warm.steps=4", *more,
         )
         for more in ((), ("data.sensitive.kind=npz", "data.sensitive.count=60000"))
     )  # fmt: skip

@@ -69,7 +69,7 @@ class Watched:
         ("method=dp-merf",),
         ("method=private-evolution",),
         ("method=nonpriv",),
-        ("warm.starts=[embedding,central]", "warm.steps=4", "method=pdp-diffusion"),
+        ("warm.starts=[embedding,central]", "warm.steps=4", "warm.max_rise=0.1", "method=pdp-diffusion"),
         ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20"),
     ],
     ids=lambda more: more[0],
