@@ -18,7 +18,7 @@ from privimage.privacy.plan import default_delta
 from privimage.recipes.choose import Choice, Choices, applied
 from privimage.recipes.facts import facts_of
 from privimage.recipes.settle import chosen
-from privimage.recipes.warm_start import MOST, warm_rise
+from privimage.recipes.warm_start import stands_out
 
 SUFFIXES = KINDS | {".npy": "beton"}  # a store without FFCV
 EMBEDDED = ("digits", "glyphs")
@@ -54,7 +54,7 @@ def write(wanted: Wanted) -> None:
     count, sensitive = config.data.sensitive.count, config.data.sensitive
     assert count is not None
     classes = (sensitive.class_count or 2) if sensitive.labelled else 0
-    if warm_rise(facts_of(config, count, classes)) < MOST:
+    if stands_out(facts_of(config, count, classes)):
         config = applied(config, {"warm.starts": Choice(["moments"], WHY["warm.starts"])})
     choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))

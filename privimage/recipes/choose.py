@@ -182,8 +182,7 @@ def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> C
     shares = RICH_SHARES if least < RICH / 2 else SHARES
     stages = [stage for stage in shares if stage in config.stages and speeds.get(stage)]
     whole = sum(shares[stage] for stage in stages)
-    total = OF_TIME * 3600 * facts.hours - START_SECONDS
-    total = max(total, 30.0)
+    total = max(OF_TIME * 3600 * facts.hours - START_SECONDS, 30.0)
     seconds = {stage: total * shares[stage] / whole for stage in stages}
     private: Choices = {}
     if "finetune" in stages:

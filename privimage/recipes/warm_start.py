@@ -9,6 +9,11 @@ NOISE = 0.003
 LEAST, MOST = 0.005, 0.2  # relative rise of the noise of the private steps
 
 
+def stands_out(facts: Facts) -> bool:
+    """Whether means with noise of `NOISE` cost less than the largest rise."""
+    return warm_rise(facts) < MOST
+
+
 def warm_rise(facts: Facts) -> float:
     """The rise of the training's noise that pays for means of the classes with noise of `NOISE`.
 

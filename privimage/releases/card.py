@@ -54,16 +54,11 @@ class About:
 
 def card(synthetic: SyntheticSet, said: dict[str, Any], about: About) -> str:
     """README.md of a folder that holds `synthetic` under the statement `said` (PRIVACY.json)."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     method = METHODS[said["method"]]
     training = TRAINING[method.training] if method.private else WITHOUT_NOISE
-    return environment.get_template("card.md.j2").render(
-        header=yaml.safe_dump(_header(synthetic, about), sort_keys=False, allow_unicode=True, width=1000),
+    return page(
+        "card.md.j2",
+        _header(synthetic, about),
         # One level down: the card has a heading of its own.
         statement=re.sub("^# ", "## ", statement_for_people(said), flags=re.MULTILINE).strip(),
         said=said,
@@ -76,6 +71,18 @@ def card(synthetic: SyntheticSet, said: dict[str, Any], about: About) -> str:
         paper=PAPERS.get(said["method"]),
         formats=[FORMATS[name] for name in FORMATS if name in about.formats],
     )
+
+
+def page(template: str, header: dict[str, Any], **values: Any) -> str:
+    """A page of Markdown from a template of this folder, which gets `header` as YAML, and `values`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    dumped = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000)
+    return environment.get_template(template).render(header=dumped, **values)
 
 
 def _header(synthetic: SyntheticSet, about: About) -> dict[str, Any]:

@@ -16,8 +16,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor, nn
 
 from privimage.config import Config
@@ -26,6 +24,7 @@ from privimage.distributed.world import ALONE, World
 from privimage.errors import UserError
 from privimage.families.denoising import LABEL
 from privimage.models import diffusion_arguments
+from privimage.releases.card import page
 from privimage.storage.files import write_whole
 
 Network = Literal["query", "diffusion"]
@@ -156,17 +155,15 @@ def denoiser_weights(starter: Starter, shares: np.ndarray) -> dict[str, Tensor]:
 
 def card(query: dict[str, Any], diffusion: dict[str, Any], folder: str) -> str:
     """README.md of the starter `folder`, from what its two files state."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True
-    )
     header = {
         "license": query["licence"],
         "library_name": "privimage",
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "differential-privacy"],
     }
-    return environment.get_template("starter.md.j2").render(
-        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
+    return page(
+        "starter.md.j2",
+        header,
         query=query | {"file": "`query.safetensors`"},
         diffusion=diffusion | {"file": "`diffusion.safetensors`"},
         shape=query["architecture"],

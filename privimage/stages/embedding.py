@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +32,38 @@ def mean_embedding(
     mechanism: MeanEmbedding,
     path: Path,
 ) -> Drawn:
-    """The noisy mean embedding, float64 (rows, F), drawn once and kept in `path`: see `draw_once`."""
+    """The noisy mean embedding by random features, float64 (rows, F), drawn once: see `noisy_mean`."""
+    features = _features(config, world, torch.float64)
+
+    def embed(images: Tensor, _: Tensor) -> Tensor:
+        return features(to_unit(images))
+
+    return noisy_mean(config, run_dir, world, sensitive, mechanism, path, sensitive.rows, embed)
+
+
+def noisy_mean(
+    config: Config,
+    run_dir: RunDir,
+    world: World,
+    sensitive: Sensitive,
+    mechanism: MeanEmbedding,
+    path: Path,
+    rows: int,
+    embed: Callable[[Tensor, Tensor], Tensor],
+) -> Drawn:
+    """Noisy sums over N of the feature vectors of the images, float64 (rows, F), drawn once and kept in
+    `path`: see `draw_once`.
+
+    `embed` gives the vectors float64 (B, F) of images uint8 (B, C, H, W) and labels int64 (B,). There is a
+    row for each label, or one for all of them.
+    """
 
     def exact(_: str) -> np.ndarray:
-        features, rows = _features(config, world, torch.float64), sensitive.rows
-        total = torch.zeros(rows, config.match.features, dtype=torch.int64, device=world.device)
+        total = torch.zeros(rows, mechanism.features, dtype=torch.int64, device=world.device)
 
         def summed(images: Tensor, labels: Tensor, sizes: Tensor, block: int) -> Tensor:
-            ((_, embedded),) = blockwise(lambda filled: features(to_unit(filled)), images, size=block)
-            return embedding_sum(embedded, labels, sizes, rows)
+            ((_, embedded),) = blockwise(embed, images, labels, size=block)
+            return embedding_sum(embedded, labels if rows > 1 else torch.zeros_like(labels), sizes, rows)
 
         return sum_over_ranks(world, sensitive.images, sensitive.images.labels, total, summed)
 

@@ -22,6 +22,7 @@ from privimage.privacy.groups import GroupLosses
 from privimage.privacy.identity import computation
 from privimage.privacy.mechanisms import DPSGD
 from privimage.stages.private_curves import PrivateCurves
+from privimage.stages.training import weights_of
 from privimage.storage.files import read_json, write_json
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.progress import Progress
@@ -126,15 +127,11 @@ def _training(
     Fresh ones for methods without either.
     """
     kind, stage = finetuned_family(config), config.finetuned_from
-    if stage is None:
-        return kind.private_training(config, n_classes, world, None), {}
-    run_dir.require(stage)
-    path = run_dir.stage(stage) / "weights.pt"
-    pretrained = checkpoint.required(path, stage, world)
+    weights, behind = weights_of(stage, run_dir, world)
     try:
-        return kind.private_training(config, n_classes, world, pretrained), dict(pretrained["charges"])
+        return kind.private_training(config, n_classes, world, weights), behind
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{run_dir.path / str(stage) / 'weights.pt'}: {error}") from None
 
 
 def _steps(

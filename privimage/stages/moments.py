@@ -5,8 +5,8 @@ little of the budget. What the noise hides is taken from the public images that 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,12 @@ from privimage.config import Config
 from privimage.config.seeds import public_seed
 from privimage.data import store
 from privimage.data.sensitive import ImageDraws
-from privimage.distributed.blocks import blockwise
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.models.edm import to_uint8, to_unit
-from privimage.privacy.mechanisms.embedding import embedding_sum, noisy_mean_embedding
 from privimage.privacy.mechanisms.moments import REACH, ClassMeans, Covariance, coordinates, matrix, products
-from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once, sum_over_ranks
+from privimage.stages.embedding import noisy_mean
+from privimage.stages.noisy_statistic import Drawn, Sensitive
 from privimage.stages.public_set import pretraining_set
 from privimage.storage.rundir import RunDir
 
@@ -83,11 +82,8 @@ class GaussianImages:
     """Images of normal distributions, one for each class."""
 
     def __init__(self, config: Config, world: World, found: Moments) -> None:
-        at, self.shape, self.config = (
-            Coordinates(image_shape(config), found.means.shape[1]),
-            image_shape(config),
-            config,
-        )
+        self.config, self.shape = config, image_shape(config)
+        at = Coordinates(self.shape, found.means.shape[1])
         values, vectors = np.linalg.eigh(found.covariance)
         # Noise may have made some negative.
         root = torch.from_numpy(vectors * np.sqrt(values.clip(min=0)))
@@ -100,7 +96,7 @@ class GaussianImages:
         """Images uint8 (B, C, H, W) and labels (B,) of `places` int64 (B,) in the batch of a step."""
         labels = (places + step) % len(self.means)
         normal = self.draws.normal(public_seed(self.config, "warm moments", step), places, len(self.root))
-        images = self.means[labels] + normal.to(self.root.device) @ self.root
+        images = self.means[labels] + normal @ self.root
         return to_uint8(images.view(-1, *self.shape)), labels
 
 
@@ -110,70 +106,23 @@ def moments(
     """Estimates for the sensitive set, and what they cost, by stage: each statistic is drawn once, kept in
     `folder`.
     """
-    at = Coordinates(image_shape(config), coordinates(config))
+    at, plan = Coordinates(image_shape(config), coordinates(config)), sensitive.account.plan
     public = _public(config, run_dir, world, sensitive.rows, at)
-    sums = _Sums(config, run_dir, world, sensitive, at)
-    means = sums.means(folder / "means.npz")
-    estimate = _means(means.values, sums.plan.the(ClassMeans), public, at)
+    drawn = partial(noisy_mean, config, run_dir, world, sensitive)
+    first, second = plan.the(ClassMeans), plan.the(Covariance)
+    means = drawn(first, folder / "means.npz", sensitive.rows, lambda images, _: at.of(images))
+    estimate = _means(means.values, first, public, at)
     # Distances from the estimate, which is public by now.
-    spread = sums.covariance(estimate, folder / "covariance.npz")
-    covariance = _covariance(spread.values, sums.plan.the(Covariance), public, at)
-    return Moments(estimate, covariance), {ClassMeans.stage: means, Covariance.stage: spread}
+    centre = torch.from_numpy(estimate).to(world.device)
 
+    def spread(images: Tensor, labels: Tensor) -> Tensor:
+        distance = (at.of(images) - centre[labels]) / REACH
+        # Shortened to the radius, so that no product is longer than 1.
+        return products(distance / distance.norm(dim=1, keepdim=True).clamp(min=1.0))
 
-class _Sums:
-    """The two statistics of the sensitive set."""
-
-    def __init__(
-        self, config: Config, run_dir: RunDir, world: World, sensitive: Sensitive, at: Coordinates
-    ) -> None:
-        self.config, self.run_dir, self.world, self.sensitive, self.at = config, run_dir, world, sensitive, at
-        self.plan = sensitive.account.plan
-
-    def means(self, path: Path) -> Drawn:
-        """Noisy sums of the coordinates of each class over N: float64 (rows, d)."""
-        rows = self.sensitive.rows
-
-        def summed(images: Tensor, labels: Tensor, sizes: Tensor, block: int) -> Tensor:
-            return embedding_sum(self._coordinates(images, block), labels, sizes, rows)
-
-        return self._drawn(path, self.plan.the(ClassMeans), rows, summed)
-
-    def covariance(self, means: np.ndarray, path: Path) -> Drawn:
-        """The noisy sum of `products` of distances from `means` (rows, d), in parts of `REACH`, over N:
-        float64 (1, d (d + 1) / 2).
-        """
-        centre = torch.from_numpy(means).to(self.world.device)
-
-        def summed(images: Tensor, labels: Tensor, sizes: Tensor, block: int) -> Tensor:
-            distance = (self._coordinates(images, block) - centre[labels]) / REACH
-            # Shortened to the radius, so that no product is longer than 1.
-            distance = distance / distance.norm(dim=1, keepdim=True).clamp(min=1.0)
-            return embedding_sum(products(distance), torch.zeros_like(labels), sizes, 1)
-
-        return self._drawn(path, self.plan.the(Covariance), 1, summed)
-
-    def _coordinates(self, images: Tensor, block: int) -> Tensor:
-        ((_, found),) = blockwise(self.at.of, images, size=block)
-        return found
-
-    def _drawn(
-        self,
-        path: Path,
-        mechanism: ClassMeans | Covariance,
-        rows: int,
-        summed: Callable[[Tensor, Tensor, Tensor, int], Tensor],
-    ) -> Drawn:
-        config, world, images = self.config, self.world, self.sensitive.images
-
-        def exact(_: str) -> np.ndarray:
-            total = torch.zeros(rows, mechanism.features, dtype=torch.int64, device=world.device)
-            return sum_over_ranks(world, images, images.labels, total, summed)
-
-        def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
-            return noisy_mean_embedding(total, mechanism, config.privacy.noise_source, key)
-
-        return draw_once(config, self.run_dir, world, self.sensitive, mechanism, path, exact, noisy)
+    covariance = drawn(second, folder / "covariance.npz", 1, spread)
+    found = Moments(estimate, _covariance(covariance.values, second, public, at))
+    return found, {first.stage: means, second.stage: covariance}
 
 
 def _means(noisy: np.ndarray, mechanism: ClassMeans, public: Moments | None, at: Coordinates) -> np.ndarray:
@@ -234,5 +183,5 @@ def _moments_of(
     own = labels[seen] if config.spec.pretraining != "all" and rows > 1 else np.zeros(len(seen), np.int64)
     middle = found.mean(0)
     means = np.stack([found[own == row].mean(0) if (own == row).any() else middle for row in range(rows)])
-    about = found - (means[own] if config.spec.pretraining != "all" else middle)
+    about = found - means[own]
     return Moments(means, about.T @ about / len(about))

@@ -12,11 +12,25 @@ from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
+from privimage.privacy.account import Behind
 from privimage.storage.rundir import RunDir
 from privimage.telemetry import flops, memory
 from privimage.telemetry.curves import Curves
 from privimage.telemetry.profile import Window
 from privimage.telemetry.progress import Progress
+
+
+def weights_of(stage: str | None, run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, Behind]:
+    """The weights that a stage of training has left to begin with, and the charges behind them; (None, {}) of
+    no stage.
+
+    Raises UserError for a stage that is not finished.
+    """
+    if stage is None:
+        return None, {}
+    run_dir.require(stage)
+    weights = checkpoint.required(run_dir.stage(stage) / "weights.pt", stage, world)
+    return weights, dict(weights["charges"])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from privimage.stages.embedding import matched_generator, mean_embedding
 from privimage.stages.moments import GaussianImages, moments
 from privimage.stages.noisy_statistic import Sensitive
 from privimage.stages.public_set import pretraining_set, public_stream
-from privimage.stages.training import Schedule, Watched, train
+from privimage.stages.training import Schedule, Watched, train, weights_of
 from privimage.storage.rundir import RunDir
 
 # Images of a step: (step, indices int64 (B,) in the whole batch) -> uint8 (B, C, H, W), labels int64 (B,).
@@ -39,7 +39,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     settings = config.warm
     images = open_sensitive(config, "train", world, run_dir.sensitive)
     n_classes = len(images.classes) if config.data.sensitive.labelled else 0
-    pretrained, behind = _pretrained(config, run_dir, world)
+    begun = None if config.spec.pretraining == "none" else "pretrain"
+    pretrained, behind = weights_of(begun, run_dir, world)
     account = open_account(config, run_dir, images, world)
     account.require_known(behind, run_dir.path / "pretrain" / "weights.pt", world)
     # From here on the run sees the sensitive set through a few noisy numbers only, kept in files.
@@ -65,15 +66,6 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         checkpoint.save(run_dir.stage("warm") / "weights.pt", training.weights() | known)
         (run_dir.stage("warm") / "checkpoint.pt").unlink(missing_ok=True)
     return {"images": settings.steps * own * world.size, "starts": list(config.warm_starts)}
-
-
-def _pretrained(config: Config, run_dir: RunDir, world: World) -> tuple[dict | None, Behind]:
-    """The pretrained weights, and the charges behind them; None for methods without pretraining."""
-    if config.spec.pretraining == "none":
-        return None, {}
-    run_dir.require("pretrain")
-    weights = checkpoint.required(run_dir.stage("pretrain") / "weights.pt", "pretrain", world)
-    return weights, dict(weights["charges"])
 
 
 def _starts(config: Config, run_dir: RunDir, world: World, sensitive: Sensitive) -> tuple[list[Draw], Behind]:

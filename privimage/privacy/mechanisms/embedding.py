@@ -29,8 +29,13 @@ class MeanEmbedding(OneUse):
     @classmethod
     def draft(cls, config: Config, count: int) -> Self:
         """See `Mechanism.draft`."""
-        relation = Relation.of(config)
-        return cls(noise_multiplier=0.0, relation=relation, count=count, features=config.match.features)
+        relation, features = Relation.of(config), cls.length(config)
+        return cls(noise_multiplier=0.0, relation=relation, count=count, features=features)
+
+    @classmethod
+    def length(cls, config: Config) -> int:
+        """F, the numbers of a feature vector."""
+        return config.match.features
 
     @property
     def contribution(self) -> float:

@@ -5,7 +5,7 @@ features.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from privimage.config import Config
 from privimage.privacy.mechanisms.base import Share
 from privimage.privacy.mechanisms.embedding import MeanEmbedding
-from privimage.privacy.relation import Relation
 
 # Radius about the mean of its class within which an image counts in full for the covariance, where all images
 # are within 1 of the origin. A constant: one that is fitted to the images would leak.
@@ -38,10 +37,9 @@ class ClassMeans(_Moment):
     stage: ClassVar[str] = "warm-means"
 
     @classmethod
-    def draft(cls, config: Config, count: int) -> Self:
-        """See `Mechanism.draft`."""
-        relation, features = Relation.of(config), coordinates(config)
-        return cls(noise_multiplier=0.0, relation=relation, count=count, features=features)
+    def length(cls, config: Config) -> int:
+        """See `MeanEmbedding.length`."""
+        return coordinates(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +50,10 @@ class Covariance(_Moment):
     stage: ClassVar[str] = "warm-covariance"
 
     @classmethod
-    def draft(cls, config: Config, count: int) -> Self:
-        """See `Mechanism.draft`."""
-        relation, d = Relation.of(config), coordinates(config)
-        return cls(noise_multiplier=0.0, relation=relation, count=count, features=d * (d + 1) // 2)
+    def length(cls, config: Config) -> int:
+        """See `MeanEmbedding.length`; that of `products`."""
+        d = coordinates(config)
+        return d * (d + 1) // 2
 
 
 def coordinates(config: Config) -> int:

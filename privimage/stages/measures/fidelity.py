@@ -17,8 +17,8 @@ def _take(subject: Subject) -> dict:
     """FID, KID, precision and recall of the synthetic set, and of what the pretrained generator made."""
     # A method without a generator has no synthetic set; the keys stay, with nothing in them.
     if subject.after is None:
-        empty = dict.fromkeys(("name", "fid", "kid", "precision", "recall", "samples", "features"))
-        empty |= {"inception_score": None}
+        keys = ("name", "fid", "kid", "precision", "recall", "samples", "features", "inception_score")
+        empty = dict.fromkeys(keys)
         return {"fidelity": empty, "fidelity_before": None, "fidelity_vision": None}
 
     def take(extractor: Extractor, images: Labelled, name: str) -> dict:

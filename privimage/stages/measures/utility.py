@@ -22,7 +22,7 @@ def _take(subject: Subject) -> dict:
     """Accuracies in percent, by name of the classifier, after training on the synthetic set, on what the
     pretrained generator made, and on the sensitive images themselves.
     """
-    empty: Scores = dict.fromkeys((*report.CLASSIFIERS, *report.OF_BENCHMARK))
+    empty: Scores = dict.fromkeys(report.SCORES)
     nothing: dict = dict.fromkeys(("accuracy_before", "accuracy_ceiling", "accuracy_chance"))
     nothing |= {"accuracy": empty, "accuracy_before_images": 0, "accuracy_note": "", "classes": None}
     if subject.test is None:
