@@ -87,8 +87,7 @@ def undisturbed(
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["deepspeed", "mpirun"])
+@pytest.mark.parametrize(("name", "ranks"), [("deepspeed", 2), ("mpirun", 4)])
 def test_all_launchers_come_to_the_same_results(
     name: str, ranks: int, a_copy: Callable[[str], Path], undisturbed: dict
 ):

@@ -54,7 +54,7 @@ def test_a_second_view_does_not_see_a_new_file_for_some_seconds(views: Path) -> 
 def test_ranks_go_on_from_a_checkpoint_that_only_the_main_one_sees(views: Path) -> None:
     """The second rank has looked for the checkpoint before there was one, and remembers that."""
     run = views / "here" / "run"
-    arguments = (str(views), "method=dpdm", "finetune.steps=400", "finetune.checkpoint_every=5")
+    arguments = (str(views), "method=dpdm", "finetune.steps=80", "finetune.checkpoint_every=5")
     ranks = start_ranks(RANK, 2, *arguments)
     deadline = time.monotonic() + 120
     while not (run / "finetune" / "checkpoint.pt").exists():
