@@ -123,7 +123,7 @@ def test_kills_and_a_stop_change_no_byte() -> None:
         "--images",
         "2000",
         "--kills",
-        "2",
+        "1",
     ]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=clean_environment(), check=False
