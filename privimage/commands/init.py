@@ -17,6 +17,7 @@ from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
 from privimage.recipes.choose import Choice, Choices, applied
 from privimage.recipes.facts import facts_of
+from privimage.recipes.labels import can_be_learned
 from privimage.recipes.settle import chosen
 from privimage.recipes.warm_start import stands_out
 
@@ -54,8 +55,11 @@ def write(wanted: Wanted) -> None:
     count, sensitive = config.data.sensitive.count, config.data.sensitive
     assert count is not None
     classes = (sensitive.class_count or 2) if sensitive.labelled else 0
-    if stands_out(facts_of(config, count, classes)):
+    facts = facts_of(config, count, classes)
+    if stands_out(facts):
         config = applied(config, {"warm.starts": Choice(["moments"], WHY["warm.starts"])})
+    if can_be_learned(facts):
+        config = applied(config, {"classify.use": Choice(True, WHY["classify.use"])})
     choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
 
@@ -184,6 +188,7 @@ WHY = {
     "query.semantics": "no labels to choose by",
     "pretrain.flip": "characters must not be mirrored",
     "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
+    "classify.use": "a private classifier labels the synthetic images",
     "finetune.precision": "bf16 where the device is faster in it",
     "evaluate.ceiling": "whether classifiers learn from the real images too, to compare with; takes time",
     "runtime.precision": "bf16 where the device is faster in it",
@@ -221,6 +226,7 @@ def _given(config: Config) -> dict[str, Any]:
     flips = not config.pretrain.flip
     hidden = {
         "warm.starts": bool(config.warm.starts),
+        "classify.use": config.classify.use,
         "query.flip": flips,
         "pretrain.flip": flips,
         "query.semantics": not config.data.public.labelled,

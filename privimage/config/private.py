@@ -90,6 +90,41 @@ class Warm(Section):
     )
 
 
+class Classify(Section):
+    """A private classifier that labels the synthetic images, which spends a little privacy.
+
+    Linear, on fixed features (`privimage.models.local_frequencies`), by gradient descent with the noisy
+    gradient of all images in each step. Labels cost far less than images: it knows classes that the generator
+    confuses. Off in the paper's method.
+    """
+
+    affects = on("classify")
+
+    use: bool = Field(
+        False,
+        description="whether the synthetic images get the labels of the classifier, in place of those that "
+        "the generator was asked for",
+        json_schema_extra=on("classify", "synthesize", planned=True),
+    )
+    max_rise: Auto[Annotated[float, Field(gt=0, le=1)]] = Field(
+        AUTO,
+        description="allowed relative rise of the training's noise for the classifier",
+        json_schema_extra=on("classify", planned=True),
+    )
+    steps: int = Field(
+        30,
+        ge=2,
+        le=1000,
+        description="steps; noise is that of all together, however many they are",
+        json_schema_extra=on("classify", planned=True),
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="of gradients divided by N; unset: from N and the noise, see docs/method-notes.md",
+    )
+
+
 class Finetune(Section):
     """DP-SGD on the sensitive set, which spends privacy."""
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from privimage.config.section import Section, on
 from privimage.config.stages import TRAINING
 
-DRAWING = ("select", "warm", *TRAINING, "synthesize")
+DRAWING = ("select", "warm", "classify", *TRAINING, "synthesize")
 
 
 class Budget(Section):

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from privimage.config.data import Data, RunSection
 from privimage.config.methods import GENERATORS, METHODS, Method, for_method, with_defaults
-from privimage.config.private import Evolve, Finetune, Match, Select, Warm
+from privimage.config.private import Classify, Evolve, Finetune, Match, Select, Warm
 from privimage.config.promise import Privacy
 from privimage.config.public import Model, Pretrain, Query
 from privimage.config.results import Evaluate, Synthesize
@@ -65,6 +65,7 @@ class Config(Section):
     select: Select = Select()
     pretrain: Pretrain = Pretrain()
     warm: Warm = Warm()
+    classify: Classify = Classify()
     finetune: Finetune = Finetune()
     match: Match = Match()
     evolve: Evolve = Evolve()
@@ -111,6 +112,12 @@ class Config(Section):
             raise ValueError("synthesize.labels: noisy counts labels, and data.sensitive.labelled is false")
         return self
 
+    @model_validator(mode="after")
+    def _labels_can_be_learned(self) -> "Config":
+        if self.classify.use and not self.data.sensitive.labelled:
+            raise ValueError("classify.use: there are no labels to learn, data.sensitive.labelled is false")
+        return self
+
     @property
     def spec(self) -> Method:
         """What the chosen method pretrains on, which generator it uses, and whether it is private."""
@@ -118,12 +125,11 @@ class Config(Section):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages of this run, in order: those of the method, and the warm start that it is given."""
-        names = self.spec.stages
-        if not self.warm_starts:
-            return names
-        at = names.index("finetune")
-        return (*names[:at], "warm", *names[at:])
+        """The stages of this run, in order: those of the method, and those that it is given beside."""
+        names = {*self.spec.stages, *(("warm",) if self.warm_starts else ())}
+        if self.classify.use and "synthesize" in names:
+            names.add("classify")
+        return tuple(name for name in STAGES if name in names)
 
     @property
     def warm_starts(self) -> tuple[str, ...]:

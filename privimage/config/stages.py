@@ -46,6 +46,12 @@ STAGES: dict[str, Stage] = {
         ("pretrain",),
         sensitive=True,
     ),
+    "classify": Stage(
+        "Learn the labels, privately",
+        "Train a private classifier, which labels the synthetic images.",
+        (),
+        sensitive=True,
+    ),
     "finetune": Stage(
         "Fine-tune, privately",
         "Fine-tune the generator on the sensitive set with differential privacy.",
@@ -71,7 +77,7 @@ STAGES: dict[str, Stage] = {
     "synthesize": Stage(
         "Synthesise",
         "Sample the synthetic set into release/.",
-        ("pretrain", "finetune", "match", "evolve"),
+        ("pretrain", "classify", "finetune", "match", "evolve"),
         sensitive=True,
     ),
     "evaluate": Stage(

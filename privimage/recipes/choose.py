@@ -13,6 +13,7 @@ from typing import Any
 from privimage.config import Config, parse
 from privimage.families import family
 from privimage.recipes.facts import Facts
+from privimage.recipes.labels import labels_rise
 from privimage.recipes.signal import needed, reach, share
 from privimage.recipes.warm_start import warm_rise
 
@@ -168,6 +169,9 @@ def constants(facts: Facts) -> Choices:
         "pretrain.learning_rate": Choice(5e-4 if large else 2e-3, "Adam; narrow networks bear a larger one"),
         "warm.max_rise": Choice(
             warm_rise(facts), "more noise in the private steps, for means of the classes that stand out"
+        ),
+        "classify.max_rise": Choice(
+            labels_rise(facts), "more noise in the training, for a classifier that knows the classes"
         ),
         "finetune.max_grad_norm": Choice(
             0.01, "below the norm of nearly all gradients; Adam removes the scale"

@@ -14,11 +14,14 @@ from privimage.families.base import image_shape
 from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
 from privimage.models import parameters
 from privimage.models.benchmark import SIZES, benchmark_classifier
+from privimage.models.local_frequencies import LocalFrequencies
 from privimage.models.resnet import classifier, resnet9
 from privimage.privacy.plan import PrivacyPlan
 
 # Seconds of scikit-learn's classifiers per image, pixel and epoch, of one core: LR, MLP.
 LR_SECONDS, MLP_SECONDS, MLP_IMAGES = 4e-7, 4e-8, 2_000_000
+# Seconds of a product in float64, and of bringing a feature there, of one core.
+MULTIPLY, CONVERT = 2e-10, 1e-9
 
 
 def work_of(config: Config, plan: PrivacyPlan, count: int, classes: int, device: torch.device) -> list[Work]:
@@ -27,7 +30,8 @@ def work_of(config: Config, plan: PrivacyPlan, count: int, classes: int, device:
     `config` has no `auto` but those of precision. `count` and `classes` (0 if unlabelled) are those of the
     sensitive set.
     """
-    found = [*_query(config, count, device), *family(config).work(config, plan, classes, device)]
+    found = [*_query(config, count, device), *_classify(config, count, classes, device)]
+    found += family(config).work(config, plan, classes, device)
     return [*found, *_evaluate(config, classes, device)]
 
 
@@ -78,6 +82,21 @@ def _query(config: Config, count: int, device: torch.device) -> list[Work]:
     if config.spec.pretraining == "selected":
         works.append(Work("select", 1, count, count * seconds, size))
     return works
+
+
+def _classify(config: Config, count: int, classes: int, device: torch.device) -> list[Work]:
+    """Features of all images, once, and products with them, two in each step."""
+    if "classify" not in config.stages:
+        return []
+    shape, steps = image_shape(config), config.classify.steps
+    features = LocalFrequencies(shape, device)
+
+    def forward(images: int) -> Tensor:
+        return features(torch.zeros(images, *shape, dtype=torch.uint8, device=device))
+
+    d = features.count(shape)
+    seconds = seconds_of_a_pass(forward, device, "fp32", 128) + steps * 2 * d * (classes * MULTIPLY + CONVERT)
+    return [Work("classify", steps, count, count * seconds, 2.0 * count * d)]
 
 
 def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:

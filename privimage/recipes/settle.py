@@ -23,20 +23,23 @@ CHOSEN = {
     "select": ("per_image", "per_class", "max_rise"),
     "pretrain": ("batch_size", "steps", "learning_rate"),
     "warm": ("max_rise", "steps"),
+    "classify": ("max_rise",),
     "finetune": ("logical_batch_size", "steps", "noise_copies", "max_grad_norm", "learning_rate"),
     "synthesize": ("samples",),
     "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples", "before"),
 }
+ON_REQUEST = ("warm", "classify")  # stages that the method alone does not have
 ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run then end it
 
 
 def automatic(config: Config) -> list[str]:
-    """The settings that are still to be chosen, by ``section.key``; of a warm start if there is one."""
+    """The settings that are still to be chosen, by ``section.key``; of stages `ON_REQUEST` if they run."""
     return [
         f"{section}.{name}"
         for section, names in CHOSEN.items()
         for name in names
-        if is_auto(getattr(getattr(config, section), name)) and (section != "warm" or config.warm_starts)
+        if is_auto(getattr(getattr(config, section), name))
+        and (section not in ON_REQUEST or section in config.stages)
     ]
 
 

@@ -95,7 +95,7 @@ def packages(visit: Visit) -> Iterator[str]:
     config, stages = visit.config, visit.stages
     # Which stages need which package.
     wanted = {"tensorboard": stages & {"query", "evaluate", *NETWORKS}, "opacus": stages & {"finetune"}}
-    wanted["randomgen"] = stages & {"select", "warm", *TRAINING}
+    wanted["randomgen"] = stages & {"select", "warm", "classify", *TRAINING}
     wanted |= dict.fromkeys(("torch_fidelity", "matplotlib", "jinja2"), stages & {"evaluate"})
     wanted["sklearn"] = stages & {"evaluate"}
     if config.query.semantics == "clusters":

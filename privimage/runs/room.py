@@ -46,6 +46,7 @@ def written(
         "select": 0,
         "pretrain": TRAINING * weights,
         "warm": TRAINING * weights + 8 * config.match.features * max(rows, 1),
+        "classify": 0,
         "finetune": TRAINING * weights,
         "match": TRAINING * weights + 8 * config.match.features * max(rows, 1),
         "evolve": 4 * weights + 3 * pixels * config.evolve.population * max(rows, 1),

@@ -11,7 +11,7 @@ from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.storage.rundir import RunDir
 
-CHARGED = {"warm", *TRAINING, "synthesize"}  # stages that open the account, as a query does
+CHARGED = {"warm", "classify", *TRAINING, "synthesize"}  # stages that open the account, as a query does
 
 
 @dataclass

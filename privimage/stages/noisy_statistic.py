@@ -78,26 +78,55 @@ def draw_once(
     exact: Callable[[str], np.ndarray],
     noisy: Callable[[np.ndarray, bytes], np.ndarray],
 ) -> Drawn:
-    """The statistic in `path`, or the only one that is ever drawn; all ranks call it together.
+    """The statistic in `path`, or the only one that is ever drawn: see `draw_once_by`.
 
     `exact(name)` is the statistic without noise, int64, equal on all ranks, from the name of its charge;
-    `noisy(exact, key)` adds noise from 32 secret bytes. The folder of `path` is the stage's. Raises UserError
-    if the statistic was drawn before and is lost or damaged.
+    `noisy(exact, key)` adds noise from 32 secret bytes.
+    """
+    account = sensitive.account
+
+    def draw(name: str) -> np.ndarray | None:
+        # Summed before it is charged: what fails until then has cost nothing.
+        total = exact(name)
+        account.charge_once(mechanism, name, world, run_dir.path)
+        return noisy(total, noise_key(account, mechanism, name, total)) if world.is_main else None
+
+    return draw_once_by(config, run_dir, world, sensitive, mechanism, path, draw)
+
+
+def noise_key(account: Account, mechanism: Mechanism, name: str, total: np.ndarray, step: int = 0) -> bytes:
+    """32 secret bytes for the noise on a sum, by the name of its charge; on the main rank.
+
+    They depend on the sum that the noise hides: two different sums can never have the same noise.
+    """
+    purpose = f"{mechanism.stage} noise" + (f" {step}" if step else "")
+    return account.root.derive(purpose, name, digest_of_tensors([total]).hex())
+
+
+def draw_once_by(
+    config: Config,
+    run_dir: RunDir,
+    world: World,
+    sensitive: Sensitive,
+    mechanism: Mechanism,
+    path: Path,
+    draw: Callable[[str], np.ndarray | None],
+) -> Drawn:
+    """What `draw(name)` charges under this name and returns on the main rank, or what is in `path` from
+    before; all ranks call it together.
+
+    The folder of `path` is the stage's. Raises UserError if it was drawn before and is lost or damaged.
     """
     account = sensitive.account
     if not told.exists(path, world):
-        # The charge is named by public inputs and the set as a whole, the noise also by the sum that it
-        # hides: two different sums can never have the same noise.
+        # The charge is named by public inputs and the set as a whole.
         stage = path.parent.name
         own = {"plan": account.plan.to_dict(), "rows": sensitive.rows, "mechanism": mechanism.stage}
         identity = computation(world, account.root, sensitive.images.content, config, stage, own)
         name = charge_name(account.root, identity).hex()
-        # Summed before it is charged: what fails until then has cost nothing.
-        total = exact(name)
-        account.charge_once(mechanism, name, world, run_dir.path)
-        if world.is_main:
-            key = account.root.derive(f"{mechanism.stage} noise", name, digest_of_tensors([total]).hex())
-            write_arrays(path, {"values": noisy(total, key), "charge": np.array(name)})
+        values = draw(name)
+        if values is not None:
+            write_arrays(path, {"values": values, "charge": np.array(name)})
         world.barrier()
     try:
         file = told.arrays(path, world)

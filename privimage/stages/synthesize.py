@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from privimage.privacy.records import key_path
 from privimage.privacy.statement import statement
 from privimage.releases.assemble import assemble, whole
 from privimage.releases.synthetic import SyntheticSet
+from privimage.stages.classifier import labels_of_images, load_classifier
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
 from privimage.stages.noisy_statistic import Sensitive
 from privimage.storage.files import write_array, write_arrays
@@ -34,8 +36,9 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     """Draw `synthesize.samples` images from what the method made of the sensitive set and write release/.
 
     The images are the same whatever the number of ranks: each has its own random numbers, and goes through
-    the network in a block that does not depend on the ranks. Labels are drawn in turn, or by a noisy count:
-    the frequencies of the sensitive labels are private.
+    the network in a block that does not depend on the ranks. Labels are asked for in turn, or by a noisy
+    count: the frequencies of the sensitive labels are private. Where there is a private classifier, an image
+    gets the label that this sees in it.
     """
     settings = config.synthesize
     run_dir.require(config.spec.training)
@@ -43,16 +46,20 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     assert weights is not None  # the stage is finished
     # The statement comes first: what cannot be released is not sampled.
     labels, said = _stated(config, run_dir, world, weights)
+    asked = labels
     generator = _generator(config, world, weights)
     _sample_blocks(config, run_dir, world, generator, weights["n_classes"], labels, "after")
     if (pretrained := _pretrained(config, run_dir, world)) is not None:
         _sample_before(config, run_dir, world, pretrained)
     world.barrier()
+    if "classify" in config.stages:
+        labels = _relabelled(config, run_dir, world, len(labels))
     if said is not None:
         _release(config, run_dir, weights, labels, said)
     # Writing a large release takes longer than ranks wait for each other in a collective operation.
     world.barrier()
-    return {"images": settings.samples}
+    changed = {"relabelled": float((labels != asked).mean())} if "classify" in config.stages else {}
+    return {"images": settings.samples} | changed
 
 
 def _stated(config: Config, run_dir: RunDir, world: World, weights: dict) -> tuple[np.ndarray, dict | None]:
@@ -67,6 +74,9 @@ def _stated(config: Config, run_dir: RunDir, world: World, weights: dict) -> tup
     if config.synthesize.labels == "noisy":
         drawn = label_counts(config, run_dir, world, Sensitive(sensitive, account, weights["n_classes"]))
         labels, charges["synthesize"] = labels_by(drawn.values, samples), [drawn.charge]
+    if "classify" in config.stages:
+        run_dir.require("classify")
+        charges["classify"] = [load_classifier(_classifier(run_dir), world).charge]
     if not world.is_main:
         return labels, None
     versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -114,15 +124,14 @@ def _sample_blocks(
 ) -> None:
     """Sample this rank's blocks of images of `labels` (N,); blocks that are there already are kept."""
     settings, count = config.synthesize, len(labels)
-    folder = run_dir.stage("synthesize") / f"blocks-{name}"
-    folder.mkdir(exist_ok=True)
+    _block(run_dir, name, 0).parent.mkdir(exist_ok=True)
     draws, blocks = ImageDraws(world.device), range(0, count, settings.batch_size)
     curves = Curves(run_dir.tensorboard, f"synthesize-{name}", 0, world.is_main)
     with Progress(f"synthesize ({name})", len(blocks), shown=world.is_main) as bar:
         # The ranks take blocks in turn. A block is a file, so that a stopped run goes on with the next one.
         for number, start in enumerate(blocks):
             bar.advance()
-            path = folder / f"{start:09d}.npy"
+            path = _block(run_dir, name, start)
             if number % world.size != world.rank or path.exists():
                 continue
             indices = torch.arange(start, min(start + settings.batch_size, count), device=world.device)
@@ -138,10 +147,30 @@ def _sample_blocks(
         raise Stopped("synthesize: finished blocks are kept")
 
 
+def _classifier(run_dir: RunDir) -> Path:
+    return run_dir.stage("classify") / "weights.npz"
+
+
+def _relabelled(config: Config, run_dir: RunDir, world: World, count: int) -> np.ndarray:
+    """What the private classifier says of the sampled images, int64 (count,); the ranks share the work."""
+    weights, size = load_classifier(_classifier(run_dir), world).values, config.synthesize.batch_size
+    found = torch.zeros(count, dtype=torch.int64, device=world.device)
+    for number, start in enumerate(range(0, count, size)):
+        if number % world.size == world.rank:
+            images = np.load(_block(run_dir, "after", start))
+            of_block = labels_of_images(config, world, weights, images)
+            found[start : start + len(of_block)] = torch.from_numpy(of_block).to(world.device)
+    return world.all_reduce_(found).cpu().numpy()
+
+
+def _block(run_dir: RunDir, name: str, start: int) -> Path:
+    """The file of the images from number `start` on."""
+    return run_dir.stage("synthesize") / f"blocks-{name}" / f"{start:09d}.npy"
+
+
 def _gathered(config: Config, run_dir: RunDir, count: int, name: str) -> np.ndarray:
-    folder = run_dir.stage("synthesize") / f"blocks-{name}"
     starts = range(0, count, config.synthesize.batch_size)
-    return np.concatenate([np.load(folder / f"{start:09d}.npy") for start in starts])
+    return np.concatenate([np.load(_block(run_dir, name, start)) for start in starts])
 
 
 def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray, said: dict) -> None:

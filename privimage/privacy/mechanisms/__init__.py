@@ -2,6 +2,7 @@
 
 from privimage.privacy.mechanisms.base import Mechanism
 from privimage.privacy.mechanisms.central import CentralImages
+from privimage.privacy.mechanisms.classifier import NoisyGradients
 from privimage.privacy.mechanisms.dpsgd import DPSGD
 from privimage.privacy.mechanisms.embedding import MeanEmbedding, WarmEmbedding
 from privimage.privacy.mechanisms.histogram import NearestHistogram, SemanticHistogram
@@ -17,6 +18,7 @@ MECHANISMS: dict[str, type[Mechanism]] = {
         Covariance,
         WarmEmbedding,
         CentralImages,
+        NoisyGradients,
         DPSGD,
         MeanEmbedding,
         NearestHistogram,
@@ -34,6 +36,7 @@ __all__ = [
     "MeanEmbedding",
     "Mechanism",
     "NearestHistogram",
+    "NoisyGradients",
     "SemanticHistogram",
     "WarmEmbedding",
 ]
