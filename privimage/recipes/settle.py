@@ -74,10 +74,12 @@ def _kept(config: Config, run: RunDir) -> Choices:
 
 
 def _new(config: Config, world: World) -> Choices:
-    if not automatic(config):
+    wanted = automatic(config)
+    if not wanted:
         return {}
-    count, classes = size_of(config)
-    return chosen(config, count, classes, world)
+    found = chosen(config, *size_of(config), world)
+    # What a run does not use stays as it is: it would not be kept.
+    return {key: choice for key, choice in found.items() if key in wanted}
 
 
 def chosen(config: Config, count: int, classes: int, world: World = ALONE) -> Choices:

@@ -60,8 +60,8 @@ class NoisyGradients(OneUse):
         of = "the mean of its images' gradients" if self.relation.unit == "group" else "a gradient"
         return (
             f"in each of `steps` steps each {self.relation.unit} adds {of}, of L2 norm at most 1, to the "
-            "sum, which gets noise of noise_multiplier times sqrt(steps); all steps together are one Gaussian "
-            "mechanism of noise_multiplier"
+            "sum, which gets noise of noise_multiplier times sqrt(steps); all steps together are one "
+            "Gaussian mechanism of noise_multiplier"
         )
 
     @property
