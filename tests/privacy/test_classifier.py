@@ -1,0 +1,205 @@
+"""The private classifier: sensitivity of its gradients, its noise, what is charged and what comes of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_sets import read_sensitive
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import TINY, charges, run_ranks
+from scipy import stats
+
+from privimage.config import Config, load
+from privimage.distributed.world import ALONE
+from privimage.errors import UserError
+from privimage.models.local_frequencies import LocalFrequencies
+from privimage.privacy import accounting
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.mechanisms import NoisyGradients
+from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL, gradient_sum, whole_features
+from privimage.runs import pipeline
+from privimage.stages import classifier
+from privimage.storage.files import read_json
+
+CLASSIFY = ("classify.use=true", "method=dpdm", "classify.steps=4", "privacy.insecure_fixed_key=7")
+
+
+def settings_of(folder: Path, *overrides: str) -> Config:
+    return load(TINY, [*CLASSIFY, f"run.dir={folder}", *overrides])
+
+
+def weights(folder: Path) -> np.ndarray:
+    return np.load(folder / "classify" / "weights.npz")["values"]
+
+
+def planned(folder: Path) -> NoisyGradients:
+    plan = read_json(folder / "private" / "account.json")["plan"]
+    (one,) = (one for one in plan["mechanisms"] if one["stage"] == "classify")
+    return NoisyGradients(**{name: value for name, value in one.items() if name not in ("stage", "relation")})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert pipeline.run(settings_of(folder), ["classify"]) == 0
+    return folder
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 9), st.integers(1, 12), st.integers(1, 70),
+    st.sampled_from(["noise", "huge", "tiny", "alike", "nan", "infinite", "zero"]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_images_of_a_unit_move_the_sum_by_at_most_one(size: int, classes: int, d: int, kind: str, seed: int):
+    """A unit is an image, or a group of several; sums are integers, and compared as integers."""
+    rng = np.random.default_rng(seed)
+    features, residuals = rng.normal(size=(size, d)), rng.normal(size=(size, classes)) * 3
+    if kind == "alike":
+        features[:], residuals[:] = features[0], residuals[0]
+    elif kind in ("huge", "tiny", "zero"):
+        scale = {"huge": 1e300, "tiny": 1e-300, "zero": 0.0}[kind]
+        features, residuals = features * scale, residuals * scale
+    elif kind in ("nan", "infinite"):
+        bad = {"nan": np.nan, "infinite": np.inf}[kind]
+        features[0, 0], residuals[-1, 0] = bad, bad
+    whole = whole_features(torch.from_numpy(features))
+    total = gradient_sum(whole, torch.from_numpy(residuals), torch.full((size,), size))
+    moved = sum(value**2 for value in total.flatten().tolist())
+    assert moved <= (FEATURE * RESIDUAL) ** -2
+    if kind == "alike" and size == 1 and classes > 1 and d > 1:
+        assert moved > 0.9 * (FEATURE * RESIDUAL) ** -2  # and the bound is met
+
+
+def test_a_sum_is_that_of_its_parts_whatever_fills_the_block():
+    rng = torch.Generator().manual_seed(0)
+    features = whole_features(torch.randn(12, 30, generator=rng))
+    residuals = torch.randn(12, 5, generator=rng, dtype=torch.float64)
+    ones = torch.ones(12, dtype=torch.int64)
+    parts = [gradient_sum(features[i : i + 1], residuals[i : i + 1], ones[:1]) for i in range(12)]
+    whole = gradient_sum(features, residuals, ones)
+    assert torch.equal(whole, torch.stack(parts).sum(0))
+    filling = gradient_sum(torch.zeros_like(features), residuals, ones)
+    assert not filling.any()
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_all_steps_together_cost_one_gaussian(steps: int, accountant: str):
+    """Of T uses with sqrt(T) times the noise: what `NoisyGradients.composition` stands for."""
+    one = accounting.epsilon([SampledGaussian(2.0)], 1e-5, accountant)
+    many = accounting.epsilon([SampledGaussian(2.0 * steps**0.5, count=steps)], 1e-5, accountant)
+    # PLD sums up on a grid of privacy losses, rounded up.
+    assert many == pytest.approx(one, rel=2e-3)
+
+
+def test_the_ledger_holds_one_use_and_the_release_states_it(undisturbed: Path, tmp_path: Path) -> None:
+    plan = planned(undisturbed)
+    (used,) = charges(undisturbed)
+    assert (used.noise_multiplier, used.count, used.sample_rate) == (plan.noise_multiplier, 1, 1.0)
+    folder = tmp_path / "run"
+    overrides = ("method=privimage+d", "privacy.insecure_fixed_key=null")
+    config = settings_of(folder, *overrides)
+    stages = config.stages[: config.stages.index("synthesize")]
+    assert stages[-2:] == ("classify", "finetune")
+    assert pipeline.run(config, stages) == 0
+    # Without its charge nothing is released.
+    kept = np.load(folder / "classify" / "weights.npz")
+    values, charge = kept["values"], str(kept["charge"])
+    np.savez(folder / "classify" / "weights.npz", values=values, charge="ab" * 32)
+    assert pipeline.run(config, ["synthesize"]) == 2
+    assert not (folder / "release").exists()
+    np.savez(folder / "classify" / "weights.npz", values=values, charge=charge)
+    assert pipeline.run(config, ["synthesize"]) == 0
+    said = read_json(folder / "release" / "PRIVACY.json")
+    assert [one["name"] for one in said["mechanisms"]][1] == NoisyGradients.name
+    assert said["epsilon"] <= 10
+    # The labels of the release are those that the classifier sees.
+    release = np.load(folder / "release" / "synthetic.npz")
+    seen = classifier.labels_of_images(config, ALONE, values, release["images"])
+    assert np.array_equal(release["labels"], seen)
+    changed = read_json(folder / "synthesize" / "done.json")["relabelled"]
+    assert changed == pytest.approx((seen != np.arange(len(seen)) % 10).mean())
+
+
+def test_a_step_adds_the_noise_of_the_plan(undisturbed: Path) -> None:
+    """The first step begins at zero, where the gradient is known. Kolmogorov-Smirnov, false-alarm rate 1e-3,
+    fixed key.
+    """
+    images = read_sensitive(settings_of(undisturbed), "train")
+    features = whole_features(
+        LocalFrequencies((1, 8, 8), torch.device("cpu"))(torch.from_numpy(images.images))
+    )
+    residuals = torch.full((len(features), 10), 0.1, dtype=torch.float64)
+    residuals[torch.arange(len(features)), torch.from_numpy(images.labels)] -= 1
+    ones = torch.ones(len(features), dtype=torch.int64)
+    clean = gradient_sum(features, residuals, ones).numpy() * FEATURE * RESIDUAL
+    # The mean over the steps of the second half, undone: with 2 steps that of the second alone.
+    two = undisturbed.parent / "two"
+    assert (
+        pipeline.run(settings_of(two, "classify.steps=2", "classify.learning_rate=1e-9"), ["classify"]) == 0
+    )
+    # At a rate of nearly zero the second gradient is the first: -(1 + 1.9) rate clean / N without noise.
+    plan = planned(two)
+    noisy = -weights(two) / 1e-9 * plan.count
+    left = noisy - (2 + classifier.MOMENTUM) * clean
+    # Sensitivity 1, two steps.
+    deviation = plan.noise_multiplier * 2**0.5 * ((1 + classifier.MOMENTUM) ** 2 + 1) ** 0.5
+    assert stats.kstest(left.flatten() / deviation, "norm").pvalue > 1e-3
+
+
+def test_two_ranks_train_the_classifier_of_one_to_the_bit(undisturbed: Path, tmp_path: Path) -> None:
+    rank = f"""
+import sys
+from privimage.config import load
+from privimage.runs import pipeline
+sys.exit(pipeline.run(load({str(TINY)!r}, [*{CLASSIFY!r}, "run.dir=" + sys.argv[1]]), ["classify"]))
+"""
+    ended = run_ranks(rank, 2, str(tmp_path / "run"))
+    assert [one.status for one in ended] == [0, 0], ended
+    assert np.array_equal(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_a_killed_training_comes_to_the_same_weights_and_is_charged_once(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, steps = tmp_path / "run", []
+
+    def ends(*arguments: object) -> np.ndarray:
+        steps.append(1)
+        if len(steps) == 3:
+            raise UserError("killed")
+        return gradient(*arguments)  # type: ignore[arg-type]
+
+    gradient = classifier._gradient
+    monkeypatch.setattr(classifier, "_gradient", ends)
+    assert pipeline.run(settings_of(folder), ["classify"]) == 2
+    assert len(charges(folder)) == 1 and not (folder / "classify" / "weights.npz").exists()
+    assert pipeline.run(settings_of(folder), ["classify"]) == 0
+    assert sum(one.count for one in charges(folder)) == 1
+    assert np.array_equal(weights(folder), weights(undisturbed))
+
+
+def test_a_lost_classifier_is_not_trained_again(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert pipeline.run(settings_of(folder), ["classify"]) == 0
+    (folder / "classify" / "weights.npz").write_bytes(b"damaged")
+    (folder / "classify" / "done.json").unlink()
+    assert pipeline.run(settings_of(folder), ["classify"]) == 2
+
+
+def test_labels_that_are_not_there_are_told_before_the_run() -> None:
+    with pytest.raises(UserError, match=r"classify.use: there are no labels to learn"):
+        load(TINY, ["classify.use=true", "data.sensitive.labelled=false"])
+
+
+def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
+    """80 % of unseen digits at the noise of epsilon 1 and a rise of a half, a fixed key; chance is 10 %."""
+    folder = tmp_path / "run"
+    overrides = ("privacy.epsilon=1", "classify.max_rise=0.5", "classify.steps=30")
+    assert pipeline.run(settings_of(folder, *overrides), ["classify"]) == 0
+    test = read_sensitive(settings_of(folder), "test")
+    images = np.ascontiguousarray(np.moveaxis(np.asarray(test.images), 1, -1))
+    seen = classifier.labels_of_images(settings_of(folder), ALONE, weights(folder), images)
+    assert (seen == test.labels).mean() > 0.8
