@@ -6,7 +6,9 @@ Tramèr and Boneh 2021 (arXiv 2011.11660) found. Nothing here is learned, so no 
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,13 +19,14 @@ GRID = 8  # squares in a row of the image over which is averaged
 LARGEST = 32  # pixels of a side; larger images are reduced
 DIRECTIONS, SCALES = 8, (1.0, 2.0)  # the finest waves are 8 / 3 pixels long, the others twice that
 NOISE_IMAGES = 500  # by which channels are brought to one scale
+AT_ONCE = 128  # images that are labelled at once
 LEAST = 0.02  # energy below which an image counts as flat
 
 
 class LocalFrequencies:
     """Features of images of one shape: float32 (B, `count`), in no particular range."""
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         """For images of `shape` (C, H, W), square."""
         self.channels, self.side = shape[0], min(shape[1], LARGEST)
         self.filters = _filters(self.side).to(device)
@@ -52,6 +55,21 @@ class LocalFrequencies:
         contrast = energies.square().mean((1, 2, 3), keepdim=True).sqrt() + LEAST
         maps = torch.cat([images, (energies / contrast).sqrt()], 1)
         return F.adaptive_avg_pool2d(maps, GRID) if self.side > GRID else maps
+
+
+@torch.no_grad()
+def labels_of_images(weights: Tensor, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """The labels int64 (B,) that a linear classifier, `weights` (classes, d), gives to images uint8
+    (B, H, W, C).
+    """
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    features, of = LocalFrequencies(channels_first.shape[1:], device), weights.to(device)
+    parts = [
+        # The largest product, whatever the length of the features.
+        (features(part.to(device)).to(of.dtype) @ of.T).argmax(1).cpu()
+        for part in channels_first.split(AT_ONCE)
+    ]
+    return torch.cat(parts).numpy()
 
 
 def _filters(side: int) -> Tensor:

@@ -15,7 +15,8 @@ from privimage.storage.files import write_whole
 def write_model(folder: Path, config: Config, weights: dict[str, Any]) -> None:
     """Write the averaged weights `ema` of the generator, and what is needed to sample from it.
 
-    `weights` is what the training stage has left, with `classes` and `n_classes` (0 for an unlabelled set).
+    `weights` is what the training stage has left, with `classes` and `n_classes` (0 for an unlabelled set),
+    and the weights of a private `classifier` where there is one.
     """
     from safetensors.torch import save_file
 
@@ -25,7 +26,8 @@ def write_model(folder: Path, config: Config, weights: dict[str, Any]) -> None:
     shape = {"resolution": data.resolution, "channels": data.channels, "n_classes": n_classes}
     settings = config.model_dump(mode="json", include={"method", "model", "synthesize"})
     known = {"classes": weights["classes"], "generator": config.spec.generator} | settings | shape
-    torch.save({"weights": on_cpu} | known, folder / "model.pt")
+    classifier = {"classifier": weights["classifier"]} if "classifier" in weights else {}
+    torch.save({"weights": on_cpu} | known | classifier, folder / "model.pt")
     # Each tensor in memory of its own, as the format wants it.
     save_file(
         {name: value.contiguous().clone() for name, value in on_cpu.items()},

@@ -13,6 +13,7 @@ from privimage.config import Config, parse
 from privimage.data.sensitive import ImageDraws
 from privimage.errors import UserError
 from privimage.families import family, sampled
+from privimage.models.local_frequencies import labels_of_images
 from privimage.storage.files import read_json
 from privimage.telemetry.progress import Progress
 
@@ -69,10 +70,15 @@ class Release:
         """Whether the labels are those of classes. Raises UserError for a release without a model."""
         return self._model["n_classes"] > 0
 
+    @property
+    def by_classifier(self) -> bool:
+        """Whether a private classifier gives the labels. Raises UserError for a release without a model."""
+        return "classifier" in self._model
+
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-        """`n` >= 1 more images uint8 (n, H, W, C) from the released model, and their labels int64 (n,) in
-        turn.
+        """`n` >= 1 more images uint8 (n, H, W, C) from the released model, and their labels int64 (n,):
+        in turn, or those of the classifier that the release has.
 
         It is post-processing of the release: the promise stays as it is. The images are other ones than those
         of the release for any seed. Raises UserError for a release without a model.
@@ -91,7 +97,10 @@ class Release:
                 of_block = labels[block] if n_classes else None
                 images.append(sampled(config, generator, of_block, first + block, draws))
                 bar.advance(len(block))
-        return np.concatenate(images), labels.cpu().numpy()
+        drawn = np.concatenate(images)
+        if self.by_classifier:
+            return drawn, labels_of_images(model["classifier"], drawn, place)
+        return drawn, labels.cpu().numpy()
 
     def settings(self, seed: int) -> Config:
         """Settings under which the families sample, with this seed; those of the data are not looked at.

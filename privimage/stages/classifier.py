@@ -58,19 +58,6 @@ def private_classifier(
     return draw_once_by(config, run_dir, world, sensitive, plan, path, draw)
 
 
-def labels_of_images(config: Config, world: World, weights: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """The labels int64 (B,) that the classifier gives to images uint8 (B, H, W, C)."""
-    shape = image_shape(config)
-    features, of = LocalFrequencies(shape, world.device), torch.from_numpy(weights).to(world.device)
-
-    def classes(block: Tensor) -> Tensor:
-        return (whole_features(features(block)).double() @ of.T).argmax(1)
-
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(world.device)
-    found = [part for _, part in blockwise(classes, channels_first, size=block_size(shape, BLOCK))]
-    return torch.cat(found).cpu().numpy()
-
-
 def load_classifier(path: Path, world: World) -> Drawn:
     """What `private_classifier` has written into `path`, on all ranks."""
     file = told.arrays(path, world)

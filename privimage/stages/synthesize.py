@@ -17,13 +17,14 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.families import family, sampled
+from privimage.models.local_frequencies import labels_of_images
 from privimage.privacy import keys
 from privimage.privacy.account import open_account
 from privimage.privacy.records import key_path
 from privimage.privacy.statement import statement
 from privimage.releases.assemble import assemble, whole
 from privimage.releases.synthetic import SyntheticSet
-from privimage.stages.classifier import labels_of_images, load_classifier
+from privimage.stages.classifier import load_classifier
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
 from privimage.stages.noisy_statistic import Sensitive
 from privimage.storage.files import write_array, write_arrays
@@ -53,7 +54,9 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
         _sample_before(config, run_dir, world, pretrained)
     world.barrier()
     if "classify" in config.stages:
-        labels = _relabelled(config, run_dir, world, len(labels))
+        # Part of the released model: what is drawn from it later has labels by it too.
+        weights["classifier"] = torch.from_numpy(load_classifier(_classifier(run_dir), world).values)
+        labels = _relabelled(config, run_dir, world, weights["classifier"], len(labels))
     if said is not None:
         _release(config, run_dir, weights, labels, said)
     # Writing a large release takes longer than ranks wait for each other in a collective operation.
@@ -151,14 +154,16 @@ def _classifier(run_dir: RunDir) -> Path:
     return run_dir.stage("classify") / "weights.npz"
 
 
-def _relabelled(config: Config, run_dir: RunDir, world: World, count: int) -> np.ndarray:
+def _relabelled(
+    config: Config, run_dir: RunDir, world: World, classifier: torch.Tensor, count: int
+) -> np.ndarray:
     """What the private classifier says of the sampled images, int64 (count,); the ranks share the work."""
-    weights, size = load_classifier(_classifier(run_dir), world).values, config.synthesize.batch_size
+    size = config.synthesize.batch_size
     found = torch.zeros(count, dtype=torch.int64, device=world.device)
     for number, start in enumerate(range(0, count, size)):
         if number % world.size == world.rank:
             images = np.load(_block(run_dir, "after", start))
-            of_block = labels_of_images(config, world, weights, images)
+            of_block = labels_of_images(classifier, images, world.device)
             found[start : start + len(of_block)] = torch.from_numpy(of_block).to(world.device)
     return world.all_reduce_(found).cpu().numpy()
 
@@ -179,7 +184,15 @@ def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray,
     images = _gathered(config, run_dir, len(labels), "after")
     synthetic = SyntheticSet(images, labels, tuple(weights["classes"]))
     with whole(run_dir.release) as aside:
-        assemble(aside, config, synthetic, said, labelled=weights["n_classes"] > 0, weights=weights)
+        assemble(
+            aside,
+            config,
+            synthetic,
+            said,
+            labelled=weights["n_classes"] > 0,
+            weights=weights,
+            by_classifier="classifier" in weights,
+        )
     # The release is written; nothing has to be repeated any more.
     keys.destroy(key_path(run_dir))
     for name in ("after", "before"):

@@ -14,12 +14,13 @@ from scipy import stats
 from privimage.config import Config, load
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
-from privimage.models.local_frequencies import LocalFrequencies
+from privimage.models.local_frequencies import LocalFrequencies, labels_of_images
 from privimage.privacy import accounting
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL, gradient_sum, whole_features
 from privimage.runs import pipeline
+from privimage.runs.release import Release
 from privimage.stages import classifier
 from privimage.storage.files import read_json
 
@@ -117,8 +118,10 @@ def test_the_ledger_holds_one_use_and_the_release_states_it(undisturbed: Path, t
     assert said["epsilon"] <= 10
     # The labels of the release are those that the classifier sees.
     release = np.load(folder / "release" / "synthetic.npz")
-    seen = classifier.labels_of_images(config, ALONE, values, release["images"])
+    seen = labels_of_images(torch.from_numpy(values), release["images"], ALONE.device)
     assert np.array_equal(release["labels"], seen)
+    more, labels = Release(folder).sample(20, seed=3)
+    assert np.array_equal(labels, labels_of_images(torch.from_numpy(values), more, ALONE.device))
     changed = read_json(folder / "synthesize" / "done.json")["relabelled"]
     assert changed == pytest.approx((seen != np.arange(len(seen)) % 10).mean())
 
@@ -201,5 +204,5 @@ def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
     assert pipeline.run(settings_of(folder, *overrides), ["classify"]) == 0
     test = read_sensitive(settings_of(folder), "test")
     images = np.ascontiguousarray(np.moveaxis(np.asarray(test.images), 1, -1))
-    seen = classifier.labels_of_images(settings_of(folder), ALONE, weights(folder), images)
+    seen = labels_of_images(torch.from_numpy(weights(folder)), images, ALONE.device)
     assert (seen == test.labels).mean() > 0.8
