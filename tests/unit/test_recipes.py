@@ -14,10 +14,11 @@ from privimage.config import Config, load, parse
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
 from privimage.privacy.accounting import SampledGaussian, epsilon, training_noise
-from privimage.privacy.mechanisms import ClassMeans
+from privimage.privacy.mechanisms import ClassMeans, NoisyGradients
 from privimage.privacy.plan import make_plan
 from privimage.recipes import Facts, automatic, choose, settled
 from privimage.recipes.choose import Choice, applied, is_auto
+from privimage.recipes.labels import LEAST_OF_A_CLASS, WANTED, can_be_learned, labels_rise
 from privimage.recipes.settle import CHOSEN
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
 from privimage.recipes.usefulness import too_little_signal, too_long
@@ -121,6 +122,26 @@ def test_a_warm_start_costs_what_lets_means_of_classes_stand_out(
     assert 0.5 * NOISE < deviation < (2 * NOISE if rise < MOST else 0.1)
 
 
+@pytest.mark.parametrize(
+    ("count", "eps", "rise"), [(60_000, 10, 0.005), (60_000, 1, 0.1), (1437, 10, 0.2), (1437, 1, 0.2)]
+)
+def test_a_classifier_costs_what_shows_the_labels(count: int, eps: float, rise: float) -> None:
+    facts = Facts(count, 10, 28, 1, 100, eps, 1e-5 if count > 5000 else 1e-4, 1, "cpu")
+    assert labels_rise(facts) == pytest.approx(rise, rel=0.5) and can_be_learned(facts)
+    tree = {"classify": {"use": True, "max_rise": labels_rise(facts)}}
+    tree |= {"privacy": {"epsilon": eps, "delta": facts.delta}}
+    tree["finetune"] = {"logical_batch_size": count // 8, "steps": 100, "noise_copies": 1}
+    config = applied(bare(**tree), {"select.max_rise": Choice(0.005, "")})
+    clearness = count / make_plan(config, count).the(NoisyGradients).standard_deviation
+    # As clear as is wanted, or as a fifth more noise in the private steps makes it.
+    assert clearness > (0.7 * WANTED if rise < MOST else LEAST_OF_A_CLASS * 10 * 0.7)
+
+
+def test_labels_that_noise_hides_are_not_learned() -> None:
+    assert not can_be_learned(Facts(300, 10, 28, 1, 100, 1, 1e-4, 1, "cpu"))
+    assert not can_be_learned(Facts(60_000, 0, 28, 1, 100, 10, 1e-5, 1, "cpu"))  # there are none
+
+
 def test_what_is_given_is_kept_and_the_rest_suits_it() -> None:
     facts = Facts(3000, 2, 32, 3, 200, 10, 1e-5, 1, "cpu")
     config = bare(finetune={"steps": 33}, model={"width": 16})
@@ -154,6 +175,8 @@ def test_values_are_chosen_once_and_kept(tmp_path: Path) -> None:
     again = load(TINY, [*words, "run.hours=2", "data.sensitive.count=10_000"])
     kept = settled(again, ALONE, RunDir(tmp_path / "run"))
     assert (kept.finetune, kept.select) == (first.finetune, first.select)
+    # What the run does not use is kept as it was, too.
+    assert (kept.warm, kept.classify) == (first.warm, first.classify)
     # The same in a fresh directory would be another choice, for a set of this size on any machine.
     assert settled(again, ALONE, RunDir(tmp_path / "other")).select != first.select
 

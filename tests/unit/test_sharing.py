@@ -70,6 +70,7 @@ class Watched:
         ("method=private-evolution",),
         ("method=nonpriv",),
         ("warm.starts=[embedding,central]", "warm.steps=4", "warm.max_rise=0.1", "method=pdp-diffusion"),
+        ("classify.use=true", "classify.max_rise=0.1", "method=dpdm"),
         ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20"),
     ],
     ids=lambda more: more[0],
