@@ -38,18 +38,18 @@ SHARES = {
     "query": 0.08,
     "pretrain": 0.27,
     "warm": 0.15,
-    "finetune": 0.4,
+    "finetune": 0.36,
     "match": 0.4,
-    "synthesize": 0.08,
+    "synthesize": 0.12,
     "evaluate": 0.17,
 }
 # Where the signal is rich, private steps are worth more than all else.
-RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.68, "evaluate": 0.12}
+RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.64, "evaluate": 0.12}
 RICH = 0.01  # noise over signal below which less noise brings nothing any more (MNIST at epsilon 10)
 NEAR = 1.1  # noise over the least noise, where that is more: nine tenths of the signal
 FEWEST, MOST, COPIES = 60, 1600, 8  # private steps; noised copies of an image
 LARGEST = 0.6  # of the set in a batch: more buys hardly any signal
-EPOCHS = 20.0  # of the CNN of the evaluation, where there is time
+EPOCHS, FEW_EPOCHS = 20.0, 8.0  # of the CNN of the evaluation: what is measured with, and at least
 
 
 def choose(config: Config, facts: Facts, measure: Callable[[Config], Speeds]) -> Choices:
@@ -260,7 +260,8 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
     # The images of the pretrained generator are half as many: see `rates`.
     before = judged > 1500 if is_auto(config.evaluate.before) else config.evaluate.before
     factor = 1.5 if before else 1.0
-    samples = tidy(max(min(most, judged / factor), 500.0))
+    # More images teach more than more looks at the same ones.
+    samples = tidy(max(min(most, judged / factor * EPOCHS / FEW_EPOCHS), 500.0))
     epochs = EPOCHS * min(judged / (samples * factor), 2.5)
     return {
         "synthesize.samples": Choice(samples, "as many as there is time to draw and to judge"),
