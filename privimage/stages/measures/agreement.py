@@ -22,7 +22,8 @@ def _take(subject: Subject) -> dict:
     found = subject.finished.get("agreement", lambda: _agreement(subject, subject.after))
     if subject.world.is_main:
         say(f"evaluate: one half of the synthetic labels from the other: {found['percent']:.1f} % right")
-    return {"agreement": found}
+    record = subject.run.record("synthesize") or {}
+    return {"agreement": found | {"relabelled": record.get("relabelled")}}
 
 
 def _agreement(subject: Subject, after: Labelled | None) -> dict | None:
