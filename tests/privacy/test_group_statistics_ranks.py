@@ -1,4 +1,5 @@
-"""What the whole set adds up to, by groups, on 1 to 4 real gloo processes: votes, embedding, central images.
+"""What the whole set adds up to, by groups, on 1 to 4 real gloo processes: votes, embedding, central images,
+gradients of the classifier.
 
 The sums before noise are those of one rank to the bit, and one group of many images, which are spread over
 all ranks, moves them by no more than one image may.
@@ -21,8 +22,9 @@ from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import CentralImages, MeanEmbedding
 from privimage.privacy.mechanisms.embedding import QUANTUM
 from privimage.privacy.mechanisms.histogram import ONE, vote_counts
-from privimage.models.resnet import classifier
-from privimage.stages import central, embedding, evolve, select
+from privimage.models.resnet import classifier as network
+from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL
+from privimage.stages import central, classifier, embedding, evolve, select
 from privimage.stages.noisy_statistic import Sensitive
 
 config = load(sys.argv[1], ["method=dpdm", "privacy.unit=group", "data.sensitive.group=person"])
@@ -36,7 +38,7 @@ images[500:600], labels[500:600] = 255, 1
 order = rng.permutation(700)
 images, labels, groups = images[order], labels[order], groups[order]
 torch.manual_seed(3)
-query = SemanticQuery(classifier("resnet-small", 1, 12)).eval()
+query = SemanticQuery(network("resnet-small", 1, 12)).eval()
 # What is before the noise: the charge and the noise have tests of their own.
 for stage in (embedding, central):
     stage.draw_once = lambda *arguments: arguments[6]("name of the charge")
@@ -46,6 +48,7 @@ candidates = SimpleNamespace(images=pictures, public=torch.zeros(rows, 9))
 account = SimpleNamespace(root=insecure_fixed(5))
 here = SimpleNamespace(require=lambda stage: None)
 middle = CentralImages.draft(config, 61)
+weights = rng.normal(size=(rows, 17 * 64))  # of a classifier that has learnt something
 
 def statistics(kept):
     found = ImageSet(images[kept], labels[kept], groups[kept], ("a", "b", "c"), "", b"", 61, "x")
@@ -58,12 +61,13 @@ def statistics(kept):
         "nearest": vote_counts(nearest, found.labels, found.groups, (rows, 9), 1),
         "embedding": embedding.mean_embedding(*nothing, MeanEmbedding.draft(config, 61), None),
         "central": central.central_means(*nothing, middle, None),
+        "gradients": classifier._gradient(world, list(classifier._blocks(config, world, sensitive)), weights),
     }
 
 whole, rest = statistics(np.full(700, True)), statistics(groups != 60)
 bounds = {
     "votes": (2 * ONE**2), "nearest": ONE**2, "embedding": int(1 / QUANTUM) ** 2,
-    "central": middle.one**2 * middle.values,
+    "central": middle.one**2 * middle.values, "gradients": int(1 / (FEATURE * RESIDUAL)) ** 2,
 }
 shares = {}
 for name, value in whole.items():
