@@ -1,0 +1,89 @@
+"""How many labels the private classifier gets right, by the noise and by its steps.
+
+    python benchmarks/private_classifier.py [CONFIG] [section.key=value ...]
+
+Stage `classify` alone, with a fixed key, so nothing is promised or charged: for public sets. Each row is
+one training; the test images are those of CONFIG (default: the UCI digits of configs/quickstart.yaml).
+"clearness" is N over the standard deviation of the noise of all steps together, by which
+`privimage.recipes.labels` and the learning rate go.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from privimage.config import Config, load
+from privimage.data.sources import open_sensitive
+from privimage.distributed.world import ALONE
+from privimage.models.local_frequencies import labels_of_images
+from privimage.privacy.mechanisms import NoisyGradients
+from privimage.privacy.plan import plan_from_dict
+from privimage.runs import pipeline
+from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
+
+BUDGETS = ((10.0, 0.2), (10.0, 0.005), (1.0, 0.2), (1.0, 0.05))  # epsilon, rise of the training's noise
+STEPS = (4, 15, 30, 60)
+RATES = (0.25, 1.0, 4.0)  # times the one that the stage takes
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    print("| epsilon | rise | steps | times the rate | clearness | right |")
+    print("|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for epsilon, rise in BUDGETS:
+            row(args, Path(folder), epsilon, rise, 30)
+        for steps in STEPS:
+            row(args, Path(folder), 1.0, 0.2, steps)
+        for times in RATES:
+            row(args, Path(folder), 1.0, 0.2, 30, times)
+
+
+def row(
+    args: argparse.Namespace, folder: Path, epsilon: float, rise: float, steps: int, times: float = 1.0
+) -> None:
+    """Train once and print one line."""
+    run = folder / f"{epsilon}-{rise}-{steps}-{times}"
+    words = [f"privacy.epsilon={epsilon}", f"classify.max_rise={rise}", f"classify.steps={steps}"]
+    words += ["classify.use=true", "method=dpdm", "privacy.insecure_fixed_key=1", f"run.dir={run}"]
+    if times != 1:
+        words.append(f"classify.learning_rate={times * rate_of(folder / f'{epsilon}-{rise}-{steps}-1.0')}")
+    config = load(args.config, [*args.overrides, *words])
+    assert pipeline.run(config, ["classify"]) == 0
+    clear = clearness(run)
+    print(
+        f"| {epsilon:g} | {rise:g} | {steps} | {times:g} | {clear:,.0f} | {right(config):.1f} % |", flush=True
+    )
+
+
+def clearness(run: Path) -> float:
+    """N over the noise of a run's classifier."""
+    plan = plan_from_dict(read_json(run / "private" / "account.json")["plan"]).the(NoisyGradients)
+    return plan.count / plan.standard_deviation
+
+
+def rate_of(run: Path) -> float:
+    """The learning rate that the stage has taken in a run."""
+    return min(clearness(run) / 1000, 8.0)
+
+
+def right(config: Config) -> float:
+    """Percent of the test images whose label the classifier of a run sees."""
+    test = open_sensitive(config, "test", ALONE, RunDir(config.run.dir).sensitive)
+    weights = torch.from_numpy(np.load(config.run.dir / "classify" / "weights.npz")["values"])
+    images = np.moveaxis(test.images[: test.count], 1, -1)
+    return 100 * float((labels_of_images(weights, images, ALONE.device) == test.labels).mean())
+
+
+if __name__ == "__main__":
+    main()
