@@ -1,6 +1,7 @@
 """The private classifier: sensitivity of its gradients, its noise, what is charged and what comes of it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from privimage.errors import UserError
 from privimage.models.local_frequencies import LocalFrequencies, labels_of_images
 from privimage.privacy import accounting
 from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL, gradient_sum, whole_features
 from privimage.runs import pipeline
@@ -206,3 +208,35 @@ def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
     images = np.ascontiguousarray(np.moveaxis(np.asarray(test.images), 1, -1))
     seen = labels_of_images(torch.from_numpy(weights(folder)), images, ALONE.device)
     assert (seen == test.labels).mean() > 0.8
+
+
+def test_an_attack_finds_what_is_claimed_and_no_more() -> None:
+    """4,000 trainings, each with or without one image, which the attacker guesses from the weights by a
+    threshold between what they are without noise. For a Gaussian mechanism of noise s, the quantiles of right
+    and wrong alarms are 1 / s apart at most: they are not more (false-alarm rate 1e-3, Clopper-Pearson), and
+    more than half as much: an attack that saw nothing could not find a leak either.
+    """
+    rng, games, sigma = np.random.default_rng(0), 4000, 0.8
+    config = settings_of(Path("unused"), "classify.steps=2", "classify.learning_rate=1e-9")
+    others = whole_features(torch.from_numpy(rng.normal(size=(6, 10))))
+    canary = whole_features(torch.ones(1, 10))
+
+    def score(there: bool, game: int, noise: float) -> float:
+        plan = NoisyGradients(noise_multiplier=noise, count=6, features=10, steps=2)
+        features = torch.cat([others, canary if there else torch.zeros_like(canary)])
+        block = classifier._Block(features, torch.arange(7), torch.ones(7, dtype=torch.int64))
+        account = SimpleNamespace(root=insecure_fixed(game))
+        sensitive = SimpleNamespace(account=account, rows=10)
+        found = classifier._descended(config, ALONE, sensitive, plan, [block], "name")  # type: ignore[arg-type]
+        # The image has label 6, and nearly the largest gradient: at zero all classes are as likely.
+        return float(found[6].sum() - 0.1 * found.sum())
+
+    threshold = (score(True, 0, 0.0) + score(False, 0, 0.0)) / 2
+    alarms = {
+        there: sum(score(there, 2 * game + there, sigma) > threshold for game in range(games // 2))
+        for there in (False, True)
+    }
+    right = stats.beta.ppf(5e-4, alarms[True], games // 2 - alarms[True] + 1)
+    wrong = stats.beta.ppf(1 - 5e-4, alarms[False] + 1, games // 2 - alarms[False])
+    apart = stats.norm.ppf(right) - stats.norm.ppf(wrong)
+    assert 0.5 / sigma < apart <= 1 / sigma
