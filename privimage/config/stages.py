@@ -87,6 +87,8 @@ STAGES: dict[str, Stage] = {
         sensitive=True,
     ),
 }
+# Stages that no method has by itself, and the setting that asks for each.
+ON_REQUEST = {"warm": "warm.starts", "classify": "classify.use"}
 SENSITIVE = tuple(name for name, stage in STAGES.items() if stage.sensitive)
 TRAINING = tuple(name for name, stage in STAGES.items() if stage.trains)
 

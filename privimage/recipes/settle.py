@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 from privimage.config import Config
-from privimage.config.stages import STAGES
+from privimage.config.stages import ON_REQUEST, STAGES
 from privimage.data.sources import count_of, sensitive_source
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import ALONE, World, alone
@@ -28,7 +28,6 @@ CHOSEN = {
     "synthesize": ("samples",),
     "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples", "before"),
 }
-ON_REQUEST = ("warm", "classify")  # stages that the method alone does not have
 ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run then end it
 
 

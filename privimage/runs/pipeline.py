@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from privimage.config import Config
+from privimage.config.stages import ON_REQUEST
 from privimage.distributed import precision
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World, connect
@@ -98,8 +99,9 @@ def _known(stages: Sequence[str], config: Config) -> Sequence[str]:
     # A misspelt stage is refused before anything is opened.
     for name in stages:
         if name not in config.stages:
+            asked = f"; {ON_REQUEST[name]} asks for it" if name in ON_REQUEST else ""
             raise UserError(
-                f"method: {config.method} has no stage {name}; it runs {', '.join(config.stages)}"
+                f"method: {config.method} has no stage {name}; it runs {', '.join(config.stages)}{asked}"
             )
     return stages or config.stages
 
