@@ -103,7 +103,7 @@ class Classify(Section):
     use: bool = Field(
         False,
         description="whether the synthetic images get the labels of the classifier, in place of those that "
-        "the generator was asked for",
+        "the generator was asked for; for methods that are fine-tuned",
         json_schema_extra=on("classify", "synthesize", planned=True),
     )
     max_rise: Auto[Annotated[float, Field(gt=0, le=1)]] = Field(

@@ -127,7 +127,8 @@ class Config(Section):
     def stages(self) -> tuple[str, ...]:
         """The stages of this run, in order: those of the method, and those that it is given beside."""
         names = {*self.spec.stages, *(("warm",) if self.warm_starts else ())}
-        if self.classify.use and "synthesize" in names:
+        # Statistics of each class, as matching and evolution have them, bring their labels along.
+        if self.classify.use and "synthesize" in names and self.spec.training == "finetune":
             names.add("classify")
         return tuple(name for name in STAGES if name in names)
 

@@ -21,6 +21,7 @@ from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL, gradient_sum, whole_features
+from privimage.privacy.plan import make_plan
 from privimage.runs import pipeline
 from privimage.runs.release import Release
 from privimage.stages import classifier
@@ -197,6 +198,16 @@ def test_a_lost_classifier_is_not_trained_again(undisturbed: Path, tmp_path: Pat
 def test_labels_that_are_not_there_are_told_before_the_run() -> None:
     with pytest.raises(UserError, match=r"classify.use: there are no labels to learn"):
         load(TINY, ["classify.use=true", "data.sensitive.labelled=false"])
+
+
+@pytest.mark.parametrize(
+    ("method", "has"), [("privimage+d", True), ("dpgan", True), ("dp-merf", False), ("nonpriv", False)]
+)
+def test_methods_whose_statistics_are_of_each_class_keep_their_labels(method: str, has: bool) -> None:
+    config = load(TINY, ["classify.use=true", "classify.max_rise=0.1", f"method={method}"])
+    assert ("classify" in config.stages) is has
+    kinds = {type(one) for one in make_plan(config, 1437).mechanisms} if config.spec.private else set()
+    assert (NoisyGradients in kinds) is (has and config.spec.private)
 
 
 def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
