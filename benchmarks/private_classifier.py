@@ -22,6 +22,7 @@ from privimage.models.local_frequencies import labels_of_images
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.plan import plan_from_dict
 from privimage.runs import pipeline
+from privimage.stages.classifier import learning_rate
 from privimage.storage.files import read_json
 from privimage.storage.rundir import RunDir
 
@@ -57,24 +58,20 @@ def row(
     words = [f"privacy.epsilon={epsilon}", f"classify.max_rise={rise}", f"classify.steps={steps}"]
     words += ["classify.use=true", "method=dpdm", "privacy.insecure_fixed_key=1", f"run.dir={run}"]
     if times != 1:
-        words.append(f"classify.learning_rate={times * rate_of(folder / f'{epsilon}-{rise}-{steps}-1.0')}")
+        planned = plan_of(folder / f"{epsilon}-{rise}-{steps}-1.0")
+        words.append(f"classify.learning_rate={times * learning_rate(planned)}")
     config = load(args.config, [*args.overrides, *words])
     assert pipeline.run(config, ["classify"]) == 0
-    clear = clearness(run)
+    plan = plan_of(run)
+    clear = plan.count / plan.standard_deviation
     print(
         f"| {epsilon:g} | {rise:g} | {steps} | {times:g} | {clear:,.0f} | {right(config):.1f} % |", flush=True
     )
 
 
-def clearness(run: Path) -> float:
-    """N over the noise of a run's classifier."""
-    plan = plan_from_dict(read_json(run / "private" / "account.json")["plan"]).the(NoisyGradients)
-    return plan.count / plan.standard_deviation
-
-
-def rate_of(run: Path) -> float:
-    """The learning rate that the stage has taken in a run."""
-    return min(clearness(run) / 1000, 8.0)
+def plan_of(run: Path) -> NoisyGradients:
+    """What was planned for the classifier of a run."""
+    return plan_from_dict(read_json(run / "private" / "account.json")["plan"]).the(NoisyGradients)
 
 
 def right(config: Config) -> float:

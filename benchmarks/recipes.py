@@ -71,6 +71,7 @@ def one(folder: Path, steps: int, copies: int, width: int) -> None:
             f"finetune.steps={steps}",
             f"finetune.noise_copies={copies}",
             f"finetune.learning_rate={rate:.2g}",
+            "classify.use=false",  # what the private steps do is measured
         ],
     )
     pipeline.execute(config, (), ALONE)

@@ -35,17 +35,10 @@ def run(path: Path, count: int, seed: int, formats: str, out: Path | None) -> No
             raise UserError(f"--formats: {name} needs what is not installed: {missing}")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    synthetic = SyntheticSet(*release.sample(count, seed, device), release.classes)
+    drawn = release.sample(count, seed, device)
+    synthetic = SyntheticSet(*drawn, release.classes, release.by_classifier)
     with whole(folder) as aside:
-        assemble(
-            aside,
-            config,
-            synthetic,
-            release.promise,
-            labelled=release.labelled,
-            by_classifier=release.by_classifier,
-            drawn_later=seed,
-        )
+        assemble(aside, config, synthetic, release.promise, labelled=release.labelled, drawn_later=seed)
     sys.stdout.write(f"{folder}: {count:,} images, seed {seed}. {_promise(release.promise)}\n")
 
 

@@ -6,9 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from privimage.config.section import Section, on
-from privimage.config.stages import TRAINING
-
-DRAWING = ("select", "warm", "classify", *TRAINING, "synthesize")
+from privimage.config.stages import DRAWING
 
 
 class Budget(Section):

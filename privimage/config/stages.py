@@ -90,6 +90,7 @@ STAGES: dict[str, Stage] = {
 # Stages that no method has by itself, and the setting that asks for each.
 ON_REQUEST = {"warm": "warm.starts", "classify": "classify.use"}
 SENSITIVE = tuple(name for name, stage in STAGES.items() if stage.sensitive)
+DRAWING = tuple(name for name in SENSITIVE if name != "evaluate")  # with noise, that a release may tell
 TRAINING = tuple(name for name, stage in STAGES.items() if stage.trains)
 
 

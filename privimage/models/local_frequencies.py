@@ -7,6 +7,7 @@ Tramèr and Boneh 2021 (arXiv 2011.11660) found. Nothing here is learned, so no 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -63,13 +64,17 @@ def labels_of_images(weights: Tensor, images: np.ndarray, device: torch.device) 
     (B, H, W, C).
     """
     channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    features, of = LocalFrequencies(channels_first.shape[1:], device), weights.to(device)
+    features, of = _of_shape(tuple(channels_first.shape[1:]), device), weights.to(device)
     parts = [
         # The largest product, whatever the length of the features.
         (features(part.to(device)).to(of.dtype) @ of.T).argmax(1).cpu()
         for part in channels_first.split(AT_ONCE)
     ]
     return torch.cat(parts).numpy()
+
+
+# Filters and scales are those of the shape: a set is labelled block by block.
+_of_shape = lru_cache(maxsize=1)(LocalFrequencies)
 
 
 def _filters(side: int) -> Tensor:

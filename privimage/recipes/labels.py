@@ -21,8 +21,7 @@ def labels_rise(facts: Facts) -> float:
 
     A rise r leaves mu_c = mu sqrt(1 - 1 / (1 + r)^2) of a mu-GDP run to it, and N over its noise is N mu_c.
     """
-    mu = reach(facts.count, facts.epsilon, facts.delta)
-    share = min(WANTED / mu, 0.9)
+    share = min(WANTED / reach(facts.count, facts.epsilon, facts.delta), 0.9)
     rise = 1 / math.sqrt(1 - share**2) - 1
     return float(f"{min(max(rise, LEAST), MOST):.1g}")
 

@@ -39,7 +39,6 @@ def assemble(
     *,
     labelled: bool,
     weights: dict[str, Any] | None = None,
-    by_classifier: bool = False,
     drawn_later: int | None = None,
 ) -> None:
     """Write everything of a release into an empty folder, the statement first.
@@ -51,7 +50,6 @@ def assemble(
         said: the statement, PRIVACY.json.
         labelled: whether the labels are those of classes.
         weights: what the training has left; None writes no model.
-        by_classifier: whether a private classifier gave the labels.
         drawn_later: the seed, for images drawn from a released model afterwards.
 
     Raises UserError when the disk is full.
@@ -71,7 +69,7 @@ def assemble(
         raise UserError(
             f"{folder}: could not be written ({error.strerror or error}); make room and run again"
         ) from None
-    about = About(labelled, has_model, rows, config.synthesize.formats, by_classifier, drawn_later)
+    about = About(labelled, has_model, rows, config.synthesize.formats, drawn_later)
     write_whole(folder / "README.md", card(synthetic, said, about).encode())
     require_allowed(folder)
 

@@ -49,7 +49,6 @@ class About:
     has_model: bool
     rows: list[int]  # the classes of the rows of samples.png; none where it has none
     formats: tuple[str, ...]
-    by_classifier: bool = False  # whether a private classifier gave the labels
     drawn_later: int | None = None  # the seed, for images drawn from a released model afterwards
 
 

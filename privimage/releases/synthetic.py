@@ -11,12 +11,14 @@ from PIL import Image
 class SyntheticSet:
     """Images uint8 (N, H, W, C) with labels int64 (N,), which count into the names of the classes.
 
-    An unlabelled set has one class, label 0.
+    An unlabelled set has one class, label 0. `by_classifier`: labels are what a private classifier has seen,
+    not what the generator was asked for.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    by_classifier: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)

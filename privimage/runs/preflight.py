@@ -12,7 +12,7 @@ from contextlib import suppress
 import numpy as np
 
 from privimage.config import Config
-from privimage.config.stages import SENSITIVE, STAGES, TRAINING
+from privimage.config.stages import DRAWING, SENSITIVE, STAGES, TRAINING
 from privimage.data import beton, store
 from privimage.data.decode import DamagedError, Source
 from privimage.data.request import ONE_CLASS
@@ -95,7 +95,7 @@ def packages(visit: Visit) -> Iterator[str]:
     config, stages = visit.config, visit.stages
     # Which stages need which package.
     wanted = {"tensorboard": stages & {"query", "evaluate", *NETWORKS}, "opacus": stages & {"finetune"}}
-    wanted["randomgen"] = stages & {"select", "warm", "classify", *TRAINING}
+    wanted["randomgen"] = stages & ({*DRAWING} - {"synthesize"})
     wanted |= dict.fromkeys(("torch_fidelity", "matplotlib", "jinja2"), stages & {"evaluate"})
     wanted["sklearn"] = stages & {"evaluate"}
     if config.query.semantics == "clusters":

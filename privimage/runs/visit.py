@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from privimage.config import Config
-from privimage.config.stages import TRAINING
+from privimage.config.stages import DRAWING
 from privimage.data.decode import Source
 from privimage.data.sources import count_of
 from privimage.distributed.world import World
 from privimage.errors import UserError
 from privimage.storage.rundir import RunDir
 
-CHARGED = {"warm", "classify", *TRAINING, "synthesize"}  # stages that open the account, as a query does
+CHARGED = {*DRAWING} - {"select"}  # stages that open the account, as a query does
 
 
 @dataclass

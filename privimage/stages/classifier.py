@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.distributed import told
 from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
@@ -20,7 +19,14 @@ from privimage.models.local_frequencies import LocalFrequencies
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL, gradient_sum, whole_features
 from privimage.privacy.noise import gaussian
-from privimage.stages.noisy_statistic import Drawn, Sensitive, draw_once_by, noise_key
+from privimage.stages.noisy_statistic import (
+    Drawn,
+    Sensitive,
+    blocks_of_rank,
+    draw_once_by,
+    kept,
+    noise_key,
+)
 from privimage.storage.rundir import RunDir
 
 # Logits are TEMPERATURE times the product of weights and features of length 1.
@@ -39,10 +45,8 @@ class _Block:
     sizes: Tensor  # int64 (B,), of their groups
 
 
-def private_classifier(
-    config: Config, run_dir: RunDir, world: World, sensitive: Sensitive, path: Path
-) -> Drawn:
-    """The weights, float64 (classes, d), trained and charged once, kept in `path`; see `draw_once_by`.
+def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive: Sensitive) -> Drawn:
+    """The weights, float64 (classes, d), trained and charged once, kept in a file; see `draw_once_by`.
 
     Started again, a training that was killed comes to the same noise in the same steps. Raises Stopped.
     """
@@ -55,24 +59,26 @@ def private_classifier(
         weights = _descended(config, world, sensitive, plan, blocks, name)
         return weights if world.is_main else None
 
-    return draw_once_by(config, run_dir, world, sensitive, plan, path, draw)
+    return draw_once_by(config, run_dir, world, sensitive, plan, _file(run_dir), draw)
 
 
-def load_classifier(path: Path, world: World) -> Drawn:
-    """What `private_classifier` has written into `path`, on all ranks."""
-    file = told.arrays(path, world)
-    return Drawn(file["values"], str(file["charge"]))
+def trained_classifier(run_dir: RunDir, world: World) -> Drawn:
+    """What `private_classifier` has kept. Raises UserError while the stage is not finished, and for a damaged
+    file.
+    """
+    run_dir.require("classify")
+    return kept(_file(run_dir), world)
+
+
+def _file(run_dir: RunDir) -> Path:
+    return run_dir.stage("classify") / "weights.npz"
 
 
 def _blocks(config: Config, world: World, sensitive: Sensitive) -> Iterator[_Block]:
     """This rank's blocks of the sensitive set, in turn with the other ranks."""
     images, shape = sensitive.images, image_shape(config)
     features, size = LocalFrequencies(shape, world.device), block_size(shape, BLOCK)
-    arrays = images.images, images.labels, images.group_sizes
-    for start in range(world.rank * size, len(images.labels), world.size * size):
-        block, labels, sizes = (
-            torch.from_numpy(array[start : start + size]).to(world.device) for array in arrays
-        )
+    for block, labels, sizes in blocks_of_rank(world, images, images.labels, size):
         ((_, found),) = blockwise(features, block, size=size)
         more = size - len(labels)
         yield _Block(

@@ -17,5 +17,5 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     images = open_sensitive(config, "train", world, run_dir.sensitive)
     account = open_account(config, run_dir, images, world)
     sensitive = Sensitive(images, account, len(images.classes))
-    private_classifier(config, run_dir, world, sensitive, run_dir.stage("classify") / "weights.npz")
+    private_classifier(config, run_dir, world, sensitive)
     return {"images": config.classify.steps * images.count}

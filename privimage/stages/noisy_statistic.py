@@ -1,7 +1,7 @@
 """A noisy statistic of the whole sensitive set: drawn and charged once, kept in a file of its stage."""
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,20 @@ class Sensitive:
         return max(self.n_classes, 1)
 
 
+def blocks_of_rank(
+    world: World, images: ImageSet, places: np.ndarray, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's blocks of the set, in turn with the other ranks: images uint8 (B, C, H, W), their `places`
+    int64 (B,) of (N,), and the sizes int64 (B,) of their groups; B is `size`, or less in the last one.
+    """
+    arrays = images.images, places, images.group_sizes
+    for start in range(world.rank * size, len(places), world.size * size):
+        block, of_block, sizes = (
+            torch.from_numpy(array[start : start + size]).to(world.device) for array in arrays
+        )
+        yield block, of_block, sizes
+
+
 def sum_over_ranks(
     world: World,
     images: ImageSet,
@@ -54,16 +68,11 @@ def sum_over_ranks(
 ) -> np.ndarray:
     """`total` int64, of zeros, to which `summed(images, places, sizes, block)` of all blocks is added.
 
-    A block is images uint8 (B, C, H, W), their `places` int64 (B,) of (N,), and the sizes int64 (B,) of their
-    groups; `block` is the largest B. Blocks of one size and sums of whole numbers: the result is the same to
-    the bit for any number of ranks, which call this together.
+    A block is that of `blocks_of_rank`; `block` is the largest B. Blocks of one size and sums of whole
+    numbers: the result is the same to the bit for any number of ranks, which call this together.
     """
     size = block_size(images.images.shape, BLOCK)
-    arrays = images.images, places, images.group_sizes
-    for start in range(world.rank * size, len(places), world.size * size):
-        block, of_block, sizes = (
-            torch.from_numpy(array[start : start + size]).to(world.device) for array in arrays
-        )
+    for block, of_block, sizes in blocks_of_rank(world, images, places, size):
         total += summed(block, of_block, sizes, size)
     return world.all_reduce_(total).cpu().numpy()
 
@@ -128,6 +137,11 @@ def draw_once_by(
         if values is not None:
             write_arrays(path, {"values": values, "charge": np.array(name)})
         world.barrier()
+    return kept(path, world)
+
+
+def kept(path: Path, world: World) -> Drawn:
+    """What was drawn into `path`, on all ranks. Raises UserError if it is lost or damaged."""
     try:
         file = told.arrays(path, world)
         return Drawn(file["values"], str(file["charge"]))

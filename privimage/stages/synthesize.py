@@ -24,9 +24,9 @@ from privimage.privacy.records import key_path
 from privimage.privacy.statement import statement
 from privimage.releases.assemble import assemble, whole
 from privimage.releases.synthetic import SyntheticSet
-from privimage.stages.classifier import load_classifier
+from privimage.stages.classifier import trained_classifier
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
-from privimage.stages.noisy_statistic import Sensitive
+from privimage.stages.noisy_statistic import Drawn, Sensitive
 from privimage.storage.files import write_array, write_arrays
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
@@ -45,28 +45,32 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     run_dir.require(config.spec.training)
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world)
     assert weights is not None  # the stage is finished
+    classifier = trained_classifier(run_dir, world) if "classify" in config.stages else None
     # The statement comes first: what cannot be released is not sampled.
-    labels, said = _stated(config, run_dir, world, weights)
-    asked = labels
+    asked, said = _stated(config, run_dir, world, weights, classifier)
     generator = _generator(config, world, weights)
-    _sample_blocks(config, run_dir, world, generator, weights["n_classes"], labels, "after")
+    _sample_blocks(config, run_dir, world, generator, weights["n_classes"], asked, "after")
     if (pretrained := _pretrained(config, run_dir, world)) is not None:
         _sample_before(config, run_dir, world, pretrained)
     world.barrier()
-    if "classify" in config.stages:
+    labels, changed = asked, {}
+    if classifier is not None:
         # Part of the released model: what is drawn from it later has labels by it too.
-        weights["classifier"] = torch.from_numpy(load_classifier(_classifier(run_dir), world).values)
-        labels = _relabelled(config, run_dir, world, weights["classifier"], len(labels))
+        weights["classifier"] = torch.from_numpy(classifier.values)
+        labels = _relabelled(config, run_dir, world, weights["classifier"], len(asked))
+        changed = {"relabelled": float((labels != asked).mean())}
     if said is not None:
         _release(config, run_dir, weights, labels, said)
     # Writing a large release takes longer than ranks wait for each other in a collective operation.
     world.barrier()
-    changed = {"relabelled": float((labels != asked).mean())} if "classify" in config.stages else {}
     return {"images": settings.samples} | changed
 
 
-def _stated(config: Config, run_dir: RunDir, world: World, weights: dict) -> tuple[np.ndarray, dict | None]:
-    """The labels of the synthetic set, int64 (samples,), and on the main rank what PRIVACY.json will say.
+def _stated(
+    config: Config, run_dir: RunDir, world: World, weights: dict, classifier: Drawn | None
+) -> tuple[np.ndarray, dict | None]:
+    """The labels that the generator is asked for, int64 (samples,), and on the main rank what PRIVACY.json
+    will say.
 
     Raises UserError if the ledger does not hold what made the weights and the labels.
     """
@@ -77,9 +81,8 @@ def _stated(config: Config, run_dir: RunDir, world: World, weights: dict) -> tup
     if config.synthesize.labels == "noisy":
         drawn = label_counts(config, run_dir, world, Sensitive(sensitive, account, weights["n_classes"]))
         labels, charges["synthesize"] = labels_by(drawn.values, samples), [drawn.charge]
-    if "classify" in config.stages:
-        run_dir.require("classify")
-        charges["classify"] = [load_classifier(_classifier(run_dir), world).charge]
+    if classifier is not None:
+        charges["classify"] = [classifier.charge]
     if not world.is_main:
         return labels, None
     versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -150,10 +153,6 @@ def _sample_blocks(
         raise Stopped("synthesize: finished blocks are kept")
 
 
-def _classifier(run_dir: RunDir) -> Path:
-    return run_dir.stage("classify") / "weights.npz"
-
-
 def _relabelled(
     config: Config, run_dir: RunDir, world: World, classifier: torch.Tensor, count: int
 ) -> np.ndarray:
@@ -182,17 +181,10 @@ def _release(config: Config, run_dir: RunDir, weights: dict, labels: np.ndarray,
     """Put release/ together, whole or not at all, and destroy the key: nobody can subtract the noise."""
     # Blocks of all ranks, from the disk that they share.
     images = _gathered(config, run_dir, len(labels), "after")
-    synthetic = SyntheticSet(images, labels, tuple(weights["classes"]))
+    by_classifier = "classifier" in weights
+    synthetic = SyntheticSet(images, labels, tuple(weights["classes"]), by_classifier)
     with whole(run_dir.release) as aside:
-        assemble(
-            aside,
-            config,
-            synthetic,
-            said,
-            labelled=weights["n_classes"] > 0,
-            weights=weights,
-            by_classifier="classifier" in weights,
-        )
+        assemble(aside, config, synthetic, said, labelled=weights["n_classes"] > 0, weights=weights)
     # The release is written; nothing has to be repeated any more.
     keys.destroy(key_path(run_dir))
     for name in ("after", "before"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from privimage.config import Config
 from privimage.models.local_frequencies import LocalFrequencies
 from privimage.privacy.mechanisms.base import OneUse, Share
+from privimage.privacy.mechanisms.embedding import shortened
 from privimage.privacy.relation import Relation
 
 # Features and residuals are whole multiples of these: integer sums are exact, in any order and on any number
@@ -80,10 +81,9 @@ def whole_features(features: Tensor) -> Tensor:
 
     Zero for an image with a feature that is not finite, and for one whose features are all zero.
     """
-    features = torch.where(features.isfinite().all(1, keepdim=True), features, 0.0).double()
-    # The largest number first, so that squares do not overflow.
-    features = features / features.abs().amax(1, keepdim=True).clamp(min=1e-30)
-    features = features / features.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
+    features = features.double()
+    # With a largest number of 1 every vector is long enough to be shortened.
+    features = shortened(features / features.abs().amax(1, keepdim=True).clamp(min=1e-30))
     return (features / FEATURE).trunc().to(torch.int16)
 
 
@@ -95,9 +95,6 @@ def gradient_sum(features: Tensor, residuals: Tensor, sizes: Tensor) -> Tensor:
     the sum by an L2 norm of at most 1 / (`FEATURE` `RESIDUAL`), exactly: residuals of a norm above 1 are
     shortened, those that are not finite are zero, and roundings are towards zero.
     """
-    residuals = torch.where(residuals.isfinite().all(1, keepdim=True), residuals, 0.0)
-    residuals = residuals / residuals.abs().amax(1, keepdim=True).clamp(min=1.0)
-    residuals = residuals / residuals.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
-    whole = (residuals / sizes[:, None] / RESIDUAL).trunc()
+    whole = (shortened(residuals) / sizes[:, None] / RESIDUAL).trunc()
     # Products and sums of whole numbers below 2^53: exact in float64, which has a fast matrix product.
     return (whole.T @ features.double()).to(torch.int64)

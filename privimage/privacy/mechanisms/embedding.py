@@ -68,6 +68,17 @@ class WarmEmbedding(MeanEmbedding):
         return Share(None, config.warm.max_rise) if "embedding" in config.warm_starts else None
 
 
+def shortened(vectors: Tensor) -> Tensor:
+    """Vectors float64 (B, d) of an L2 norm of at most 1: longer ones are shortened, one that is not finite
+    is 0.
+    """
+    vectors = torch.where(vectors.isfinite().all(1, keepdim=True), vectors, 0.0)
+    # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm
+    # itself is rounded.
+    vectors = vectors / vectors.abs().amax(1, keepdim=True).clamp(min=1.0)
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
+
+
 def embedding_sum(features: Tensor, labels: Tensor, sizes: Tensor, rows: int) -> Tensor:
     """The features of each class summed over its images, each divided by the number of images of its group,
     in units of `QUANTUM`: int64 (rows, F).
@@ -77,11 +88,7 @@ def embedding_sum(features: Tensor, labels: Tensor, sizes: Tensor, rows: int) ->
     exactly: longer vectors are shortened, both roundings are towards zero, so that each of n images adds a
     vector of at most 1 / (n QUANTUM), and an image with a feature that is not finite adds nothing.
     """
-    features = torch.where(features.isfinite().all(1, keepdim=True), features, 0.0)
-    # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm
-    # itself is rounded.
-    features = features / features.abs().amax(1, keepdim=True).clamp(min=1.0)
-    features = features / features.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
+    features = shortened(features)
     total = torch.zeros(rows, features.shape[1], dtype=torch.int64, device=features.device)
     whole = (features / QUANTUM).trunc().to(torch.int64)
     return total.index_add_(0, labels, whole.div(sizes[:, None], rounding_mode="trunc"))
