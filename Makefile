@@ -21,8 +21,7 @@ test: $(STAMP)
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/end_to_end tests/distributed tests/privacy tests/unit
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/slurm tests/end_to_end tests/distributed tests/privacy tests/unit
 endif
 
 lint: $(STAMP)

@@ -1,6 +1,6 @@
 """Fine-tuning on a sensitive set that is larger than the memory that the process may use.
 
-    python benchmarks/large_set.py [--gib 6] [--limit 2]
+    python benchmarks/large_set.py [--gib 6] [--limit 2] [--batch 8]
 
 Makes a folder of JPEGs of 256x256 pixels, whose decoded set has `--gib` GiB, and fine-tunes on it twice:
 within `--limit` GiB of memory (RLIMIT_DATA, which counts all memory of a process but files that are mapped),
@@ -34,7 +34,7 @@ data:
   sensitive: {kind: folder, path: SET, labelled: false}
 privacy: {epsilon: 10, delta: 1.0e-6, accountant: rdp, insecure_fixed_key: 1, ledger: LEDGERS}
 model: {width: 8, multipliers: [1, 1, 1, 1], attention: [32]}
-finetune: {logical_batch_size: 8, physical_batch_size: 1, steps: 3, noise_copies: 1, max_grad_norm: 0.01,
+finetune: {logical_batch_size: BATCH, physical_batch_size: 1, steps: 3, noise_copies: 1, max_grad_norm: 0.01,
   learning_rate: 3.0e-4}
 # Everything is stated: measurements, by which the rules choose, need more memory than there is.
 query: {network: resnet-small, batch_size: 8, steps: 1, learning_rate: 0.01}
@@ -58,11 +58,14 @@ def make_set(root: Path, count: int) -> None:
         os.link(root / "different" / f"{number % DIFFERENT}.jpg", root / "set" / f"{number:06d}.jpg")
 
 
-def finetuned(root: Path, name: str, limit: float | None, residence: str) -> tuple[float, int, dict]:
+def finetuned(
+    root: Path, name: str, batch: int, limit: float | None, residence: str
+) -> tuple[float, int, dict]:
     """Seconds, the peak of resident memory in bytes, and the weights."""
     config = root / f"{name}.yaml"
     ledgers = str(root / f"ledgers-{name}")
-    config.write_text(SETTINGS.replace("SET", str(root / "set")).replace("LEDGERS", ledgers))
+    settings = SETTINGS.replace("SET", str(root / "set")).replace("LEDGERS", ledgers)
+    config.write_text(settings.replace("BATCH", str(batch)))
     command = [Path(sys.executable).with_name("privimage"), "finetune", config, f"run.dir={root / name}"]
 
     def limited() -> None:
@@ -92,15 +95,16 @@ def main() -> int:
     )
     parser.add_argument("--gib", type=float, default=6.0)
     parser.add_argument("--limit", type=float, default=2.0)
+    parser.add_argument("--batch", type=int, default=8, help="images of a private step, expected")
     given = parser.parse_args()
     count = int(given.gib * 2**30 / (3 * SIDE * SIDE))
     root = Path(tempfile.mkdtemp(prefix="privimage-large-"))
     try:
         make_set(root, count)
         print(f"{count} images of {SIDE}x{SIDE}, {given.gib:g} GiB when decoded")
-        seconds, peak, small = finetuned(root, "limited", given.limit, "disk")
+        seconds, peak, small = finetuned(root, "limited", given.batch, given.limit, "disk")
         print(f"limit {given.limit:g} GiB, from the file: {seconds:.0f} s, peak {peak / 2**30:.2f} GiB")
-        seconds, peak, large = finetuned(root, "unlimited", None, "host")
+        seconds, peak, large = finetuned(root, "unlimited", given.batch, None, "host")
         print(f"no limit, in memory: {seconds:.0f} s, peak {peak / 2**30:.2f} GiB")
         equal = all(torch.equal(small[name], large[name]) for name in large)
         print(f"weights are {'equal to the bit' if equal else 'DIFFERENT'}")

@@ -59,7 +59,7 @@ def row(
     words += ["classify.use=true", "method=dpdm", "privacy.insecure_fixed_key=1", f"run.dir={run}"]
     if times != 1:
         planned = plan_of(folder / f"{epsilon}-{rise}-{steps}-1.0")
-        words.append(f"classify.learning_rate={times * learning_rate(planned)}")
+        words.append(f"classify.learning_rate={times * learning_rate(planned, planned.count)}")
     config = load(args.config, [*args.overrides, *words])
     assert pipeline.run(config, ["classify"]) == 0
     plan = plan_of(run)

@@ -69,7 +69,16 @@ def init(
     hours: Annotated[float, typer.Option(min=0.01, max=10_000, help="what the run may take")] = 2.0,
     epsilon: Annotated[float, typer.Option(min=1e-6, help="of the whole run")] = 10.0,
     delta: Annotated[float | None, typer.Option(min=0, max=1, help="left out: 1 / (N ln N)")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="state N in place of counting")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="promise for persons: the column, level of folders or pattern that names whom an image "
+            "belongs to"
+        ),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="state N, images or groups, in place of counting")
+    ] = None,
     classes: Annotated[
         str | None, typer.Option(help="state the number of classes, or their names: no,yes")
     ] = None,
@@ -81,7 +90,7 @@ def init(
     """Write a complete, commented configuration that this machine finishes in the time given."""
     from privimage.commands.init import Wanted, write
 
-    told = (sensitive, public, test, hours, epsilon, delta, count, classes, resolution, channels)
+    told = (sensitive, public, test, hours, epsilon, delta, group, count, classes, resolution, channels)
     write(Wanted(*told, method, run_dir))
 
 
@@ -175,7 +184,7 @@ def audit(
         ),
     ] = None,
 ) -> None:
-    """Attack the private training with canaries.
+    """Attack all that a run draws from the sensitive set with canaries.
 
     A lower bound on epsilon beside the claim, without touching data.
     """

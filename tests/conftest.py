@@ -14,6 +14,7 @@ from ranks import REPOSITORY, SMALL, TINY, run_stages
 
 from privimage.config import Config, load
 from privimage.distributed.preemption import SIGNALS, stop
+from privimage.privacy import identity
 from privimage.storage.files import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,6 +58,15 @@ def own_signals() -> Iterator[None]:
     for number, handler in before.items():
         signal.signal(number, handler)
     stop.requested = False
+
+
+@pytest.fixture
+def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of a fixed key is the same after a change of the package's source, and on any machine.
+
+    Both are in the names that noise is derived from, so that a test of its distribution would draw it anew.
+    """
+    monkeypatch.setattr(identity, "_machine", lambda device: {})
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def install(note: Callable[[Draw], None], replace: Callable[[object, str, object
         NoiseStream.prepare,
         PrivateOptimizer.step,
         select.noisy_histogram,
-        mean_embedding.noisy_mean_embedding,
+        mean_embedding.noisy_embedding,
     )
 
     def prepared(self: NoiseStream, key: bytes) -> None:
@@ -79,7 +79,7 @@ def install(note: Callable[[Draw], None], replace: Callable[[object, str, object
     replace(PrivateOptimizer, "step", stepped)
     replace(select, "noisy_histogram", counted("select"))
     replace(evolve, "noisy_histogram", counted("evolve"))
-    replace(mean_embedding, "noisy_mean_embedding", embedded)
+    replace(mean_embedding, "noisy_embedding", embedded)
 
 
 def one_noise_for_two(draws: Iterable[Draw]) -> list[str]:

@@ -146,7 +146,7 @@ def waves(configs: Sequence[Config]) -> list[list[int]]:
     first: list[int] = []
     second: list[int] = []
     for at, config in enumerate(configs):
-        needed = {sharing.name_of(stage, config) for stage in config.spec.public_stages if config.run.shared}
+        needed = {sharing.name_of(stage, config) for stage in config.public_stages if config.run.shared}
         (second if needed and needed <= known else first).append(at)
         known |= needed
     return [part for part in (first, second) if part]

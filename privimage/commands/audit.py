@@ -1,7 +1,8 @@
-"""`privimage audit`: attack the private training with canaries, and print what that shows."""
+"""`privimage audit`: attack what a run draws with canaries, and print what that shows."""
 
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -11,16 +12,15 @@ from privimage.config import Config
 from privimage.distributed.world import connect
 from privimage.errors import UserError
 from privimage.privacy.accounting import epsilon
-from privimage.privacy.audit import SHARES, audit, best, guesses_of
+from privimage.privacy.audit import Game, Part, audit, best, guesses_of, judged, parts_of
 from privimage.privacy.keys import RootKey
-from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan, make_plan
-from privimage.privacy.refutation import Finding, find
+from privimage.privacy.refutation import Finding
 
 
 def run(config: Config, count: int, canaries: int, confidence: float, images: int | None = None) -> int:
-    """Audit the fine-tuning that `config` plans for `count` units, once as it is and once with a tenth of
-    its noise; print the findings.
+    """Audit all mechanisms that `config` plans for `count` units, once as they are and once with a tenth of
+    their noise; print the findings.
 
     A canary has `images` images: by default 1, or those that a step looks at where groups are the unit.
 
@@ -31,61 +31,95 @@ def run(config: Config, count: int, canaries: int, confidence: float, images: in
     if not config.spec.private:
         raise UserError(f"method: {config.method} adds no noise; there is no promise to audit")
     plan = make_plan(config, count)
-    images = images or plan.the(DPSGD).per_group
-    claim = epsilon((plan.the(DPSGD).composition,), plan.delta, plan.accountant)
+    images = images or config.per_unit
+    parts = parts_of(plan)
+    claims = [epsilon(part.compositions, plan.delta, plan.accountant) for part in parts]
     # Even right guesses throughout must be able to refute the claim, or the audit can only pass.
     most = guesses_of(canaries)[-1]
-    if (
-        find(plan.the(DPSGD), plan.delta, canaries, most, most, (1 - confidence) / len(SHARES)).epsilon
-        <= claim
-    ):
+    if best(judged(plan, parts[-1], canaries, [(most, most)], confidence)).epsilon <= claims[-1]:
         raise UserError(
             f"--canaries: {canaries} are too few, even {most} right guesses would not refute epsilon "
-            f"{claim:.4g}"
+            f"{claims[-1]:.4g}"
         )
     world = connect(config.runtime)
     torch.set_num_threads(1)  # a step on canaries is too small to be shared by several
     try:
         # Twice: as planned, where the claim must stand, and with a tenth of the noise, where it must fall. An
         # audit that cannot see the second says nothing.
-        runs = {}
-        for name, factor in (("as planned", 1.0), ("a tenth", 0.1)):
+        runs = []
+        for factor in (1.0, 0.1):
             root = world.broadcast_object(RootKey(os.urandom(32)))
-            runs[name] = audit(config, plan, canaries, confidence, root, world, factor, images)
+            found = audit(Game(config, plan, root, world, factor, images), canaries, confidence)
+            runs.append([best(findings) for findings in found])
     except (Exception, KeyboardInterrupt) as error:
         status = world.fail(error)
     else:
-        planned, broken = (best(findings) for findings in runs.values())
-        status = 0 if planned <= claim < broken else 1
+        lines = [_Line(*line) for line in zip(parts, claims, *runs, strict=True)]
+        status = 0 if all(line.stands for line in lines) and lines[-1].breach_is_seen else 1
         if world.is_main:
             of = f" of {images} images" if images > 1 else ""
-            _show(f"{canaries} canaries{of}, confidence {100 * confidence:g} %", plan, claim, runs)
+            _show(f"{canaries} canaries{of}, confidence {100 * confidence:g} % for all lines", plan, lines)
     world.close()
     return status
 
 
-def _show(title: str, plan: PrivacyPlan, claim: float, runs: dict[str, list[Finding]]) -> None:
-    console, finetune = Console(width=None if sys.stdout.isatty() else 160, highlight=False), plan.the(DPSGD)
-    console.print(f"{finetune.steps} private steps at sample rate {float(finetune.sample_rate):.6g}; {title}")
-    table = Table()
-    for column in ("noise", "guesses", "right", "epsilon at least", "of any mechanism"):
-        table.add_column(column, justify="left" if column == "noise" else "right")
-    for name, findings in runs.items():
-        for f in findings:
-            table.add_row(name, str(f.guesses), str(f.right), f"{f.epsilon:.2f}", f"{f.any_epsilon:.2f}")
+@dataclass(frozen=True)
+class _Line:
+    """What was found of a part of the plan, with its noise and with a tenth of it."""
+
+    part: Part
+    claim: float
+    planned: Finding
+    tenth: Finding
+
+    @property
+    def stands(self) -> bool:
+        return self.planned.epsilon <= self.claim
+
+    @property
+    def breach_is_seen(self) -> bool:
+        return self.tenth.epsilon > self.claim
+
+
+def _show(title: str, plan: PrivacyPlan, lines: list[_Line]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    table = Table(title=title, title_justify="left")
+    table.add_column("mechanism")
+    for column in ("claimed", "at least", "right", "of any mechanism", "a tenth of the noise"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        found = line.planned
+        table.add_row(
+            f"{line.part.name}{_uses(line.part)}",
+            f"{line.claim:.3f}",
+            f"{found.epsilon:.2f}" if line.stands else f"[bold red]{found.epsilon:.2f}[/]",
+            f"{found.right} of {found.guesses}",
+            f"{found.any_epsilon:.2f}",
+            f"{line.tenth.epsilon:.2f}",
+        )
     console.print(table)
-    planned, broken = (best(findings) for findings in runs.values())
     console.print(
-        f"claimed: epsilon {claim:.3f} at delta {plan.delta:.3g}, by {plan.accountant.upper()}, for "
-        f"fine-tuning without the query; neighbours: {plan.training.relation}"
+        f"epsilon at delta {plan.delta:.3g}, by {plan.accountant.upper()}; neighbours: "
+        f"{plan.training.relation}"
     )
+    refuted = ", ".join(line.part.name for line in lines if not line.stands)
     console.print(
-        f"noise as planned: epsilon is at least {planned:.2f}: "
-        + ("the claim stands" if planned <= claim else "[bold red]the claim is refuted[/]")
+        f"noise as planned: [bold red]the claim is refuted[/]: {refuted}"
+        if refuted
+        else f"noise as planned: epsilon is at least {lines[-1].planned.epsilon:.2f}: the claim stands"
     )
     seen = (
         "the audit sees the breach"
-        if broken > claim
+        if lines[-1].breach_is_seen
         else "[bold red]the audit misses the breach; more --canaries may help[/]"
     )
-    console.print(f"a tenth of the noise: epsilon is at least {broken:.2f}: {seen}")
+    console.print(f"a tenth of the noise: epsilon is at least {lines[-1].tenth.epsilon:.2f}: {seen}")
+
+
+def _uses(part: Part) -> str:
+    """How often a mechanism is used, on how much of the set."""
+    if part.together:
+        return ""
+    (one,) = part.compositions
+    rate = f" at sample rate {one.sample_rate:.6g}" if one.sample_rate < 1 else ""
+    return f", {one.count} times{rate}" if one.count > 1 else rate

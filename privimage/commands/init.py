@@ -11,6 +11,7 @@ import yaml
 from privimage.config import Config, parse
 from privimage.config.stages import STAGES
 from privimage.data.folder import KINDS
+from privimage.data.groups import units
 from privimage.data.sources import sensitive_source
 from privimage.distributed.world import alone
 from privimage.errors import UserError
@@ -19,6 +20,7 @@ from privimage.recipes.choose import Choice, Choices, applied
 from privimage.recipes.facts import facts_of
 from privimage.recipes.labels import can_be_learned
 from privimage.recipes.settle import chosen
+from privimage.recipes.usefulness import too_little_pretraining
 from privimage.recipes.warm_start import stands_out
 
 SUFFIXES = KINDS | {".npy": "beton"}  # a store without FFCV
@@ -37,7 +39,8 @@ class Wanted:
     hours: float = 2.0
     epsilon: float = 10.0
     delta: float | None = None
-    count: int | None = None
+    group: str | None = None  # of `data.sensitive.group`; the promise is then for groups
+    count: int | None = None  # of images, or of groups
     classes: str | None = None  # their number, or their names with commas between them
     resolution: int | None = None
     channels: int | None = None
@@ -46,7 +49,8 @@ class Wanted:
 
 
 def write(wanted: Wanted) -> None:
-    """Print the configuration to standard output, and to standard error what of the set becomes public.
+    """Print the configuration to standard output, and to standard error what of the set becomes public and
+    whether the time is too short.
 
     Raises UserError for a set that cannot be opened, and where no public set suits.
     """
@@ -62,6 +66,8 @@ def write(wanted: Wanted) -> None:
         config = applied(config, {"classify.use": Choice(True, WHY["classify.use"])})
     choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
+    for warning in too_little_pretraining(applied(config, choices)):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def kind_of(path: str) -> tuple[str, str | None]:
@@ -86,6 +92,8 @@ def _settings(wanted: Wanted) -> Config:
     kind, path = kind_of(wanted.sensitive)
     stated: dict[str, Any] = {"kind": kind, "path": path, "count": wanted.count, "classes": _classes(wanted)}
     stated["test_path"] = str(wanted.test) if wanted.test else None
+    if wanted.group is not None:
+        stated["group"] = int(wanted.group) if wanted.group.isdecimal() else wanted.group
     tree: dict[str, Any] = {
         "method": wanted.method,
         "run": {"dir": str(wanted.run), "hours": wanted.hours},
@@ -95,7 +103,11 @@ def _settings(wanted: Wanted) -> Config:
             "sensitive": stated,
             "public": {"kind": "glyphs"},
         },
-        "privacy": {"epsilon": wanted.epsilon, "delta": wanted.delta},
+        "privacy": {
+            "epsilon": wanted.epsilon,
+            "delta": wanted.delta,
+            "unit": "image" if wanted.group is None else "group",
+        },
         "finetune": {"precision": "auto"},
         "runtime": {"precision": "auto"},
         # Its time grows with N and is not shared out by the rules.
@@ -121,7 +133,9 @@ def _look(tree: dict[str, Any], wanted: Wanted) -> None:
     """Fill in what was not stated, from the sensitive set, and say that it becomes public."""
     stated = tree["data"]["sensitive"]
     source = sensitive_source(parse(tree, "init"), "train")
-    stated["count"], found = len(source), [f"{len(source):,} images"]
+    # How many images a group has stays private.
+    stated["count"] = count = units(source)
+    found = [f"{count:,} {'images' if wanted.group is None else 'groups'}"]
     if wanted.classes is None:
         stated["classes"] = len(source.classes)
         names = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
@@ -180,8 +194,11 @@ WHY = {
     "data.sensitive.kind": "how to read it",
     "data.sensitive.path": "the images that stay private",
     "data.sensitive.test_path": "held-out images to measure accuracy on; not covered by the promise",
+    "data.sensitive.group": "whom an image belongs to",
+    "data.sensitive.per_group": "images of a group that a private step looks at",
     "data.sensitive.count": "N, public from now on",
     "data.sensitive.classes": "public from now on",
+    "privacy.unit": "neighbouring sets differ by all images of a group",
     "privacy.epsilon": "of the whole run, query and training together",
     "privacy.delta": "below 1 / N",
     "query.flip": "characters must not be mirrored",
@@ -224,7 +241,10 @@ def _given(config: Config) -> dict[str, Any]:
             value = value[part]
         found[key] = value
     flips = not config.pretrain.flip
+    of_groups = config.privacy.unit == "group"
     hidden = {
+        "data.sensitive.per_group": of_groups,
+        "privacy.unit": of_groups,
         "warm.starts": bool(config.warm.starts),
         "classify.use": config.classify.use,
         "query.flip": flips,

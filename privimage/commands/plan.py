@@ -15,14 +15,15 @@ from privimage.distributed.world import alone
 from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import Work
-from privimage.privacy.accounting import SampledGaussian, training_noise
+from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.calibration import training_noise
 from privimage.privacy.mechanisms import SemanticHistogram, WarmEmbedding
 from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
 from privimage.privacy.relation import Relation
 from privimage.recipes import settled
 from privimage.recipes.cost import work_of
 from privimage.recipes.facts import public_size
-from privimage.recipes.usefulness import too_little_signal, too_long
+from privimage.recipes.usefulness import too_little_pretraining, too_little_signal, too_long
 from privimage.storage.rundir import RunDir
 
 # Squared length of the mean of feature vectors of a class, about; and the noise of an embedding, in what it
@@ -38,7 +39,7 @@ class RunPlan:
     count: int  # N
     classes: int  # 0 if unlabelled
     privacy: PrivacyPlan
-    other: PrivacyPlan | None  # the same promise by the other accountant; None where that has no bound
+    other: float | None  # epsilon of the same plan by the other accountant; None where that has no bound
     parameters: dict[str, int]  # of each network
     work: list[Work]  # of each stage, from a short measurement on `device`
     device: str
@@ -51,11 +52,11 @@ class RunPlan:
     @property
     def warnings(self) -> list[str]:
         """What may make the result useless or the promise weak, one line each."""
-        long = too_long(self.config, self.work)
+        time = [*too_little_pretraining(self.config), *too_long(self.config, self.work)]
         if not self.config.spec.private:
-            return [*long]
+            return time
         useless = too_little_signal(self.config, self.count, self.classes)
-        return [*useless, *_noise_of_query(self), *_noise_of_embedding(self), *_large_delta(self), *long]
+        return [*useless, *_noise_of_query(self), *_noise_of_embedding(self), *_large_delta(self), *time]
 
     def render(self, console: Console) -> None:
         """Print it on a console of rich."""
@@ -90,7 +91,7 @@ def plan_run(config: Config) -> RunPlan:
     if config.spec.private:
         privacy = make_plan(config, count)
         if not Relation.of(config).replacement:
-            other = make_plan(config, count, "rdp" if privacy.accountant == "pld" else "pld")
+            other = privacy.spent(_other(privacy))
     else:
         privacy = plan_without_noise(config, count)
     if config.spec.generator == "none":
@@ -130,7 +131,8 @@ def _noise_of_embedding(plan: RunPlan) -> Iterator[str]:
     if ratio > HOPELESS:
         yield (
             f"the noise of the warm start's embedding is about {ratio:.0f} times what it tells: it is likely "
-            "to make images worse; a larger warm.max_rise or fewer match.features may help, or leave it out"
+            "to make images worse; a larger warm.max_rise or fewer match.features (where they are random) "
+            "may help, or leave it out"
         )
 
 
@@ -142,42 +144,36 @@ def _large_delta(plan: RunPlan) -> Iterator[str]:
         )
 
 
-def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: PrivacyPlan | None) -> None:
-    # One row per mechanism, then the training's noise if the query were free.
-    by = {one.accountant: one for one in (plan, other) if one is not None}
+def _other(plan: PrivacyPlan) -> str:
+    return "rdp" if plan.accountant == "pld" else "pld"
+
+
+def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: float | None) -> None:
     units = f"{plan.training.relation}; N = {count:,} {plan.training.relation.unit}s"
     title = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, {units}; used: {plan.accountant.upper()}"
     table = Table(title=title, title_justify="left")
-    for column in ("mechanism", "uses", "sample rate", "noise multiplier PLD", "RDP"):
+    for column in ("mechanism", "uses", "sample rate", "noise multiplier"):
         table.add_column(column, justify="left" if column == "mechanism" else "right")
 
-    def row(name: str, mechanism: SampledGaussian, noise: dict[str, float], style: str | None = None) -> None:
-        multipliers = [f"{noise[name]:.4g}" if name in noise else "-" for name in ("pld", "rdp")]
-        table.add_row(name, f"{mechanism.count}", f"{mechanism.sample_rate:.6g}", *multipliers, style=style)
+    def row(name: str, mechanism: SampledGaussian, noise: float, style: str | None = None) -> None:
+        numbers = f"{mechanism.count}", f"{mechanism.sample_rate:.6g}", f"{noise:.4g}"
+        table.add_row(name, *numbers, style=style)
 
-    for number, used in enumerate(plan.mechanisms):
-        row(
-            used.name,
-            used.composition,
-            {name: one.mechanisms[number].noise_multiplier for name, one in by.items()},
-        )
+    # One row per mechanism, then the training's noise if the others were free.
+    for used in plan.mechanisms:
+        row(used.name, used.composition, used.noise_multiplier)
+    spent, training = f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}", plan.training
+    if other is not None:
+        spent += f" (the same noise by {_other(plan).upper()}: {other:.4f})"
     if len(plan.mechanisms) > 1:
-        alone = {name: _alone(one) for name, one in by.items()}
-        row("(the same alone)", plan.training.composition, alone, "dim")
+        alone = training_noise(
+            plan.epsilon, plan.delta, training.composition, (), plan.accountant, stated=False
+        )
+        row("(the same alone)", training.composition, alone, "dim")
+        rise = 100 * (training.noise_multiplier / alone - 1)
+        spent += f"; the others raise the noise of the training by {rise:.2f} %"
     console.print(table)
-    rise = (
-        "; the others raise the noise of the training by "
-        f"{100 * (plan.training.noise_multiplier / _alone(plan) - 1):.2f} %"
-        if len(plan.mechanisms) > 1
-        else ""
-    )
-    console.print(f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}{rise}")
-
-
-def _alone(plan: PrivacyPlan) -> float:
-    return training_noise(
-        plan.epsilon, plan.delta, plan.training.composition, (), plan.accountant, stated=False
-    )
+    console.print(spent)
 
 
 def _show_cost(console: Console, plan: RunPlan) -> None:

@@ -87,7 +87,7 @@ def _stand_in(config: Config, public: RunDir, folder: Path, count: int, classes:
     test = np.concatenate([images[:cut] for images, cut in zip(of_class, cuts, strict=True)])
     pool = np.concatenate([images[cut:] for images, cut in zip(of_class, cuts, strict=True)])
     # Where groups are the unit each is as large as a step can see.
-    of_group = config.data.sensitive.per_group if config.privacy.unit == "group" else 1
+    of_group = config.per_unit
     if len(pool) < count * of_group:
         say(f"rehearse: {len(pool)} images stand for {count * of_group}; some are drawn several times")
     train = rng.choice(pool, count * of_group, replace=len(pool) < count * of_group)

@@ -22,7 +22,7 @@ class Effect:
 
     stages: frozenset[str] = frozenset()  # whose results change with it; empty: it changes no result
     planned: bool = False  # part of the privacy plan, which is fixed when the account is opened
-    place: bool = False  # says where the images are; computations are identified by the images themselves
+    place: bool = False  # says where images or weights are; computations are identified by their content
 
 
 EVERYTHING = Effect(frozenset(STAGES))  # of settings of older versions, which nobody declares any more

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from privimage.config.stages import STAGES, upstream
 from privimage.errors import UserError
 
 
@@ -59,15 +58,6 @@ class Method:
             names += [self.training, "synthesize"]
         return (*names, "evaluate")
 
-    @property
-    def public_stages(self) -> tuple[str, ...]:
-        """Stages that depend on public images alone, not on the sensitive set or a stage that saw it."""
-        return tuple(
-            stage
-            for stage in self.stages
-            if not any(STAGES[before].sensitive for before in upstream(stage, self.stages))
-        )
-
 
 METHODS: dict[str, Method] = {
     "privimage+d": Method("PrivImage+D", "selected", "diffusion", True),
@@ -100,7 +90,8 @@ PAPERS: dict[str, str] = {
     "dpgan-p": _DPGAN,
     "dpgan": _DPGAN,
     "dp-merf": "Harder et al., DP-MERF: Differentially Private Mean Embeddings with Random Features, AISTATS "
-    "2021 (arXiv:2002.11603).",
+    "2021 (arXiv:2002.11603); with features of a network: Harder et al., Pre-trained Perceptual Features "
+    "Improve Differentially Private Image Generation, TMLR 2023 (arXiv:2205.12900).",
     "private-evolution": "Lin et al., Differentially Private Synthetic Data via Foundation Model APIs 1: "
     "Images, ICLR 2024 (arXiv:2305.15560).",
 }

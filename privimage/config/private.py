@@ -1,8 +1,8 @@
-"""The sections of stages that draw from the sensitive set: `select` to `evolve`."""
+"""The sections of stages that draw from the sensitive set: `select` to `match`."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from privimage.config.section import AUTO, Auto, Section, on
 
@@ -190,25 +190,33 @@ class Finetune(Section):
 
 
 class Match(Section):
-    """DP-MERF.
+    """DP-MERF and DP-MEPF.
 
-    A generator is trained until the random features of its images match the noisy mean embedding of the
-    sensitive set.
+    A generator is trained until the features of its images match the noisy mean embedding of the sensitive
+    set.
     """
 
     affects = on("match", "warm")
 
+    embedding: Literal["random", "network"] = Field(
+        "random",
+        description="features whose mean is matched. random: random Fourier features (DP-MERF); network: "
+        "first and second moments of the features of the query network, which `query` trains on public "
+        "images (DP-MEPF)",
+        json_schema_extra=on("match", "warm", planned=True),
+    )
     features: int = Field(
         2000,
         ge=2,
         multiple_of=2,
-        description="F, random Fourier features of an image, half of them cosines, half sines",
+        description="random: F, the features of an image, half of them cosines, half sines",
         json_schema_extra=on("match", "warm", planned=True),
     )
     bandwidth: float = Field(
         0.5,
         gt=0,
-        description="a constant: bandwidth of the Gaussian kernel (pixels in [-1, 1]), unit sqrt(pixels)",
+        description="random: bandwidth of the Gaussian kernel (pixels in [-1, 1]), unit sqrt(pixels); a "
+        "constant",
     )
     batch_size: int = Field(500, ge=2, description="generated images per step, over all ranks")
     steps: int = Field(
@@ -227,59 +235,3 @@ class Match(Section):
         description="steps between lines of the log and points of TensorBoard",
         json_schema_extra=on(),
     )
-
-
-class Evolve(Section):
-    """Private Evolution.
-
-    Sensitive images vote for synthetic ones of the public model, which are resampled and varied.
-    """
-
-    affects = on("evolve", "synthesize")
-
-    iterations: int = Field(
-        10,
-        ge=1,
-        description="T, noisy histograms of votes",
-        json_schema_extra=on("evolve", "synthesize", planned=True),
-    )
-    population: int = Field(
-        200, ge=1, description="synthetic images of each sensitive class that its images vote for"
-    )
-    threshold: float = Field(
-        2.0,
-        ge=0,
-        description="H, subtracted from noisy counts (down to 0), in standard deviations of their noise",
-    )
-    first_degree: float = Field(
-        2.0,
-        gt=0.002,
-        lt=80,
-        description="noise level sigma of the variations of the first iteration, for pixels in [-1, 1]",
-    )
-    last_degree: float = Field(
-        0.5,
-        gt=0.002,
-        lt=80,
-        description="the same of the last iteration; those between are a geometric series",
-    )
-    sampler_steps: int = Field(
-        18,
-        ge=2,
-        le=1000,
-        description="noise levels from 80 (variations: from their degree) to 0.002, by Euler",
-    )
-    guidance: float = Field(
-        0.0, ge=0, description="classifier-free guidance scale towards an image's public class; 0 is off"
-    )
-    batch_size: int = Field(500, ge=1, description="images per rank that go through a network at once")
-
-    @model_validator(mode="after")
-    def _degrees_fall(self) -> "Evolve":
-        # Coarse variations first, fine ones last (Lin et al. 2024).
-        if self.last_degree > self.first_degree:
-            raise ValueError(
-                f"last_degree {self.last_degree:g} is more than first_degree {self.first_degree:g}; "
-                "variations become finer"
-            )
-        return self

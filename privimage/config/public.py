@@ -43,7 +43,7 @@ class Query(Section):
     network: Auto[Literal["resnet50", "resnet-small"]] = Field(
         AUTO,
         description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28",
-        json_schema_extra=on("query", "select", "evolve"),
+        json_schema_extra=on("query", "select", "warm", "match", "evolve"),
     )
     batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="images per step, over all ranks")
     steps: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="training steps")
@@ -61,7 +61,7 @@ class Query(Section):
     flip: bool = Field(
         True,
         description="random horizontal flips; off for characters",
-        json_schema_extra=on("query", "select", "evolve"),
+        json_schema_extra=on("query", "select", "warm", "match", "evolve"),
     )
     checkpoint_every: int = Field(500, ge=1, description="steps between validations and checkpoints")
 

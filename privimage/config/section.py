@@ -28,7 +28,8 @@ def on(*stages: str, planned: bool = False, place: bool = False) -> dict[str, An
     Args:
         stages: the stages that read it, whose results it may change; none: it changes no result.
         planned: whether it is part of the privacy plan, which is fixed when the account is opened.
-        place: whether it only says where images are; the identity of a computation has their content instead.
+        place: whether it only says where images or weights are; the identity of a computation has their
+            content instead.
     """
     # A misspelt stage in a declaration would make a setting look harmless.
     if unknown := set(stages) - set(STAGES):

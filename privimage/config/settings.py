@@ -13,14 +13,15 @@ from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
 from privimage.config.data import Data, RunSection
+from privimage.config.evolution import Evolve
 from privimage.config.methods import GENERATORS, METHODS, Method, for_method, with_defaults
-from privimage.config.private import Classify, Evolve, Finetune, Match, Select, Warm
+from privimage.config.private import Classify, Finetune, Match, Select, Warm
 from privimage.config.promise import Privacy
 from privimage.config.public import Model, Pretrain, Query
 from privimage.config.results import Evaluate, Synthesize
 from privimage.config.section import Section, nearest, on, read_yaml, validated
 from privimage.config.slurm import Slurm
-from privimage.config.stages import STAGES
+from privimage.config.stages import STAGES, upstream
 
 RANDOM = tuple(name for name in STAGES if name != "prepare")  # stages that draw public random numbers
 
@@ -127,10 +128,30 @@ class Config(Section):
     def stages(self) -> tuple[str, ...]:
         """The stages of this run, in order: those of the method, and those that it is given beside."""
         names = {*self.spec.stages, *(("warm",) if self.warm_starts else ())}
+        if self.spec.training == "evolve":
+            # A simulator takes the place of the pretrained model, a given network that of the query's.
+            if self.evolve.simulated:
+                names.remove("pretrain")
+            if self.evolve.features != "query":
+                names.remove("query")
+            if names.isdisjoint({"query", "pretrain"}):
+                names.remove("prepare")
+        embeds = self.spec.training == "match" or "embedding" in self.warm_starts
+        if embeds and self.match.embedding == "network":
+            names |= {"prepare", "query"}
         # Statistics of each class, as matching and evolution have them, bring their labels along.
         if self.classify.use and "synthesize" in names and self.spec.training == "finetune":
             names.add("classify")
         return tuple(name for name in STAGES if name in names)
+
+    @property
+    def public_stages(self) -> tuple[str, ...]:
+        """Stages that depend on public images alone, not on the sensitive set or a stage that saw it."""
+        return tuple(
+            stage
+            for stage in self.stages
+            if not any(STAGES[before].sensitive for before in upstream(stage, self.stages))
+        )
 
     @property
     def warm_starts(self) -> tuple[str, ...]:
@@ -148,6 +169,11 @@ class Config(Section):
     def noise_copies(self) -> int:
         """K of the method: 1 where the generator's private loss has no noised copies."""
         return self.finetune.noise_copies if GENERATORS[self.spec.generator].noise_copies else 1
+
+    @property
+    def per_unit(self) -> int:
+        """m, the images of a unit of privacy that a private step looks at, at most."""
+        return self.data.sensitive.per_group if self.privacy.unit == "group" else 1
 
     def to_yaml(self) -> str:
         """The resolved settings as YAML; `load` reads it back to an equal tree."""

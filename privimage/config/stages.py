@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
     "warm": Stage(
         "Warm start",
         "Train the generator on what noisy statistics of the sensitive set tell, before private steps.",
-        ("pretrain",),
+        ("query", "pretrain"),
         sensitive=True,
     ),
     "classify": Stage(
@@ -61,8 +61,8 @@ STAGES: dict[str, Stage] = {
     ),
     "match": Stage(
         "Match a noisy embedding",
-        "Train a generator towards the noisy mean embedding of the sensitive set (DP-MERF).",
-        (),
+        "Train a generator towards the noisy mean embedding of the sensitive set (DP-MERF, DP-MEPF).",
+        ("query",),
         sensitive=True,
         trains=True,
     ),

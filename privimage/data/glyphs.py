@@ -8,12 +8,12 @@ bottom, averaged over blocks of 4x4.
 
 import string
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import distance_transform_edt, map_coordinates
 
 from privimage.data.decode import Source
 
@@ -33,6 +33,22 @@ STYLES = (
 AMPLITUDES = 0.15 / np.maximum(
     1, np.add.outer(np.arange(WAVES), np.arange(WAVES))
 )  # long waves are stronger than short ones
+CHARACTERS = string.digits + string.ascii_letters
+# What is varied evenly between two bounds: the angle in degrees, the shear, the logarithm of the aspect, how
+# much thicker strokes are in radii, the height in the frame, and how far it lies down and across in it.
+LOW = np.array([-12, -0.3, -0.4, 0, 0.92, -0.03, -0.06])
+HIGH = np.array([12, 0.3, 0.4, 0.1, 1.04, 0.03, 0.06])
+OF_TURN = 3  # as many of them are drawn before the waves
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One drawn character: what is drawn, and how."""
+
+    character: str
+    face: int  # in `faces`
+    evenly: np.ndarray  # (7,) in [0, 1]: where between `LOW` and `HIGH`
+    waves: np.ndarray  # (2, WAVES, WAVES), standard normal
 
 
 def character_classes() -> tuple[str, ...]:
@@ -41,7 +57,7 @@ def character_classes() -> tuple[str, ...]:
     Characters of one shape share a class.
     """
     merged = {character: group for group in ALIKE for character in group}
-    return tuple(dict.fromkeys(merged.get(c, c) for c in string.digits + string.ascii_letters))
+    return tuple(dict.fromkeys(merged.get(c, c) for c in CHARACTERS))
 
 
 @lru_cache(maxsize=1)
@@ -50,7 +66,6 @@ def faces() -> tuple[tuple[Path, dict[str, str]], ...]:
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
-    characters = string.digits + string.ascii_letters
     found = []
     for file in sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")):
         if (
@@ -62,7 +77,7 @@ def faces() -> tuple[tuple[Path, dict[str, str]], ...]:
             and not file.stem.endswith("Display")
             and file.stem != "cmex10"
         ):
-            found.append((file, {c: c for c in characters}))
+            found.append((file, {c: c for c in CHARACTERS}))
         if file.stem == "STIXGeneral":
             held = [chr(code) for code in FT2Font(str(file)).get_charmap() if 0x1D400 <= code <= 0x1D7FF]
             for style in STYLES:
@@ -72,13 +87,16 @@ def faces() -> tuple[tuple[Path, dict[str, str]], ...]:
 
 
 @lru_cache(maxsize=64)
-def _holders(character: str) -> list[int]:
+def holders(character: str) -> list[int]:
+    """The faces that have a character."""
     return [i for i, (_, code_points) in enumerate(faces()) if character in code_points]
 
 
 @lru_cache(maxsize=256)
 def _outline(face: int, character: str) -> np.ndarray:
     """A printed character as signed distances from its outline in pixels, float32 (H, W), positive inside."""
+    from scipy.ndimage import distance_transform_edt
+
     file, code_points = faces()[face]
     font = ImageFont.truetype(str(file), SIZE)
     left, top, right, bottom = font.getbbox(code_points[character])
@@ -102,20 +120,25 @@ def render(characters: str, resolution: int, rng: np.random.Generator) -> np.nda
     Uint8 (resolution, resolution), bright strokes on black.
     """
     character = characters[rng.integers(len(characters))]
-    holders = _holders(character)
-    outline = _outline(holders[rng.integers(len(holders))], character)
+    known = holders(character)
+    face = known[rng.integers(len(known))]
+    turn, waves = rng.random(OF_TURN), rng.normal(0, 1, (2, WAVES, WAVES))
+    return draw(Glyph(character, face, np.append(turn, rng.random(len(LOW) - OF_TURN)), waves), resolution)
+
+
+def draw(glyph: Glyph, resolution: int) -> np.ndarray:
+    """The image of a glyph: uint8 (resolution, resolution), bright strokes on black."""
+    from scipy.ndimage import map_coordinates
+
+    outline = _outline(glyph.face, glyph.character)
     height, width = outline.shape
     radius = max(height, width) / 2 - MARGIN
-    angle, shear, aspect = (
-        np.deg2rad(rng.uniform(-12, 12)),
-        rng.uniform(-0.3, 0.3),
-        np.exp(rng.uniform(-0.4, 0.4)),
-    )
+    degrees, shear, aspect, thicker, fills, down, across = LOW + glyph.evenly * (HIGH - LOW)
+    angle, aspect, weight = np.deg2rad(degrees), np.exp(aspect), thicker * radius
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array(
         [[1, shear], [0, 1]]
     )
-    bend = rng.normal(0, 1, (2, WAVES, WAVES)) * AMPLITUDES
-    weight = rng.uniform(0, 0.1) * radius
+    bend = glyph.waves * AMPLITUDES
 
     def place(
         y: np.ndarray, x: np.ndarray, waves_y: np.ndarray, waves_x: np.ndarray
@@ -133,11 +156,11 @@ def render(characters: str, resolution: int, rng: np.random.Generator) -> np.nda
     coarse = outline[near_y.clip(0, height - 1), near_x.clip(0, width - 1)] > -weight
     (top, bottom), (left, right) = (COARSE[np.flatnonzero(coarse.any(axis))[[0, -1]]] for axis in (1, 0))
     step = COARSE[1] - COARSE[0]
-    scale_y = (bottom - top + step) / rng.uniform(0.92, 1.04)
+    scale_y = (bottom - top + step) / fills
     scale_x = max(scale_y, (right - left + step) / WIDEST)
     frame = (np.arange(OVERSAMPLING * resolution) + 0.5) / (OVERSAMPLING * resolution) - 0.5
-    y = (top + bottom) / 2 + (frame - rng.uniform(-0.03, 0.03)) * scale_y
-    x = (left + right) / 2 + (frame - rng.uniform(-0.06, 0.06)) * scale_x
+    y = (top + bottom) / 2 + (frame - down) * scale_y
+    x = (left + right) / 2 + (frame - across) * scale_x
     bitmap = map_coordinates(outline, place(y, x, _waves(y), _waves(x)), order=1, cval=-np.inf) > -weight
     blocks = bitmap.reshape(resolution, OVERSAMPLING, resolution, OVERSAMPLING).mean((1, 3))
     return np.rint(blocks * 255).astype(np.uint8)

@@ -59,11 +59,6 @@ class ImageSet:
     count: int
     grouping: str = ""
 
-    @property
-    def group_sizes(self) -> np.ndarray:
-        """The number of images of the group of each image, int64 (N,)."""
-        return np.bincount(self.groups)[self.groups]
-
 
 def open_set(
     folder: Path,

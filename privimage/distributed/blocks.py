@@ -3,7 +3,7 @@
 The result for an image depends on no other image, and not on the number of ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -73,3 +73,29 @@ def in_blocks(
         if stop.agreed(world):
             raise Stopped(stopped)
     return world.all_reduce_(found)
+
+
+def made_in_turn(
+    into: Sequence[Tensor],
+    make: Callable[[Tensor], Sequence[Tensor]],
+    size: int,
+    world: World,
+    stopped: str,
+) -> None:
+    """Fill tensors of zeros `into` (count, ...) with what `make` gives for blocks of at most `size` indices
+    (B,), equal on all ranks, which take the blocks in turn.
+
+    Raises Stopped with the message `stopped` when a stop was requested, between two blocks.
+    """
+    blocks = torch.arange(len(into[0]), device=world.device).split(size)
+    # All ranks make the same number of turns, so that they can agree.
+    for turn in range(0, len(blocks), world.size):
+        if stop.agreed(world):
+            raise Stopped(stopped)
+        if turn + world.rank < len(blocks):
+            block = blocks[turn + world.rank]
+            for tensor, made in zip(into, make(block), strict=True):
+                tensor[block] = made
+    # Each block was made by one rank and is zero on all others: sums put them together.
+    for tensor in into:
+        world.all_reduce_(tensor)

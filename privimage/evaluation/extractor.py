@@ -118,7 +118,9 @@ def _read_weights(path: Path, key: str) -> tuple[dict[str, Tensor], str]:
     return state, hashlib.sha256(data).hexdigest()
 
 
-def _inception(state: dict[str, Tensor], features: str, path: Path, scratch: Path) -> nn.Module:
+def _inception(
+    state: dict[str, Tensor], features: str, path: Path, key: str, scratch: Path | None
+) -> nn.Module:
     """torch-fidelity's network with these weights, through a copy, since it loads with weights_only=False."""
     torchvision_operators.declare()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -131,7 +133,7 @@ def _inception(state: dict[str, Tensor], features: str, path: Path, scratch: Pat
                 "inception-v3-compat", [features], feature_extractor_weights_path=copy.name
             )
         except RuntimeError:
-            raise UserError(f"evaluate.inception_weights: {path}: {FOREIGN}") from None
+            raise UserError(f"{key}: {path}: {FOREIGN}") from None
 
 
 class _First(nn.Module):
@@ -156,7 +158,7 @@ def choose(features: str, weights: Path | None, scratch: Path) -> Extractor:
     if (found := weights_for(features, weights)) is None:
         return Extractor("stand-in", StandIn())
     assert weights is not None  # `weights_for` has read them
-    network = _First(_inception(found.state, found.layer, weights, scratch))
+    network = _First(_inception(found.state, found.layer, weights, "evaluate.inception_weights", scratch))
     head = found.state["fc.weight"].float()
     known = found.layer == "2048" and bool(head.any())
     return Extractor(found.layer, network, found.sha256, head if known else None)
@@ -174,6 +176,22 @@ def vision(weights: Path | None) -> Extractor | None:
         name, network = vit.from_weights(state)
     except ValueError as error:
         raise UserError(f"evaluate.vision_weights: {weights}: {error}") from None
+    return Extractor(name, network, digest)
+
+
+def given(weights: Path, key: str) -> Extractor:
+    """The extractor for a weights file of Inception, with the best features that it allows, DINOv2 or CLIP.
+
+    Raises UserError that begins with `key` for missing or damaged weights, and for those of another network.
+    """
+    state, digest = _read_weights(weights, key)
+    if FIRST_LAYER in state:
+        layer = "768" if _is_partial(state) else "2048"
+        return Extractor(layer, _First(_inception(state, layer, weights, key, None)), digest)
+    try:
+        name, network = vit.from_weights(state)
+    except ValueError as error:
+        raise UserError(f"{key}: {weights}: {error}, nor Inception in torch-fidelity's format") from None
     return Extractor(name, network, digest)
 
 
@@ -198,12 +216,16 @@ def weights_for(features: str, weights: Path | None) -> Weights | None:
     state, digest = _read_weights(weights, "evaluate.inception_weights")
     if FIRST_LAYER not in state:
         raise UserError(f"evaluate.inception_weights: {weights}: {FOREIGN}")
-    # Partial files hold the layers up to the 768 features, and zeros above.
-    last = [
-        value for name, value in state.items() if name.startswith("Mixed_7") and name.endswith("conv.weight")
-    ]
-    partial = not last or any(not value.any() for value in last)
+    partial = _is_partial(state)
     if features == "2048" and partial:
         reason = "partial weights, zero beyond the 768 features; FID needs 2048, use evaluate.features=768"
         raise UserError(f"evaluate.inception_weights: {weights}: {reason}")
     return Weights(state, digest, features if features != "auto" else ("768" if partial else "2048"))
+
+
+def _is_partial(state: dict[str, Tensor]) -> bool:
+    """Whether Inception's weights hold the layers up to the 768 features, and zeros above."""
+    last = [
+        value for name, value in state.items() if name.startswith("Mixed_7") and name.endswith("conv.weight")
+    ]
+    return not last or any(not value.any() for value in last)

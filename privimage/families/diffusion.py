@@ -30,6 +30,7 @@ from privimage.families.denoising import (
     DiffusionWarm,
     losses_of_nothing,
 )
+from privimage.families.matching import Matching
 from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
 from privimage.models import build_diffusion, build_generator, diffusion_arguments, edm, parameters
 from privimage.privacy.batching import cpu_batch_size
@@ -156,6 +157,8 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
             * (2 if settings.guidance else 1)
         )
         start, warm = config.warm, []
+        if "embedding" in config.warm_starts:
+            warm.append(Matching().work_of_a_start(config, n_classes, device))
         if config.warm_starts:
             warm.append(passes.work("warm", start.steps, start.batch_size, 3, start.batch_size))
         return [

@@ -3,9 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from privimage.distributed.microbatch import activations
+from privimage.models.benchmark import SIZES, benchmark_classifier
+from privimage.models.resnet import classifier, resnet9
 
 FEW = 8  # images to begin with: a large network is slow enough with them
 PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
@@ -32,6 +37,30 @@ def seconds_of_a_pass(
     """
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return seconds_an_image(forward, min(FEW, at_once), at_once)
+
+
+@lru_cache
+def classifier_pass(
+    network: str, shape: tuple[int, int, int], classes: int, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """Seconds of a forward pass of a classifier per image, and bytes of its activations.
+
+    `network` is one of `query.network`, "cnn", or of `evaluate.benchmark` as "small resnet"; `shape` is
+    (C, H, W).
+    """
+    size, _, name = network.partition(" ")
+    if size in SIZES:
+        model = benchmark_classifier(name, SIZES[size][name], shape[0], classes)
+    elif network == "cnn":
+        model = resnet9(shape[0], classes, shape[1])
+    else:
+        model = classifier(network, shape[0], classes)
+    model = model.to(device)
+
+    def forward(images: int) -> Tensor:
+        return model(torch.zeros(images, *shape, device=device))
+
+    return seconds_of_a_pass(forward, device, precision, 128), activations(forward, device, precision)
 
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:

@@ -1,5 +1,6 @@
 """Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), for DP-MERF."""
 
+import copy
 import math
 
 import torch
@@ -27,6 +28,16 @@ class RandomFeatures:
             pixels, features // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
         self.frequencies = (drawn / (bandwidth * math.sqrt(pixels))).to(device, dtype)
+
+    def to(self, dtype: torch.dtype) -> "RandomFeatures":
+        """The same with results of another type."""
+        other = copy.copy(self)
+        other.frequencies = self.frequencies.to(dtype)
+        return other
+
+    def state(self) -> list[Tensor]:
+        """All that the features of an image depend on beside the image."""
+        return [self.frequencies]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> features (B, F)."""

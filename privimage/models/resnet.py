@@ -17,6 +17,16 @@ class Classifier(nn.Module):
         """images (B, C, H, W) float -> penultimate features (B, F)."""
         return self.trunk(images)
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """images (B, C, H, W) float -> the output (B, C_i, H_i, W_i) of each block of the trunk, in order."""
+        found = []
+        for layer in self.trunk.children():
+            images = layer(images)
+            # Convolutions, residual blocks, and the stages of resnet50.
+            if isinstance(layer, nn.Sequential | _Residual):
+                found.append(images)
+        return found
+
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) float -> logits (B, n_classes)."""
         return self.head(self.features(images))

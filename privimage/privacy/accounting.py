@@ -1,22 +1,22 @@
-"""Cost of a composition of mechanisms, and the noise that a budget needs, by dp-accounting.
+"""Cost of a composition of mechanisms, by dp-accounting.
 
 Neighbouring sets differ by one unit (an image, or all images of a group) that is added, removed or replaced.
 """
 
-import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
-from dp_accounting.privacy_accountant import NeighboringRelation as NeighborRel
-from scipy.optimize import brentq
 
+if TYPE_CHECKING:
+    import dp_accounting
+
+# It takes a second of CPU time to import, and ranks and stages that take a plan as it is do not need it.
 logging.getLogger("absl").setLevel(logging.ERROR)  # the RDP accountant reports each order that it skips
 
 
@@ -58,8 +58,10 @@ class SampledGaussian:
             raise ValueError(f"no entry of a ledger: {entry}")
         return cls(noise_multiplier, sample_rate, int(count), bool(more))
 
-    def event(self) -> dp_accounting.DpEvent:
+    def event(self) -> "dp_accounting.DpEvent":
         """This mechanism in dp-accounting's terms."""
+        import dp_accounting
+
         # Under replacement dp-accounting wants the noise beside the longest that one unit adds to the sum:
         # half of the sensitivity, since two units may add opposite vectors.
         beside = 2 if self.replacement else 1
@@ -79,7 +81,7 @@ FEW_ORDERS = (1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128)
 
 def _composed(
     mechanisms: tuple[SampledGaussian, ...], accountant: str, interval: float
-) -> dp_accounting.PrivacyAccountant:
+) -> "dp_accounting.PrivacyAccountant":
     """All mechanisms composed.
 
     Raises ValueError for mechanisms of two relations, and for replacement by RDP, which has no bound for
@@ -94,7 +96,10 @@ def _composed(
 @lru_cache(maxsize=32)
 def _book(
     mechanisms: tuple[SampledGaussian, ...], accountant: str, interval: float, replacement: bool
-) -> dp_accounting.PrivacyAccountant:
+) -> "dp_accounting.PrivacyAccountant":
+    from dp_accounting import pld, rdp
+    from dp_accounting.privacy_accountant import NeighboringRelation as NeighborRel
+
     # Compositions are built one mechanism at a time and cached: the search changes only the last one.
     if not mechanisms:
         if accountant == "rdp":
@@ -156,141 +161,6 @@ def best_guess(mechanisms: Iterable[SampledGaussian]) -> float:
     return (1 + min(1.0, _for_attacks(tuple(mechanisms)).get_delta(0.0))) / 2
 
 
-def _for_attacks(mechanisms: tuple[SampledGaussian, ...]) -> dp_accounting.PrivacyAccountant:
+def _for_attacks(mechanisms: tuple[SampledGaussian, ...]) -> "dp_accounting.PrivacyAccountant":
     """The composition by which attacks are judged."""
     return _composed(mechanisms, "pld", _fine_enough(mechanisms, 1e-9, COARSE))
-
-
-Compose = Callable[[float], tuple[SampledGaussian, ...]]
-LOUDEST, QUIETEST = 1e7, 0.1  # noise multipliers between which is searched
-
-
-def _search(excess: Callable[[float], float], guess: float, step: float, tolerance: float) -> float:
-    """Where `excess`, which falls with the noise multiplier, is zero, to a relative `tolerance`.
-
-    From a bracket around `guess` whose relative width is `step` if the guess is good, and doubles until it
-    holds the solution. Raises ValueError if no amount of noise is enough.
-    """
-
-    def above(log_noise: float) -> float:
-        return excess(math.exp(log_noise))
-
-    low = high = math.log(guess)
-    first = above(low)
-    found = {low: first}
-    while first > 0 and found[high] > 0:
-        low, high, step = high, high + step, 2 * step
-        if high > math.log(LOUDEST):
-            raise ValueError("no amount of noise keeps this promise")
-        found[high] = above(high)
-    while first <= 0 and found[low] <= 0 and low > math.log(QUIETEST):
-        low, high, step = max(low - step, math.log(QUIETEST)), low, 2 * step
-        found[low] = above(low)
-    if found[low] <= 0 or found[high] == 0:
-        return math.exp(low if found[low] <= 0 else high)
-    return math.exp(brentq(above, low, high, xtol=tolerance))
-
-
-def _smallest_noise(
-    compose: Compose, target: float, delta: float, accountant: str, guess: float, stated: bool
-) -> float:
-    """The smallest noise multiplier, to 5 digits, at which `compose(noise_multiplier)` costs at most `target`
-    at `delta`.
-
-    `stated` is False for a number that only leads to another: it is then found by a coarse discretisation and
-    may be a trifle larger. Raises ValueError if no amount of noise is enough.
-    """
-    # The search uses a coarse discretisation; the result is verified as it is stated, and raised until it
-    # holds.
-    interval = _coarse(target, accountant)
-
-    def excess(sigma: float) -> float:
-        return epsilon(compose(sigma), delta, accountant, interval) - target
-
-    noise_multiplier = _round_up(_search(excess, guess, 4e-3, 2e-5) * (1 - 2e-5))
-    while epsilon(compose(noise_multiplier), delta, accountant, None if stated else interval) > target:
-        noise_multiplier = _round_up(noise_multiplier * (1 + 1e-5))
-    return noise_multiplier
-
-
-def _coarse(target: float, accountant: str) -> float:
-    # Rounding then costs about 1e-5 of the target.
-    return min(max(FINE, 1e-4 * target), ROUGH) if accountant == "pld" else FINE
-
-
-def _first_look(compose: Compose, target: float, delta: float, accountant: str) -> float:
-    """About the smallest noise multiplier, by a discretisation that takes next to no time."""
-    interval = min(ROUGH, target / 100)
-    with contextlib.suppress(ValueError):  # so rough that rounding alone costs more than the target
-        return _search(
-            lambda sigma: epsilon(compose(sigma), delta, accountant, interval) - target, 1.0, 0.4, 1e-3
-        )
-    return 1.0
-
-
-def training_noise(
-    target: float,
-    delta: float,
-    training: SampledGaussian,
-    others: tuple[SampledGaussian, ...] = (),
-    accountant: str = "pld",
-    stated: bool = True,
-) -> float:
-    """The noise multiplier with which `training`, composed with `others`, costs at most `target` epsilon at
-    `delta`.
-
-    The noise multiplier that `training` has does not matter. `stated`: see `_smallest_noise`. Raises
-    ValueError if no amount of noise is enough.
-    """
-    return _training_noise(target, delta, replace(training, noise_multiplier=0.0), others, accountant, stated)
-
-
-@lru_cache(maxsize=256)
-def _training_noise(
-    target: float,
-    delta: float,
-    training: SampledGaussian,
-    others: tuple[SampledGaussian, ...],
-    accountant: str,
-    stated: bool,
-) -> float:
-    def compose(sigma: float) -> tuple[SampledGaussian, ...]:
-        return (*others, replace(training, noise_multiplier=sigma))
-
-    # What others cost is little, as a rule: the search begins where it would end without them.
-    if others:
-        guess = _training_noise(target, delta, training, others[:-1], accountant, False)
-    else:
-        guess = _first_look(compose, target, delta, accountant)
-    return _smallest_noise(compose, target, delta, accountant, guess, stated)
-
-
-@lru_cache(maxsize=256)
-def noise_beside(
-    target: float,
-    delta: float,
-    training: SampledGaussian,
-    max_rise: float,
-    others: tuple[SampledGaussian, ...] = (),
-    accountant: str = "pld",
-) -> float:
-    """About the smallest noise multiplier of one more Gaussian mechanism that raises the noise of `training`
-    by at most `max_rise`; at most a thousandth more.
-
-    `training` is the mechanism that would use up `target` together with `others` alone.
-    """
-    # The mechanism may cost what raising the training's noise by `max_rise` sets free.
-    noisier = replace(training, noise_multiplier=training.noise_multiplier * (1 + max_rise))
-    interval = _coarse(target, accountant)
-
-    def excess(sigma: float) -> float:
-        beside = SampledGaussian(sigma, replacement=training.replacement)
-        return epsilon((*others, noisier, beside), delta, accountant, interval) - target
-
-    return _round_up(_search(excess, 8.0, 0.4, 5e-4) * (1 + 5e-4))
-
-
-def _round_up(value: float, digits: int = 5) -> float:
-    # Upwards: rounding must never lower the noise.
-    scale = 10 ** (digits - 1 - math.floor(math.log10(value)))
-    return math.ceil(value * scale - 1e-9) / scale

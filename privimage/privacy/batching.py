@@ -123,5 +123,5 @@ def _peak(
     gradients.backward(losses, *probe(count))
     trained = trained_parameters(module)
     clip_and_sum_(torch.zeros(parameters(module), device=device, dtype=torch.float64), trained, 1.0)
-    gradients.to_standard_module()
+    gradients.detach()
     return torch.cuda.max_memory_allocated(device) - before

@@ -99,7 +99,7 @@ class PrivateSteps:
             first,
         )
         # Sum, noise and update must be of the same parameters, in the same order.
-        trained = trained_parameters(gradients._module)
+        trained = trained_parameters(gradients.module)
         updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if [id(parameter) for parameter in updated] != [id(parameter) for parameter in trained]:
             raise ValueError("the optimizer updates other parameters than those that require gradients")

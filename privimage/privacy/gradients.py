@@ -1,15 +1,16 @@
-"""Per-image gradients, averaged over the noise copies of each image, behind Opacus' interface.
+"""Per-image gradients, averaged over the noise copies of each image.
 
-Two interchangeable implementations fill `p.grad_sample` of shape (B, *p.shape): `FoldedGradients`, fast, with
-one rule per layer type, and `VmapGradients`, torch.func's vmap(grad), the reference that it is tested with.
+Two interchangeable implementations fill `p.grad_sample` of shape (B, *p.shape), which Opacus' optimizer
+reads: `FoldedGradients`, fast, with one rule per layer type, and `VmapGradients`, torch.func's vmap(grad),
+the reference that it is tested with. Opacus is not imported here: `plan` times these gradients and has no
+other use for it, and it takes a fifth of all imports.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 
 from privimage.distributed.blocks import filled, without_chance
@@ -33,8 +34,8 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-class PerImageGradients(AbstractGradSampleModule):
-    """A module whose parameters get `grad_sample`: per image, the gradient of its mean loss over noise
+class PerImageGradients(ABC):
+    """Gives the parameters of `module` a `grad_sample`: per image, the gradient of its mean loss over noise
     copies.
     """
 
@@ -48,7 +49,8 @@ class PerImageGradients(AbstractGradSampleModule):
                 are dropped. Libraries choose kernels, and so the rounding, by the number of images, and one
                 image more must not change the contribution of all others. See `batching.filled_size`.
         """
-        super().__init__(module)
+        self.module = module
+        self.clear()
         self.convolutions, self.filled_to = ConvolutionBackends(dict(backends or {})), filled_to
 
     @property
@@ -71,7 +73,7 @@ class PerImageGradients(AbstractGradSampleModule):
                 losses, *(filled(t, self.filled_to) for t in tensors) if short else tensors
             )
         if short:
-            for p in trained_parameters(self._module):
+            for p in trained_parameters(self.module):
                 p.grad_sample = p.grad_sample[:images]  # type: ignore[attr-defined]
         return per_image[:images]
 
@@ -79,8 +81,16 @@ class PerImageGradients(AbstractGradSampleModule):
     def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
         """As `backward`, for a batch as it is."""
 
-    def remove_hooks(self) -> None:
-        """Nothing is left on the wrapped module."""
+    def clear(self) -> None:
+        """Forget the gradients: `p.grad_sample` is None."""
+        for p in trained_parameters(self.module):
+            p.grad_sample = None  # type: ignore[attr-defined]
+
+    def detach(self) -> nn.Module:
+        """Leave the module as it was, without a trace of per-image gradients, and return it."""
+        for p in trained_parameters(self.module):
+            del p.grad_sample  # type: ignore[attr-defined]
+        return self.module
 
 
 class FoldedGradients(PerImageGradients):
@@ -106,14 +116,15 @@ class FoldedGradients(PerImageGradients):
             t.transpose(0, 1).reshape(copies * images, *t.shape[2:]) for t in tensors
         ]  # copies first: folding is then a view
         self.folding.images, self.folding.copies = images, copies
-        per_image = losses(self._module, *flat).view(copies, images).mean(0)
+        per_image = losses(self.module, *flat).view(copies, images).mean(0)
         # The sum, not the mean: the gradient of one image must not depend on how many others there are.
         per_image.sum().backward()
         return per_image.detach()
 
-    def remove_hooks(self) -> None:
-        for layer in self._module.modules():
+    def detach(self) -> nn.Module:
+        for layer in self.module.modules():
             layer.__dict__.pop("forward", None)
+        return super().detach()
 
 
 class VmapGradients(PerImageGradients):
@@ -122,11 +133,11 @@ class VmapGradients(PerImageGradients):
     def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
         # torch.func differentiates a function of the parameters, so the module is called with them as
         # arguments.
-        parameters = {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
+        parameters = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
         def one_image(parameters: dict[str, Tensor], *copies: Tensor) -> tuple[Tensor, Tensor]:
             def bound(*args, **kwargs):
-                return torch.func.functional_call(self._module, parameters, args, kwargs)
+                return torch.func.functional_call(self.module, parameters, args, kwargs)
 
             loss = losses(bound, *copies).mean()
             return loss, loss
@@ -134,7 +145,7 @@ class VmapGradients(PerImageGradients):
         gradients, per_image = torch.func.vmap(
             torch.func.grad(one_image, has_aux=True), in_dims=(None, *[0] * len(tensors))
         )(parameters, *tensors)
-        for name, p in self._module.named_parameters():
+        for name, p in self.module.named_parameters():
             if p.requires_grad:
                 p.grad_sample = gradients[name]  # type: ignore[attr-defined]
         return per_image.detach()

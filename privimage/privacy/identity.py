@@ -83,8 +83,8 @@ def computation(
 def settings_read(config: Config, stage: str) -> dict:
     """The settings that an output of a stage may depend on, as plain values.
 
-    Without those that say where images are: the content of both sets is in the digest by itself, that of the
-    public one through the networks that it trained.
+    Without those that say where images and weights are: the content of both sets is in the digest by itself,
+    that of the public one through the networks that it trained, and so are weights.
     """
     # Settings of all stages up to this one, since their outputs are its inputs.
     settings = settings_of(config, upstream(stage, config.stages)) | settings_of_plan(config)

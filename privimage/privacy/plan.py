@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from privimage.config import Config
 from privimage.errors import UserError
-from privimage.privacy import accounting
+from privimage.privacy import accounting, calibration
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms import MECHANISMS, Mechanism
 from privimage.privacy.mechanisms.base import Share
@@ -63,31 +63,31 @@ def default_delta(count: int) -> float:
     return 1 / (count * math.log(max(count, 3)))
 
 
-def make_plan(config: Config, count: int, accountant: str | None = None) -> PrivacyPlan:
+def make_plan(config: Config, count: int) -> PrivacyPlan:
     """The plan of a run on `count` sensitive images (N, taken as public).
 
     Raises UserError if the expected batch is larger than the set, or if no amount of noise keeps the promise.
     """
     privacy = config.privacy
-    accountant = accountant or privacy.accountant
+    accountant = privacy.accountant
     delta = privacy.delta or default_delta(count)
     training = _draft(MECHANISMS[config.spec.training], config, count)
     beside: list[Mechanism] = []
 
     shares = _shares(config)
 
-    def noise() -> float:
+    def noise(guess: float | None) -> float:
         others = tuple(one.composition for one in beside)
         last = len(beside) == len(shares)  # what is found before only leads to the numbers that are stated
-        return accounting.training_noise(
-            privacy.epsilon, delta, training.composition, others, accountant, stated=last
+        return calibration.training_noise(
+            privacy.epsilon, delta, training.composition, others, accountant, stated=last, guess=guess
         )
 
     try:
         # Noise of the training alone, then of each mechanism beside it in turn, and again of the training.
-        training = training.with_noise(noise())
+        training = training.with_noise(noise(None))
         for kind, share in shares:
-            sigma = share.noise_multiplier or accounting.noise_beside(
+            sigma = share.noise_multiplier or calibration.noise_beside(
                 privacy.epsilon,
                 delta,
                 training.composition,
@@ -96,7 +96,7 @@ def make_plan(config: Config, count: int, accountant: str | None = None) -> Priv
                 accountant,
             )
             beside.append(_draft(kind, config, count).with_noise(sigma))
-            training = training.with_noise(noise())
+            training = training.with_noise(noise(training.noise_multiplier * (1 + share.max_rise)))
     except ValueError:
         raise UserError(
             f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; "

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from privimage.privacy.accounting import SampledGaussian, epsilon, profile
-from privimage.privacy.mechanisms import DPSGD
 
 EPSILONS = (
     40 * np.linspace(0, 1, 401) ** 2
@@ -64,30 +63,39 @@ class Finding:
     guesses: int
     right: int
     any_epsilon: float  # of any mechanism whatever, at the delta of the plan
-    # of the planned mechanism with another amount of noise: tighter, since its whole trade-off curve counts
+    # of the planned mechanisms with another amount of noise: tighter, since its whole trade-off curve counts
     epsilon: float
 
 
-def find(plan: DPSGD, delta: float, canaries: int, guesses: int, right: int, level: float) -> Finding:
-    """The largest epsilons at `delta` that the guesses refute with an error of at most `level`."""
+def find(
+    mechanisms: tuple[SampledGaussian, ...],
+    delta: float,
+    canaries: int,
+    guesses: int,
+    right: int,
+    level: float,
+) -> Finding:
+    """The largest epsilons at `delta` that the guesses refute with an error of at most `level`.
+
+    `mechanisms` are those of the claim, composed.
+    """
 
     def any_refuted(value: float) -> bool:
         return refuted(TradeOff(np.array([value]), np.array([delta])), canaries, guesses, right, level)
 
-    def less_noise(by: float) -> SampledGaussian:
-        return dataclasses.replace(plan.composition, noise_multiplier=plan.noise_multiplier * math.exp(-by))
-
-    def planned_refuted(by: float) -> bool:
-        return refuted(
-            TradeOff(EPSILONS, profile((less_noise(by),), EPSILONS)), canaries, guesses, right, level
+    def less_noise(by: float) -> tuple[SampledGaussian, ...]:
+        return tuple(
+            dataclasses.replace(one, noise_multiplier=one.noise_multiplier * math.exp(-by))
+            for one in mechanisms
         )
 
-    # Once by epsilon and delta alone, once by the whole curve of the planned mechanism with less noise.
+    def planned_refuted(by: float) -> bool:
+        return refuted(TradeOff(EPSILONS, profile(less_noise(by), EPSILONS)), canaries, guesses, right, level)
+
+    # Once by epsilon and delta alone, once by the whole curve of the planned ones with less noise.
     any_epsilon = _largest(any_refuted, 0.0, 1.0, 0.0, 1e-3)
     by = _largest(planned_refuted, 0.0, 0.25, -4.0, 5e-3)
-    return Finding(
-        guesses, right, any_epsilon or 0.0, 0.0 if by is None else epsilon((less_noise(by),), delta)
-    )
+    return Finding(guesses, right, any_epsilon or 0.0, 0.0 if by is None else epsilon(less_noise(by), delta))
 
 
 def _largest(

@@ -191,7 +191,7 @@ def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> C
     private: Choices = {}
     if "finetune" in stages:
         # Seconds of a noised copy of each image that a step looks at, of one unit.
-        copy = speeds["finetune"] * (config.data.sensitive.per_group if config.privacy.unit == "group" else 1)
+        copy = speeds["finetune"] * config.per_unit
         private = private_steps(config, facts, seconds["finetune"] / copy, parameters)
         spent = math.prod(choice.value for key, choice in private.items()) * copy
         # What the private steps do not need makes pretraining longer.
@@ -211,9 +211,9 @@ def private_steps(config: Config, facts: Facts, budget: float, parameters: int) 
     least = math.sqrt(parameters) / signal
     x = needed(least / max(NEAR * least, RICH))
     rich = least < RICH / 2
-    copies = (
-        1 if rich or config.noise_copies == 1 else _within(budget / (x * signal * FEWEST**0.5), 1, COPIES)
-    )
+    # Images of a group average out as much as copies do, and more.
+    most = max(1, COPIES // config.per_unit)
+    copies = 1 if rich or config.noise_copies == 1 else _within(budget / (x * signal * FEWEST**0.5), 1, most)
     copies = copies if is_auto(given.noise_copies) else given.noise_copies
     steps = _within((budget / (copies * x * signal)) ** 2, FEWEST, MOST)
     steps = steps if is_auto(given.steps) else given.steps

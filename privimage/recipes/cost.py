@@ -1,21 +1,17 @@
 """Time and memory of every stage, from short measurements."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.distributed.microbatch import activations
 from privimage.evaluation.benchmark import RECIPES
 from privimage.evaluation.report import BENCHMARK
 from privimage.families import family
 from privimage.families.base import image_shape
-from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
+from privimage.families.work import PARAMETER_BYTES, Work, classifier_pass, seconds_of_a_pass
 from privimage.models import parameters
-from privimage.models.benchmark import SIZES, benchmark_classifier
 from privimage.models.local_frequencies import LocalFrequencies
-from privimage.models.resnet import classifier, resnet9
+from privimage.models.resnet import classifier
 from privimage.privacy.plan import PrivacyPlan
 
 # Seconds of scikit-learn's classifiers per image, pixel and epoch, of one core: LR, MLP.
@@ -33,30 +29,6 @@ def work_of(config: Config, plan: PrivacyPlan, count: int, classes: int, device:
     found = [*_query(config, count, device), *_classify(config, count, classes, device)]
     found += family(config).work(config, plan, classes, device)
     return [*found, *_evaluate(config, classes, device)]
-
-
-@lru_cache
-def classifier_pass(
-    network: str, shape: tuple[int, int, int], classes: int, device: torch.device, precision: str
-) -> tuple[float, float]:
-    """Seconds of a forward pass of a classifier per image, and bytes of its activations.
-
-    `network` is one of `query.network`, "cnn", or of `evaluate.benchmark` as "small resnet"; `shape` is
-    (C, H, W).
-    """
-    size, _, name = network.partition(" ")
-    if size in SIZES:
-        model = benchmark_classifier(name, SIZES[size][name], shape[0], classes)
-    elif network == "cnn":
-        model = resnet9(shape[0], classes, shape[1])
-    else:
-        model = classifier(network, shape[0], classes)
-    model = model.to(device)
-
-    def forward(images: int) -> Tensor:
-        return model(torch.zeros(images, *shape, device=device))
-
-    return seconds_of_a_pass(forward, device, precision, 128), activations(forward, device, precision)
 
 
 def _query(config: Config, count: int, device: torch.device) -> list[Work]:

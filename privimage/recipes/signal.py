@@ -17,9 +17,6 @@ nine tenths of it.
 
 import math
 
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
-
 WIDEST = 10.0  # of x: 99.8 % of what can be reached
 
 
@@ -28,6 +25,8 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
     Balle and Wang 2018, Theorem 8.
     """
+    from scipy.optimize import brentq
+    from scipy.special import log_ndtr
 
     def excess(log_mu: float) -> float:
         mu = math.exp(log_mu)
@@ -54,4 +53,6 @@ def share(x: float) -> float:
 
 def needed(wanted: float) -> float:
     """The smallest x whose `share` is `wanted`, in (0, 0.99]."""
+    from scipy.optimize import brentq
+
     return float(brentq(lambda x: share(x) - min(wanted, 0.99), 1e-6, WIDEST))

@@ -4,11 +4,15 @@ from collections.abc import Iterator, Sequence
 
 from privimage.config import Config
 from privimage.families.work import Work
+from privimage.privacy.mechanisms.embedding import embedding_length
 from privimage.privacy.plan import default_delta
 from privimage.recipes.choose import private_parameters
 from privimage.recipes.signal import gaussian_mu, noise_over_signal, reach
 
 HOPELESS = 10  # times the hours that a run may take
+# Public images that a denoiser sees for each value of an image, below which it has hardly learned more than
+# a linear filter knows (docs/results.md): 61,000 of 32x32 pixels in colour. Small images are soon learned.
+SHOWN, SMALL = 20, 16
 
 
 def too_little_signal(config: Config, count: int, classes: int) -> Iterator[str]:
@@ -21,7 +25,7 @@ def too_little_signal(config: Config, count: int, classes: int) -> Iterator[str]
     epsilon, delta = config.privacy.epsilon, config.privacy.delta or default_delta(count)
     if config.spec.training == "match":
         # A row of the embedding has norm 1 / classes at most, and noise of sigma / N in each of F numbers.
-        parameters = config.match.features
+        parameters = embedding_length(config)
         ratio = max(classes, 1) * noise_over_signal(parameters, count, epsilon, delta)
         what = f"{parameters:,} features of {max(classes, 1)} classes"
     else:
@@ -42,6 +46,24 @@ def _enough(ratio: float, count: int, epsilon: float, delta: float) -> float:
     wanted = ratio * reach(count, epsilon, delta) / count
     steps = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 3, 5)]
     return next((step for step in steps if gaussian_mu(step, delta) >= wanted), steps[-1])
+
+
+def too_little_pretraining(config: Config) -> Iterator[str]:
+    """A line where a denoiser sees too few public images to learn what an image is.
+
+    `config` has no `auto`.
+    """
+    data, settings = config.data, config.pretrain
+    if config.spec.generator != "diffusion" or "pretrain" not in config.stages or settings.start_from:
+        return
+    shown, needed = settings.steps * settings.batch_size, SHOWN * data.channels * data.resolution**2
+    if data.resolution > SMALL and shown < needed:
+        yield (
+            f"pretrain.steps: {settings.steps:,} of {settings.batch_size} show the network {shown:,} public "
+            f"images; it takes {needed:,} at least to learn what an image of {data.resolution} pixels a side "
+            "is, and more for details: expect coloured noise. Give it more time (run.hours, --hours), a "
+            "smaller data.resolution, or starter weights (pretrain.start_from)"
+        )
 
 
 def too_long(config: Config, work: Sequence[Work], ranks: int = 1) -> Iterator[str]:

@@ -69,7 +69,8 @@ def assemble(
         raise UserError(
             f"{folder}: could not be written ({error.strerror or error}); make room and run again"
         ) from None
-    about = About(labelled, has_model, rows, config.synthesize.formats, drawn_later)
+    simulator = config.evolve.api if config.spec.training == "evolve" and config.evolve.simulated else None
+    about = About(labelled, has_model, rows, config.synthesize.formats, simulator, drawn_later)
     write_whole(folder / "README.md", card(synthetic, said, about).encode())
     require_allowed(folder)
 

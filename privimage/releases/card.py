@@ -31,10 +31,13 @@ GENERATORS = {
     "matching": "A generator",
     "evolution": "A diffusion model",
 }
+SIMULATORS = {
+    "glyphs": "A renderer of characters, in place of a model (Lin et al. 2025, arXiv:2502.05505), drew images"
+}
 TRAINING = {
     "finetune": "then learnt from the sensitive images by DP-SGD: each image's gradient was clipped, and "
     "noise was added to their sum",
-    "match": "then learnt from one noisy mean of random features of the sensitive images",
+    "match": "then learnt from one noisy mean of features of the sensitive images",
     "evolve": "then had its samples voted for by the sensitive images, with noise on the votes",
 }
 WITHOUT_NOISE = "then learnt from the sensitive images without protection"
@@ -49,6 +52,7 @@ class About:
     has_model: bool
     rows: list[int]  # the classes of the rows of samples.png; none where it has none
     formats: tuple[str, ...]
+    simulator: str | None = None  # what made the images, in place of a model
     drawn_later: int | None = None  # the seed, for images drawn from a released model afterwards
 
 
@@ -56,6 +60,9 @@ def card(synthetic: SyntheticSet, said: dict[str, Any], about: About) -> str:
     """README.md of a folder that holds `synthetic` under the statement `said` (PRIVACY.json)."""
     method = METHODS[said["method"]]
     training = TRAINING[method.training] if method.private else WITHOUT_NOISE
+    first = f"{GENERATORS[method.generator]} {PRETRAINING[method.pretraining]}"
+    if about.simulator:
+        first = SIMULATORS[about.simulator]
     return page(
         "card.md.j2",
         _header(synthetic, about),
@@ -65,7 +72,7 @@ def card(synthetic: SyntheticSet, said: dict[str, Any], about: About) -> str:
         synthetic=synthetic,
         about=about,
         classes=[_plain(name) for name in synthetic.classes],
-        made=f"{GENERATORS[method.generator]} {PRETRAINING[method.pretraining]}, {training}.",
+        made=f"{first}, {training}.",
         # What is drawn later has its labels in turn.
         counted=about.drawn_later is None and any(m["name"] == LabelCounts.name for m in said["mechanisms"]),
         paper=PAPERS.get(said["method"]),

@@ -32,7 +32,7 @@ from privimage.families import family, pretrained_family
 from privimage.privacy import account
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import make_plan
-from privimage.recipes.usefulness import too_little_signal
+from privimage.recipes.usefulness import too_little_pretraining, too_little_signal
 from privimage.releases.formats import FORMATS
 from privimage.runs import room, starters
 from privimage.runs.devices import devices
@@ -104,6 +104,8 @@ def packages(visit: Visit) -> Iterator[str]:
         wanted["sklearn"] |= stages & set(SENSITIVE)
     if config.data.public.kind == "glyphs":
         wanted["matplotlib"] |= stages & {"prepare"}
+    if "evolve" in config.stages and config.evolve.api == "glyphs":
+        wanted["matplotlib"] |= stages & {"evolve", "synthesize"}
     if config.pretrain.engine == "deepspeed":
         wanted["deepspeed"] = stages & {"pretrain"}
     for module, needed_by in wanted.items():
@@ -179,8 +181,10 @@ def engine_settings(visit: Visit) -> None:
 
 
 def feature_weights(visit: Visit) -> None:
-    """The weights of the fidelity measures are there and what they should be."""
-    settings = visit.config.evaluate
+    """The weights of networks whose features are compared are there and what they should be."""
+    settings, by = visit.config.evaluate, visit.config.evolve.features
+    if "evolve" in visit.stages and by != "query":
+        extractor.given(by, "evolve.features")
     if "evaluate" in visit.stages:
         extractor.weights_for(settings.features, settings.inception_weights)
         extractor.vision(settings.vision_weights)
@@ -240,7 +244,9 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
 
 
 def usefulness(visit: Visit) -> None:
-    """Say where noise must drown what the set can teach; the run goes on."""
+    """Say where noise must drown what the set can teach, or time is too short; the run goes on."""
+    if visit.needs(["pretrain"]):
+        visit.warnings += too_little_pretraining(visit.config)
     if visit.needs(TRAINING) and visit.sensitive is not None and visit.count is not None:
         visit.warnings += too_little_signal(visit.config, visit.count, visit.rows or 0)
 

@@ -15,6 +15,7 @@ from privimage.data.writers import PAGE_BYTES
 from privimage.families.base import image_shape
 from privimage.models import parameters
 from privimage.models.resnet import classifier
+from privimage.privacy.mechanisms.embedding import embedding_length
 from privimage.storage.rundir import RunDir
 
 LOGS = 16 << 20  # bytes of curves, figures and reports
@@ -40,15 +41,16 @@ def written(
     # A JPEG has about a quarter of the bytes; this is an upper estimate.
     jpeg = config.data.store != "npy" and config.data.resolution >= JPEG_FROM and beton.ffcv_installed()
     stored = pixels // 2 if jpeg else pixels
+    embedding = 8 * embedding_length(config) * max(rows, 1)
     found = {
         "prepare": 2 * count * (stored + 64) + PAGE_BYTES,  # in parts, then put together
         "query": 0,
         "select": 0,
         "pretrain": TRAINING * weights,
-        "warm": TRAINING * weights + 8 * config.match.features * max(rows, 1),
+        "warm": TRAINING * weights + embedding,
         "classify": 0,
         "finetune": TRAINING * weights,
-        "match": TRAINING * weights + 8 * config.match.features * max(rows, 1),
+        "match": TRAINING * weights + embedding,
         "evolve": 4 * weights + 3 * pixels * config.evolve.population * max(rows, 1),
         # Blocks and arrays, each other format with its headers, and the weights twice.
         "synthesize": samples * (2 * pixels + len(config.synthesize.formats) * (pixels + 1024)) + 8 * weights,

@@ -1,6 +1,6 @@
 """Public stages that several runs have in common are done once, and kept in the folder `run.shared`.
 
-Only what depends on public images alone is kept or taken (`Method.public_stages`); the selection and all that
+Only what depends on public images alone is kept or taken (`Config.public_stages`); the selection and all that
 follows from it depend on the sensitive set, and each run makes its own. Entries are named by a digest of
 everything that their content depends on.
 """
@@ -87,7 +87,7 @@ def _place(stage: str, config: Config, run: RunDir, world: World) -> Path | None
 
     None for one that may not be shared, and where nothing is to be shared.
     """
-    if config.run.shared is None or stage not in config.spec.public_stages:
+    if config.run.shared is None or stage not in config.public_stages:
         return None
     # ranks draw their own augmentations and noise, and sums on another device or version are rounded
     # otherwise

@@ -33,10 +33,10 @@ def central_means(
         count = mechanism.parts * rows
         total = torch.zeros(count, mechanism.values, dtype=torch.int64, device=world.device)
 
-        def summed(block: Tensor, of_block: Tensor, sizes: Tensor, _: int) -> Tensor:
-            return central_sum(block, of_block, sizes, count, mechanism)
+        def add(block: Tensor, of_block: Tensor, groups: Tensor, _: int) -> None:
+            total.add_(central_sum(block, of_block, groups, count, mechanism))
 
-        return sum_over_ranks(world, images, places, total, summed)
+        return sum_over_ranks(world, images, places, total, add)
 
     def noisy(total: np.ndarray, key: bytes) -> np.ndarray:
         return noisy_central_means(total, mechanism, source, key)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from privimage.config import Config
 from privimage.distributed.blocks import BLOCK, blockwise
@@ -17,8 +18,15 @@ from privimage.errors import Stopped
 from privimage.families.base import image_shape
 from privimage.models.local_frequencies import LocalFrequencies
 from privimage.privacy.mechanisms import NoisyGradients
-from privimage.privacy.mechanisms.classifier import FEATURE, RESIDUAL, gradient_sum, whole_features
-from privimage.privacy.noise import gaussian
+from privimage.privacy.mechanisms.classifier import (
+    FEATURE,
+    Alike,
+    gradient_sum,
+    images_behind,
+    noisy_gradient,
+    whole_features,
+)
+from privimage.privacy.mechanisms.vectors import shortened
 from privimage.stages.noisy_statistic import (
     Drawn,
     Sensitive,
@@ -38,11 +46,11 @@ PER_RATE, LARGEST_RATE = 1000.0, 8.0
 
 @dataclass(frozen=True)
 class _Block:
-    """Sensitive images as the classifier sees them, always as many: `_blocks` fills the last one up."""
+    """Sensitive images of some groups as the classifier sees them."""
 
-    features: Tensor  # int16 (B, d); zero for what only fills
+    features: Tensor  # int16 (B, d)
     labels: Tensor  # int64 (B,)
-    sizes: Tensor  # int64 (B,), of their groups
+    alike: Alike
 
 
 def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive: Sensitive) -> Drawn:
@@ -78,53 +86,59 @@ def _blocks(config: Config, world: World, sensitive: Sensitive) -> Iterator[_Blo
     """This rank's blocks of the sensitive set, in turn with the other ranks."""
     images, shape = sensitive.images, image_shape(config)
     features, size = LocalFrequencies(shape, world.device), block_size(shape, BLOCK)
-    for block, labels, sizes in blocks_of_rank(world, images, images.labels, size):
-        ((_, found),) = blockwise(features, block, size=size)
-        more = size - len(labels)
-        yield _Block(
-            torch.nn.functional.pad(whole_features(found), (0, 0, 0, more)),
-            torch.nn.functional.pad(labels, (0, more)),
-            torch.nn.functional.pad(sizes, (0, more), value=1),
-        )
+
+    def seen(block: Tensor) -> Tensor:
+        return whole_features(features(block))
+
+    for block, labels, groups in blocks_of_rank(world, images, images.labels, size):
+        found = torch.cat([part for _, part in blockwise(seen, block, size=size)])
+        yield _Block(found, labels, Alike(found, groups))
 
 
 def _descended(
     config: Config, world: World, sensitive: Sensitive, plan: NoisyGradients, blocks: list[_Block], name: str
 ) -> np.ndarray:
     """Weights float64 (classes, d) after T noisy steps: the mean over the second half of them."""
-    rate = config.classify.learning_rate or learning_rate(plan)
     weights = np.zeros((sensitive.rows, plan.features))
     velocity, mean = np.zeros_like(weights), np.zeros_like(weights)
     for step in range(plan.steps):
         if stop.agreed(world):
             raise Stopped("classify: it begins again")
-        total = _gradient(world, blocks, weights)
+        total = _gradient(config, world, blocks, weights, plan.weight)
         if world.is_main:
             key = noise_key(sensitive.account, plan, name, total, step)
-            noise = gaussian(config.privacy.noise_source, key, total.size, plan.step_deviation)
-            noisy = total * (FEATURE * RESIDUAL) + noise.reshape(total.shape)
-            velocity = MOMENTUM * velocity + noisy / plan.count
-            weights = weights - rate * velocity
+            noisy = noisy_gradient(total, plan, config.privacy.noise_source, key)
+            images = images_behind(noisy, plan)
+            velocity = MOMENTUM * velocity + noisy[:-1].reshape(weights.shape) / images
+            weights = weights - (config.classify.learning_rate or learning_rate(plan, images)) * velocity
         weights = world.broadcast_object(weights)
         if step >= plan.steps // 2:
             mean += weights / (plan.steps - plan.steps // 2)
     return mean
 
 
-def learning_rate(plan: NoisyGradients) -> float:
-    """The more there is to see through the noise, the longer steps may be; see `PER_RATE`."""
+def learning_rate(plan: NoisyGradients, images: float) -> float:
+    """The more images there are to see through the noise, the longer steps may be; see `PER_RATE`."""
     if not plan.standard_deviation:
         return LARGEST_RATE
-    return min(plan.count / plan.standard_deviation / PER_RATE, LARGEST_RATE)
+    return min(images / plan.standard_deviation / PER_RATE, LARGEST_RATE)
 
 
-def _gradient(world: World, blocks: list[_Block], weights: np.ndarray) -> np.ndarray:
-    """The sum of the clipped gradients of all images on all ranks, int64 (classes, d)."""
+def _gradient(
+    config: Config, world: World, blocks: list[_Block], weights: np.ndarray, weight: float
+) -> np.ndarray:
+    """See `gradient_sum`: that of all images on all ranks, int64."""
     of = TEMPERATURE * FEATURE * torch.from_numpy(weights).to(world.device)
-    total = torch.zeros(of.shape, dtype=torch.int64, device=world.device)
-    for block in blocks:
+    size = block_size(image_shape(config), BLOCK)
+    total = torch.zeros(of.numel() + 1, dtype=torch.int64, device=world.device)
+
+    def residual(features: Tensor, labels: Tensor) -> Tensor:
         # The derivative of the cross-entropy by the logits; the other factor are the features.
-        residuals = (block.features.double() @ of.T).softmax(1)
-        residuals[torch.arange(len(residuals), device=world.device), block.labels] -= 1
-        total += gradient_sum(block.features, residuals, block.sizes)
+        chances = (features.double() @ of.T).softmax(1)
+        return shortened(chances - F.one_hot(labels, len(of)))
+
+    for block in blocks:
+        parts = blockwise(residual, block.features, block.labels, size=size)
+        residuals = torch.cat([found for _, found in parts])
+        total += gradient_sum(block.features, residuals, block.alike, weight)
     return world.all_reduce_(total).cpu().numpy()

@@ -230,7 +230,7 @@ def _gradients(
     # A backward pass on grey images lets each convolution that has no backend yet time its own.
     gradients.backward(losses, *losses.probe(physical))
     gradients.convolutions.choices = world.broadcast_object(gradients.choices)
-    gradients.set_grad_sample_to_none()
+    gradients.clear()
     if world.is_main and record.get("computation") != without:
         write_json(path, {"computation": without, "backends": gradients.choices})
     return gradients, digest(backends=gradients.choices)

@@ -20,13 +20,29 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.models.edm import to_uint8, to_unit
-from privimage.privacy.mechanisms.moments import REACH, ClassMeans, Covariance, coordinates, matrix, products
-from privimage.stages.embedding import noisy_mean
+from privimage.privacy.identity import digest_of_tensors
+from privimage.privacy.mechanisms.embedding import Embedding, embedding_of
+from privimage.privacy.mechanisms.moments import (
+    COUNTED,
+    REACH,
+    ClassMeans,
+    Covariance,
+    coordinates,
+    counted,
+    matrix,
+    products,
+)
+from privimage.privacy.mechanisms.vectors import length
+from privimage.stages.embedding import noisy_sum
 from privimage.stages.noisy_statistic import Drawn, Sensitive
 from privimage.stages.public_set import pretraining_set
 from privimage.storage.rundir import RunDir
 
 SEEN = 20_000  # public images that moments are computed from, at most
+RAREST = 0.1  # of an equal share: a class is taken to have at least as many images
+# Of the spread of public images along any direction: without it a classifier would learn from directions
+# along which noise has left nothing.
+LEAST_SPREAD = 0.25
 
 
 class Coordinates:
@@ -85,7 +101,7 @@ class GaussianImages:
         self.config, self.shape = config, image_shape(config)
         at = Coordinates(self.shape, found.means.shape[1])
         values, vectors = np.linalg.eigh(found.covariance)
-        # Noise may have made some negative.
+        # Those that noise has made negative, where no public images have helped.
         root = torch.from_numpy(vectors * np.sqrt(values.clip(min=0)))
         to_pixels = at.basis * at.length
         self.means = (to_pixels @ torch.from_numpy(found.means).T).T.float().to(world.device)
@@ -108,10 +124,10 @@ def moments(
     """
     at, plan = Coordinates(image_shape(config), coordinates(config)), sensitive.account.plan
     public = _public(config, run_dir, world, sensitive.rows, at)
-    drawn = partial(noisy_mean, config, run_dir, world, sensitive)
+    drawn = partial(noisy_sum, config, run_dir, world, sensitive)
     first, second = plan.the(ClassMeans), plan.the(Covariance)
-    means = drawn(first, folder / "means.npz", sensitive.rows, lambda images, _: at.of(images))
-    estimate = _means(means.values, first, public, at)
+    means = drawn(first, folder / "means.npz", sensitive.rows, lambda images, _: counted(at.of(images)))
+    estimate = _means(embedding_of(means.values, first), public, at)
     # Distances from the estimate, which is public by now.
     centre = torch.from_numpy(estimate).to(world.device)
 
@@ -120,44 +136,55 @@ def moments(
         # Shortened to the radius, so that no product is longer than 1.
         return products(distance / distance.norm(dim=1, keepdim=True).clamp(min=1.0))
 
-    covariance = drawn(second, folder / "covariance.npz", 1, spread)
-    found = Moments(estimate, _covariance(covariance.values, second, public, at))
+    covariance = drawn(second, folder / "covariance.npz", 1, spread, [digest_of_tensors([estimate])])
+    found = Moments(estimate, _covariance(embedding_of(covariance.values, second), public, at))
     return found, {first.stage: means, second.stage: covariance}
 
 
-def _means(noisy: np.ndarray, mechanism: ClassMeans, public: Moments | None, at: Coordinates) -> np.ndarray:
-    """Means of the classes (rows, d) from noisy sums over N: public ones, moved as far as noise allows."""
-    rows = len(noisy)
-    # A class has a share of 1 / rows of N, in public.
-    noisy, variance = noisy * rows, (mechanism.standard_deviation * rows / mechanism.count) ** 2
+def _means(noisy: Embedding, public: Moments | None, at: Coordinates) -> np.ndarray:
+    """Means of the classes (rows, d) from the noisy embedding (rows, d + 1) of coordinates with `COUNTED`
+    after them: public ones, moved as far as noise allows.
+    """
+    rows, longer = len(noisy.mean), length(COUNTED)
+    sums, shares = longer * noisy.mean[:, :-1], longer / COUNTED * noisy.mean[:, -1:]
+    # Where N is known, all images are of the only class.
+    sure = rows == 1 and noisy.known
+    shares = np.ones_like(shares) if sure else shares.clip(min=RAREST / rows)
+    variance = (longer * noisy.deviation / shares) ** 2
     # Without public images, classes are alike as far as noise hides their differences.
-    prior = public.means if public else np.broadcast_to(noisy.mean(0), noisy.shape)
-    return _believed(prior, noisy, variance, at.bands[None])
+    prior = public.means if public else np.broadcast_to(sums.sum(0) / shares.sum(), sums.shape)
+    return _believed(prior, sums / shares, variance, at.bands[None])
 
 
-def _covariance(
-    noisy: np.ndarray, mechanism: Covariance, public: Moments | None, at: Coordinates
-) -> np.ndarray:
-    """The covariance (d, d) from a noisy sum (1, d (d + 1) / 2) over N, as `_means`."""
+def _covariance(noisy: Embedding, public: Moments | None, at: Coordinates) -> np.ndarray:
+    """The covariance (d, d) from the noisy embedding (1, d (d + 1) / 2) of `products`, as `_means`."""
     d = len(at.bands)
-    spread = matrix(torch.from_numpy(noisy[0]), d).numpy() * REACH**2
+    spread = matrix(torch.from_numpy(noisy.mean[0]), d).numpy() * REACH**2
     # Off the diagonal, where nearly all entries are.
-    variance = (mechanism.standard_deviation * REACH**2 / mechanism.count) ** 2 / 2
+    variance = np.array((noisy.deviation * REACH**2) ** 2 / 2)
     prior = public.covariance if public else np.zeros((d, d))
-    return _believed(prior, spread, variance, 32 * at.bands[:, None] + at.bands[None])
+    values, vectors = np.linalg.eigh(
+        _believed(prior, spread, variance, 32 * at.bands[:, None] + at.bands[None])
+    )
+    # Noise has made some small or negative.
+    least = LEAST_SPREAD * (vectors * (prior @ vectors)).sum(0)
+    return (vectors * np.maximum(values, least)) @ vectors.T
 
 
-def _believed(prior: np.ndarray, noisy: np.ndarray, variance: float, bands: np.ndarray) -> np.ndarray:
-    """`prior` moved towards `noisy`, by empirical Bayes within each of `bands` (James and Stein 1961).
+def _believed(prior: np.ndarray, noisy: np.ndarray, variance: np.ndarray, bands: np.ndarray) -> np.ndarray:
+    """`prior` moved towards `noisy`, by empirical Bayes within each of `bands` (Morris 1983).
 
-    The mean square of the differences of a band is that of the true ones plus the `variance` of the noise.
+    The mean square of the differences of a band is that of the true ones plus the `variance` of the noise,
+    which is broadcast.
     """
     difference = noisy - prior
-    bands = np.broadcast_to(bands, difference.shape)
+    bands, variance = (np.broadcast_to(one, difference.shape) for one in (bands, variance))
     share = np.zeros_like(difference)
     for band in np.unique(bands):
-        square = (difference[bands == band] ** 2).mean()
-        share[bands == band] = max(0.0, 1 - variance / square) if square else 0.0
+        here = bands == band
+        signal = max(0.0, (difference[here] ** 2 - variance[here]).mean())
+        if signal:
+            share[here] = signal / (signal + variance[here])
     return prior + share * difference
 
 

@@ -1,7 +1,8 @@
 """A noisy statistic of the whole sensitive set: drawn and charged once, kept in a file of its stage."""
 
+import itertools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,14 +50,21 @@ def blocks_of_rank(
     world: World, images: ImageSet, places: np.ndarray, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's blocks of the set, in turn with the other ranks: images uint8 (B, C, H, W), their `places`
-    int64 (B,) of (N,), and the sizes int64 (B,) of their groups; B is `size`, or less in the last one.
+    int64 (B,) of (N,), and their groups int64 (B,).
+
+    A block has all images of its groups: those of which the first is among the next `size` images, group by
+    group. Where each image is its own group, B is `size`, or less in the last one.
     """
-    arrays = images.images, places, images.group_sizes
-    for start in range(world.rank * size, len(places), world.size * size):
-        block, of_block, sizes = (
-            torch.from_numpy(array[start : start + size]).to(world.device) for array in arrays
-        )
-        yield block, of_block, sizes
+    order = np.argsort(images.groups, kind="stable")
+    groups = images.groups[order]
+    first = np.flatnonzero(np.diff(groups, prepend=-1))  # images with which groups begin
+    edges = np.append(first, len(order))[np.searchsorted(first, np.arange(0, len(order) + size, size))]
+    for start, end in list(itertools.pairwise(edges.tolist()))[world.rank :: world.size]:
+        if start < end:
+            chosen = order[start:end]
+            arrays = images.images[chosen], places[chosen], groups[start:end]
+            block, of_block, own = (torch.from_numpy(array).to(world.device) for array in arrays)
+            yield block, of_block, own
 
 
 def sum_over_ranks(
@@ -64,16 +72,16 @@ def sum_over_ranks(
     images: ImageSet,
     places: np.ndarray,
     total: Tensor,
-    summed: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    add: Callable[[Tensor, Tensor, Tensor, int], None],
 ) -> np.ndarray:
-    """`total` int64, of zeros, to which `summed(images, places, sizes, block)` of all blocks is added.
+    """`total` int64, of zeros, to which `add(images, places, groups, size)` adds every block of all ranks.
 
-    A block is that of `blocks_of_rank`; `block` is the largest B. Blocks of one size and sums of whole
-    numbers: the result is the same to the bit for any number of ranks, which call this together.
+    A block is that of `blocks_of_rank` of the `size`. Images of a group are in one block, and sums are of
+    whole numbers: the result is the same to the bit for any number of ranks, which call this together.
     """
     size = block_size(images.images.shape, BLOCK)
-    for block, of_block, sizes in blocks_of_rank(world, images, places, size):
-        total += summed(block, of_block, sizes, size)
+    for block, of_block, groups in blocks_of_rank(world, images, places, size):
+        add(block, of_block, groups, size)
     return world.all_reduce_(total).cpu().numpy()
 
 
@@ -86,6 +94,7 @@ def draw_once(
     path: Path,
     exact: Callable[[str], np.ndarray],
     noisy: Callable[[np.ndarray, bytes], np.ndarray],
+    inputs: Sequence[bytes] = (),
 ) -> Drawn:
     """The statistic in `path`, or the only one that is ever drawn: see `draw_once_by`.
 
@@ -100,7 +109,7 @@ def draw_once(
         account.charge_once(mechanism, name, world, run_dir.path)
         return noisy(total, noise_key(account, mechanism, name, total)) if world.is_main else None
 
-    return draw_once_by(config, run_dir, world, sensitive, mechanism, path, draw)
+    return draw_once_by(config, run_dir, world, sensitive, mechanism, path, draw, inputs)
 
 
 def noise_key(account: Account, mechanism: Mechanism, name: str, total: np.ndarray, step: int = 0) -> bytes:
@@ -120,18 +129,20 @@ def draw_once_by(
     mechanism: Mechanism,
     path: Path,
     draw: Callable[[str], np.ndarray | None],
+    inputs: Sequence[bytes] = (),
 ) -> Drawn:
     """What `draw(name)` charges under this name and returns on the main rank, or what is in `path` from
     before; all ranks call it together.
 
-    The folder of `path` is the stage's. Raises UserError if it was drawn before and is lost or damaged.
+    The folder of `path` is the stage's; `inputs` are digests of what sees the images, as a network. Raises
+    UserError if it was drawn before and is lost or damaged.
     """
     account = sensitive.account
     if not told.exists(path, world):
         # The charge is named by public inputs and the set as a whole.
         stage = path.parent.name
         own = {"plan": account.plan.to_dict(), "rows": sensitive.rows, "mechanism": mechanism.stage}
-        identity = computation(world, account.root, sensitive.images.content, config, stage, own)
+        identity = computation(world, account.root, sensitive.images.content, config, stage, own, inputs)
         name = charge_name(account.root, identity).hex()
         values = draw(name)
         if values is not None:

@@ -16,10 +16,13 @@ from privimage.distributed.world import World
 from privimage.families import warmed_family
 from privimage.families.base import image_shape
 from privimage.families.generator import generated
+from privimage.families.matching import FeatureMap
 from privimage.privacy.account import Behind, merged, open_account
 from privimage.privacy.mechanisms import CentralImages, WarmEmbedding
+from privimage.privacy.mechanisms.embedding import embedding_of
 from privimage.stages.central import central_means, enlarged, moved
-from privimage.stages.embedding import matched_generator, mean_embedding
+from privimage.stages.embedding import embedding_sums, matched_generator
+from privimage.stages.features import feature_map
 from privimage.stages.moments import GaussianImages, moments
 from privimage.stages.noisy_statistic import Sensitive
 from privimage.stages.public_set import pretraining_set, public_stream
@@ -78,10 +81,12 @@ def _starts(config: Config, run_dir: RunDir, world: World, sensitive: Sensitive)
         charges |= {stage: [drawn.charge] for stage, drawn in drawn_moments.items()}
         draws.append(GaussianImages(config, world, found))
     if "embedding" in config.warm_starts:
-        embedding = plan.the(WarmEmbedding)
-        drawn = mean_embedding(config, run_dir, world, sensitive, embedding, folder / "embedding.npz")
+        embedding, features = plan.the(WarmEmbedding), feature_map(config, run_dir, world)
+        path = folder / "embedding.npz"
+        drawn = embedding_sums(config, run_dir, world, sensitive, embedding, path, features)
         charges[embedding.stage] = [drawn.charge]
-        draws.append(_of_embedding(config, run_dir, world, sensitive.n_classes, drawn.values))
+        mean = embedding_of(drawn.values, embedding).mean
+        draws.append(_of_embedding(config, run_dir, world, sensitive.n_classes, mean, features))
     if "central" in config.warm_starts:
         central = plan.the(CentralImages)
         drawn = central_means(config, run_dir, world, sensitive, central, folder / "central.npz")
@@ -106,10 +111,10 @@ def _public(
 
 
 def _of_embedding(
-    config: Config, run_dir: RunDir, world: World, n_classes: int, embedding: np.ndarray
+    config: Config, run_dir: RunDir, world: World, n_classes: int, embedding: np.ndarray, features: FeatureMap
 ) -> Draw:
-    """New images of the generator that matches the embedding, labels in turn."""
-    trained = matched_generator(config, run_dir, world, n_classes, embedding, "warm/match")
+    """New images of the generator that matches the embedding by `features`, labels in turn."""
+    trained = matched_generator(config, run_dir, world, n_classes, embedding, "warm/match", features)
     generator, draws = trained.frozen(averaged=True), ImageDraws(world.device)
 
     def draw(step: int, places: Tensor) -> tuple[Tensor, Tensor]:

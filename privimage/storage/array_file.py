@@ -38,6 +38,9 @@ class ArrayFile:
             return rows
         indices = np.asarray(key)
         rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        if len(indices) and (np.diff(indices) == 1).all():
+            self._read(rows, int(indices[0]))  # neighbours: one read
+            return rows
         for row, index in zip(rows, indices.tolist(), strict=True):
             self._read(row[None], index)
         return rows

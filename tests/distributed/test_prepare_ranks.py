@@ -121,7 +121,7 @@ def test_kills_and_a_stop_change_no_byte() -> None:
         sys.executable,
         str(REPOSITORY / "benchmarks" / "prepare.py"),
         "--images",
-        "2000",
+        "1000",
         "--kills",
         "1",
     ]

@@ -18,7 +18,7 @@ from privimage.storage.files import read_json
 PERSONS = 200
 METHODS = {
     "privimage+g": (),
-    "dp-merf": (),
+    "dp-merf": ("match.embedding=network",),
     "private-evolution": (),
     "privimage+d": (
         *("warm.starts=[embedding,central]", "warm.parts=2", "warm.steps=4", "warm.batch_size=16"),
@@ -89,6 +89,8 @@ def test_the_statement_speaks_of_groups(run: Config) -> None:
         assert {"noisy mean embedding for the warm start", "central images", NoisyGradients.name} <= set(used)
     for one in said["mechanisms"]:
         assert "group" in one["claim"], one
+        by_network = run.method == "dp-merf"
+        assert ("features of a network that was trained on public images" in one["claim"]) is by_network
     # What was charged is what is stated.
     assert sum(one.count for one in charges(run.run.dir)) == sum(one["count"] for one in said["mechanisms"])
 

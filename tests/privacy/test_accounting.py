@@ -8,7 +8,8 @@ import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
 
-from privimage.privacy.accounting import SampledGaussian, epsilon, noise_beside, training_noise
+from privimage.privacy.accounting import SampledGaussian, epsilon
+from privimage.privacy.calibration import noise_beside, training_noise
 
 MIXES = [
     (SampledGaussian(1.0),),

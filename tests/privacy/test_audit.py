@@ -20,6 +20,7 @@ from privimage.config import Config, load
 from privimage.distributed.world import World
 from privimage.privacy import audit, dpsgd
 from privimage.privacy.accounting import SampledGaussian, epsilon, profile
+from privimage.privacy.audit import Game
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
@@ -119,6 +120,11 @@ def test_canaries_that_stand_or_fall_together_are_covered() -> None:
     assert refuted(gaussian((1.0, 0.97), (0.1, 0.03)), 1000, 800, 800, 0.05)
 
 
+def bound(found: list[list[Finding]]) -> float:
+    """The lower bound on the epsilon of all mechanisms."""
+    return audit.best(found[-1]).epsilon
+
+
 def play_gaussian(rng: np.random.Generator, canaries: int, deviation: float, guesses: int) -> int:
     coins = rng.random(canaries) < 0.5
     return audit.guess(coins, coins + deviation * rng.standard_normal(canaries), guesses)
@@ -143,7 +149,7 @@ def test_the_bound_becomes_tight() -> None:
 
     The bound rises towards 2 with their number.
     """
-    plan, bounds = PLAN.the(DPSGD), []
+    bounds = []
     for guesses in (100, 1000, 10_000):
         right = round(guesses / (1 + math.exp(-2.0)))
         low, high = 0.0, 5.0
@@ -158,18 +164,20 @@ def test_the_bound_becomes_tight() -> None:
         assert low <= math.log(exact / (1 - exact)) + 1e-3
         bounds.append(low)
     assert bounds == sorted(bounds) and bounds[-1] > 1.75
-    assert find(plan, 1e-9, 10_000, 10_000, right, 0.05).any_epsilon == pytest.approx(bounds[-1], abs=2e-3)
+    assert find(PLAN.compositions, 1e-9, 10_000, 10_000, right, 0.05).any_epsilon == pytest.approx(
+        bounds[-1], abs=2e-3
+    )
 
 
 def test_the_curve_of_the_mechanism_tells_more_than_one_point() -> None:
     """What refutes (epsilon, delta) refutes every mechanism of the planned kind that has it."""
     for right in (70, 100):
-        found = find(PLAN.the(DPSGD), PLAN.delta, 500, 100, right, 0.05)
+        found = find(PLAN.compositions, PLAN.delta, 500, 100, right, 0.05)
         assert found.any_epsilon <= found.epsilon + 0.02
 
 
 def test_chance_refutes_nothing() -> None:
-    assert find(PLAN.the(DPSGD), PLAN.delta, 500, 100, 50, 0.05) == Finding(100, 50, 0.0, 0.0)
+    assert find(PLAN.compositions, PLAN.delta, 500, 100, 50, 0.05) == Finding(100, 50, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -193,7 +201,8 @@ def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(
         return samples[-1]
 
     monkeypatch.setattr(dpsgd, "poisson_sample", spy)
-    coins, scores = audit.play(config, plan, 100, root, ALONE, noise_factor=0.0)
+    coins = audit.tossed(config, 100, root)
+    scores = audit.train(Game(config, PLAN, root, ALONE, noise_factor=0.0), coins)
     present = np.flatnonzero(coins)
     assert len(samples) == plan.steps and max(sample.max() for sample in samples) < len(present)
     parts = np.zeros(100)
@@ -205,15 +214,16 @@ def test_a_canary_scores_c_for_each_step_in_which_it_takes_part(
 
 def test_an_absent_canary_scores_noise_of_the_planned_deviation(config: Config) -> None:
     """About 500 numbers against N(0, T (sigma C)^2): Kolmogorov-Smirnov, false-alarm rate 1e-3, fixed key."""
-    coins, scores = audit.play(config, PLAN.the(DPSGD), 1000, insecure_fixed(2), ALONE)
+    coins = audit.tossed(config, 1000, insecure_fixed(2))
+    scores = audit.train(Game(config, PLAN, insecure_fixed(2), ALONE), coins)
     assert stats.kstest(scores[~coins] / (2.0 * 0.01 * 30**0.5), "norm").pvalue > 1e-3
 
 
 def test_the_audit_passes_and_fails_with_a_tenth_of_the_noise(config: Config) -> None:
     """Fixed keys; with others the first would be a false alarm with probability 0.05 at most."""
     claim = epsilon((PLAN.the(DPSGD).composition,), PLAN.delta)
-    planned = audit.best(audit.audit(config, PLAN, 600, 0.95, insecure_fixed(3), ALONE))
-    broken = audit.best(audit.audit(config, PLAN, 600, 0.95, insecure_fixed(4), ALONE, noise_factor=0.1))
+    planned = bound(audit.audit(Game(config, PLAN, insecure_fixed(3), ALONE), 600, 0.95))
+    broken = bound(audit.audit(Game(config, PLAN, insecure_fixed(4), ALONE, noise_factor=0.1), 600, 0.95))
     assert 0.5 < planned <= claim < broken
 
 
@@ -224,14 +234,18 @@ from privimage.distributed.world import connect
 from privimage.privacy import audit, dpsgd
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import DPSGD
+from privimage.privacy.plan import PrivacyPlan
 from ranks import TINY
 
 config = load(TINY, ["runtime.threads=1"])
 world = connect(config.runtime)
-plan = DPSGD(
+training = DPSGD(
     count=1000, logical_batch_size=300, steps=30, noise_multiplier=2.0, max_grad_norm=0.01, noise_copies=2
 )
-found = [audit.play(config, plan, 600, insecure_fixed(5), world, factor)[1].tolist() for factor in (0.0, 1.0)]
+plan, root = PrivacyPlan(10.0, 1e-5, "pld", (training,)), insecure_fixed(5)
+coins = audit.tossed(config, 600, root)
+games = [audit.Game(config, plan, root, world, factor) for factor in (0.0, 1.0)]
+found = [audit.train(game, coins).tolist() for game in games]
 print(json.dumps(found))
 world.close()
 """
@@ -247,12 +261,9 @@ def test_several_ranks_are_audited_as_one(config: Config) -> None:
     first, *others = (json.loads(rank.out.splitlines()[-1]) for rank in ended)
     assert all(other == first for other in others)
     silent, scores = (np.array(part) for part in first)
-    assert np.allclose(
-        silent,
-        audit.play(config, PLAN.the(DPSGD), 600, insecure_fixed(5), ALONE, 0.0)[1],
-        rtol=1e-4,
-        atol=1e-9,
-    )
+    root = insecure_fixed(5)
+    alone = audit.train(Game(config, PLAN, root, ALONE, 0.0), audit.tossed(config, 600, root))
+    assert np.allclose(silent, alone, rtol=1e-4, atol=1e-9)
     total = ((scores - silent) ** 2).sum() / (30 * (2.0 * 0.01) ** 2)
     assert stats.chi2.sf(total, 600) > 1e-3 and stats.chi2.cdf(total, 600) > 1e-3
 
@@ -304,7 +315,7 @@ def test_canaries_of_several_images_refute_a_promise_for_images_and_none_for_gro
     """The same noise, fixed keys. A promise for images says nothing of 8 of them, and the audit shows it."""
     claim = epsilon((PLAN.the(DPSGD).composition,), PLAN.delta)
     found = {
-        unit: audit.best(audit.audit(config, plan, 600, 0.95, insecure_fixed(6), ALONE, images=8))
+        unit: bound(audit.audit(Game(config, plan, insecure_fixed(6), ALONE, images=8), 600, 0.95))
         for unit, plan in (("image", PLAN), ("group", of_groups(3)))
     }
     assert 0.5 < found["group"] <= claim < found["image"]
@@ -314,17 +325,19 @@ def test_groups_of_canaries_score_c_for_each_step_however_many_their_images(conf
     """Without noise: the mean over the images of a group, clipped once."""
     root, scores = insecure_fixed(1), []
     for images, per_group in ((1, 1), (8, 3)):
-        coins, found = audit.play(config, of_groups(per_group).the(DPSGD), 60, root, ALONE, 0.0, images)
-        scores.append(found)
+        game = Game(config, of_groups(per_group), root, ALONE, 0.0, images)
+        coins = audit.tossed(config, 60, root)
+        scores.append(audit.train(game, coins))
     assert np.allclose(scores[0], scores[1], rtol=1e-4) and scores[0][coins].min() > 0
 
 
 def test_where_a_unit_is_replaced_a_canary_is_one_of_two_opposites(config: Config) -> None:
     private = dataclasses.replace(PLAN.the(DPSGD), relation=Relation(neighbours="replace"))
-    coins, scores = audit.play(config, private, 60, insecure_fixed(1), ALONE, noise_factor=0.0)
-    assert ((scores > 0) == coins).all() and (scores != 0).all()
     plan = dataclasses.replace(PLAN, mechanisms=(private,))
+    coins = audit.tossed(config, 60, insecure_fixed(1))
+    scores = audit.train(Game(config, plan, insecure_fixed(1), ALONE, noise_factor=0.0), coins)
+    assert ((scores > 0) == coins).all() and (scores != 0).all()
     claim = epsilon((private.composition,), PLAN.delta)
-    planned = audit.best(audit.audit(config, plan, 600, 0.95, insecure_fixed(3), ALONE))
-    broken = audit.best(audit.audit(config, plan, 600, 0.95, insecure_fixed(4), ALONE, noise_factor=0.1))
+    planned = bound(audit.audit(Game(config, plan, insecure_fixed(3), ALONE), 600, 0.95))
+    broken = bound(audit.audit(Game(config, plan, insecure_fixed(4), ALONE, noise_factor=0.1), 600, 0.95))
     assert 0.5 < planned <= claim < broken

@@ -19,14 +19,16 @@ from privimage.distributed.blocks import BLOCK, blockwise, filled, in_blocks
 from privimage.distributed.world import World
 from privimage.families.denoising import DiffusionPrivate
 from privimage.families.gan import GanPrivate
+from privimage.models import vit
 from privimage.models.biggan import Generator
 from privimage.models.edm import to_unit
+from privimage.models.network_moments import NetworkMoments, Scales, pooled
 from privimage.models.random_features import RandomFeatures
 from privimage.models.resnet import classifier
 from privimage.models.semantic import SemanticQuery
 from privimage.privacy.batching import CPU_UNIT
 from privimage.privacy.gradients import FoldedGradients
-from privimage.stages.evolve import nearest
+from privimage.stages.nearest import nearest
 from privimage.stages.select import top_votes
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
@@ -49,10 +51,21 @@ def query(clusters: int) -> SemanticQuery:
     return SemanticQuery(classifier("resnet-small", 1, 50), centroids).eval()
 
 
+def moments() -> NetworkMoments:
+    network = query(0).network
+    public = torch.randn(50, *EIGHT, generator=torch.Generator().manual_seed(3))
+    return NetworkMoments(network, Scales.of(pooled(network, public)), CPU, torch.float64)
+
+
 def fakes() -> Callable[[Tensor], Tensor]:
     torch.manual_seed(0)
     generator = Generator(8, 1, 10, 16).eval()
     return lambda latents: generator(latents, torch.zeros(len(latents), dtype=torch.int64))
+
+
+def transformer() -> Callable[[Tensor], Tensor]:
+    torch.manual_seed(0)
+    return vit.VisionTransformer(vit.Size(64, 2, 56, 4, 0, clip=False)).eval()
 
 
 # Name: network, shape of an input, images in a block.
@@ -61,12 +74,14 @@ NETWORKS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], tuple[int, .
     "10 clusters": (lambda: query(10), EIGHT, BLOCK),
     "50 clusters": (lambda: query(50), EIGHT, BLOCK),
     "features": (lambda: query(0).network.features, EIGHT, BLOCK),
+    "network moments": (moments, EIGHT, BLOCK),
     "random features": (lambda: RandomFeatures(64, 60, 0.5, 0, CPU, torch.float64), EIGHT, BLOCK),
     "wide random features": (
         lambda: RandomFeatures(784, 1000, 0.5, 0, CPU, torch.float64),
         (1, 28, 28),
         BLOCK,
     ),
+    "vision transformer": (transformer, (3, 8, 8), 16),
     "generator": (fakes, (80,), 32),
 }
 

@@ -17,14 +17,25 @@ from ranks import TINY, charges, run_ranks, run_stages
 
 from privimage.config import Config, load
 from privimage.distributed import checkpoint
+from privimage.distributed.world import World
 from privimage.families.evolution import Population
+from privimage.models import vit
 from privimage.privacy.accounting import SampledGaussian
+from privimage.privacy.identity import settings_read
 from privimage.privacy.mechanisms.histogram import ONE, noisy_histogram, vote_counts
 from privimage.runs import pipeline
 from privimage.stages import evolve
+from privimage.stages.nearest import Features
 from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
 
-FIXED = ("method=private-evolution", "privacy.insecure_fixed_key=7", "pretrain.steps=8", "query.steps=6")
+FIXED = (
+    "method=private-evolution",
+    "privacy.insecure_fixed_key=7",
+    "pretrain.steps=8",
+    "query.steps=6",
+    "evolve.lookahead=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,7 @@ def settings(folder: Path, *overrides: str) -> Config:
 def population(folder: Path) -> dict[str, torch.Tensor]:
     state = checkpoint.load(folder / "evolve" / "weights.pt")
     assert state is not None
-    return {name: state["ema"][name] for name in ("images", "public", "chances")}
+    return {name: state["ema"][name] for name in ("images", "traits", "chances")}
 
 
 def same(one: Path, other: Path) -> bool:
@@ -93,9 +104,9 @@ def test_the_ledger_holds_the_planned_uses_and_nothing_else(undisturbed: Path) -
 def test_the_population_has_the_planned_form(undisturbed: Path) -> None:
     found = population(undisturbed)
     assert found["images"].shape == (10, 7, 1, 8, 8) and found["images"].dtype == torch.uint8
-    assert found["public"].min() >= 0 and found["public"].max() < len(
-        read_json(undisturbed / "prepare" / "done.json")["classes"]
-    )
+    classes = read_json(undisturbed / "prepare" / "done.json")["classes"]
+    assert found["traits"].shape == (10, 7, 1) and found["traits"].min() >= 0
+    assert found["traits"].max() < len(classes) and found["traits"].frac().eq(0).all()
     torch.testing.assert_close(found["chances"].sum(1), torch.ones(10, dtype=torch.float64))
 
 
@@ -151,25 +162,59 @@ def test_where_all_histograms_were_lost_the_run_ends_with_one_line(
     assert charges(folder)[0].count == 1
 
 
+@pytest.mark.parametrize(("made", "counted"), [("offspring", 1), ("ahead", 0)])
 def test_a_stopped_evolution_goes_on_to_the_same_population(
-    folder: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, undisturbed: Path, made: str, counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request comes while the second generation is made.
+    """The request comes while the second generation is made, or in the look-ahead of the first.
 
-    It is made again, and no vote is lost or repeated.
+    What was begun is made again, and no vote is lost or repeated.
     """
-    offspring = Population.offspring
+    make = getattr(Population, made)
 
     def signalled(self: Population, *arguments) -> tuple:
         os.kill(os.getpid(), signal.SIGUSR2)
-        return offspring(self, *arguments)
+        return make(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Population, "offspring", signalled)
+        patch.setattr(Population, made, signalled)
         assert pipeline.run(settings(folder), ["evolve"]) == 75
-    assert charges(folder)[0].count == 1
+    assert sum(charge.count for charge in charges(folder)) == counted
     assert pipeline.run(settings(folder), ["evolve"]) == 0
     assert same(folder, undisturbed) and charges(folder) == charges(undisturbed)
+
+
+def vision_weights(path: Path, seed: int = 0) -> Path:
+    """The weights of a DINOv2 of one layer and four patches."""
+    torch.manual_seed(seed)
+    torch.save(vit.VisionTransformer(vit.Size(64, 1, 112, 2, 0, clip=False)).state_dict(), path)
+    return path
+
+
+def test_a_simulator_and_a_given_network_need_no_public_stage(tmp_path: Path) -> None:
+    """Each takes the place of the network that a stage trains."""
+    own, rest = f"evolve.features={vision_weights(tmp_path / 'w.pth')}", ("evolve", "synthesize", "evaluate")
+    folder, simulated = tmp_path / "run", "evolve.api=glyphs"
+    assert settings(folder, own).stages == ("prepare", "pretrain", *rest)
+    assert settings(folder, simulated).stages == ("prepare", "query", *rest)
+    config = settings(folder, own, simulated, "evolve.iterations=1")
+    assert config.stages == rest
+    assert pipeline.run(config, ["evolve", "synthesize"]) == 0
+    found = population(folder)
+    assert found["traits"].shape == (10, 7, 41) and (found["images"].flatten(2).max(2).values > 100).all()
+    assert "A renderer of characters, in place of a model" in (folder / "release" / "README.md").read_text()
+
+
+def test_computations_are_named_by_the_weights_of_a_given_network_not_by_their_place(tmp_path: Path) -> None:
+    digests, alone = [], World(0, 0, 1, 1, torch.device("cpu"))
+    (tmp_path / "elsewhere").mkdir()
+    for name, seed in (("a.pth", 0), ("elsewhere/b.pth", 0), ("c.pth", 1)):
+        config = settings(tmp_path / "run", f"evolve.features={vision_weights(tmp_path / name, seed)}")
+        features = Features(config, RunDir(tmp_path / "run"), alone)
+        assert features(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).shape == (3, features.width) == (3, 64)
+        assert "evolve.features" not in settings_read(config, "evolve")
+        digests.append(features.digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 RANK = """
@@ -215,4 +260,4 @@ def test_a_public_set_without_labels_serves_too(tmp_path: Path) -> None:
     """The query network has then learnt from views of images, not from labels."""
     config = settings(tmp_path / "run", "data.public.labelled=false", "evolve.iterations=1")
     assert pipeline.run(config, ["prepare", "query", "pretrain", "evolve"]) == 0
-    assert population(tmp_path / "run")["public"].max() == 0
+    assert population(tmp_path / "run")["traits"].max() == 0

@@ -199,7 +199,7 @@ def test_a_layer_without_a_rule_is_refused_by_name() -> None:
 
 def test_the_module_is_itself_again_afterwards() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3))
-    assert FoldedGradients(module).to_standard_module() is module
+    assert FoldedGradients(module).detach() is module
     module(torch.randn(1, 1, 4, 4)).sum().backward()
     assert module[0].weight.grad is not None
 

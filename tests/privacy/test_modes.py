@@ -45,11 +45,14 @@ def privimage(folder: Path, umask: int, *arguments: str) -> subprocess.Completed
     )
 
 
-@pytest.fixture(scope="module", params=[0o000, 0o077], ids=["umask 000", "umask 077"])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all that a run leaves: report, figures, caches, curves, a shared stage."""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all that a run leaves: report, figures, caches, curves, a shared stage.
+
+    Its umask opens too much to the group, and too little to all others.
+    """
     folder = tmp_path_factory.mktemp("modes") / "run"
-    ended = privimage(folder, request.param, "run", "evaluate.before=true")
+    ended = privimage(folder, 0o007, "run", "evaluate.before=true")
     assert ended.returncode == 0, ended.stderr[-2000:]
     return folder
 

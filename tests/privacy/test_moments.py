@@ -12,10 +12,16 @@ from ranks import TINY, charges
 
 from privimage.config import load
 from privimage.distributed.world import ALONE
-from privimage.privacy.mechanisms.embedding import QUANTUM, embedding_sum
-from privimage.privacy.mechanisms.moments import coordinates, matrix, products
+from privimage.privacy.mechanisms.embedding import Embedding, embedding_sum
+from privimage.privacy.mechanisms.moments import (
+    coordinates,
+    counted,
+    matrix,
+    products,
+)
+from privimage.privacy.mechanisms.vectors import QUANTUM
 from privimage.runs import pipeline
-from privimage.stages.moments import Coordinates, GaussianImages, Moments, _believed
+from privimage.stages.moments import Coordinates, GaussianImages, Moments, _believed, _covariance, _means
 
 
 def squares(total: torch.Tensor) -> int:
@@ -36,12 +42,13 @@ def test_images_of_a_unit_move_each_sum_by_at_most_one(
     if kind != "noise":
         images[:] = {"black": 0, "white": 255}.get(kind, rng.choice([0, 255], images.shape))
     z = Coordinates((channels, 8, 8), count).of(torch.from_numpy(images))
-    labels, sizes = torch.from_numpy(rng.integers(0, rows, size)), torch.full((size,), size)
-    assert squares(embedding_sum(z, labels, sizes, rows)) <= QUANTUM**-2
+    labels, group = torch.from_numpy(rng.integers(0, rows, size)), torch.zeros(size, dtype=torch.int64)
+    assert squares(embedding_sum(counted(z), labels, group, rows)) <= QUANTUM**-2
+    assert counted(z).norm(dim=1).max() <= 1 + 1e-12  # rounded; sums shorten it
     # Whatever the means are: distances are shortened to a norm of 1.
     far = z - torch.from_numpy(rng.normal(size=(rows, z.shape[1])))[labels]
     far = far / far.norm(dim=1, keepdim=True).clamp(min=1.0)
-    assert squares(embedding_sum(products(far), torch.zeros_like(labels), sizes, 1)) <= QUANTUM**-2
+    assert squares(embedding_sum(products(far), torch.zeros_like(labels), group, 1)) <= QUANTUM**-2
 
 
 def test_products_are_outer_products_of_the_same_length():
@@ -67,10 +74,49 @@ def test_differences_are_believed_as_far_as_they_exceed_the_noise():
     rng = np.random.default_rng(0)
     bands = np.repeat([0, 1, 2], 4000)[None]
     true = rng.normal(size=bands.shape) * np.array([3.0, 1.0, 0.0])[bands]
-    believed = _believed(np.zeros_like(true), true + rng.normal(size=true.shape), 1.0, bands)
+    noisy = true + rng.normal(size=true.shape)
+    believed = _believed(np.zeros_like(true), noisy, np.array(1.0), bands)
     shares = [(believed * true)[bands == b].sum() / (true**2)[bands == b].sum() for b in (0, 1)]
     assert shares == pytest.approx([0.9, 0.5], abs=0.1)
     assert np.abs(believed[bands == 2]).max() < 0.5
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_rare_class_has_the_mean_of_its_images(public: bool):
+    """19 of 20 images are of one class: sums over N, and a share of N for each class, are told apart."""
+    rng, at, count, noise = np.random.default_rng(0), Coordinates((1, 8, 8), 20), 2000, 1.0
+    true, labels = rng.normal(size=(2, 20)) / 6, (np.arange(count) % 20 == 0).astype(int)
+    z = counted(torch.from_numpy(true[labels] + rng.normal(size=(count, 20)) / 100))
+    sums = np.stack([z[labels == row].sum(0) for row in (0, 1)]) + noise * rng.normal(size=(2, 21))
+    given_ = Moments(np.zeros((2, 20)), np.eye(20)) if public else None
+    found = _means(Embedding(sums / count, noise / count), given_, at)
+    # The noise on a mean is 1.1 / 1,900 for the frequent class and 1.1 / 100 for the rare one.
+    assert np.abs(found - true).max(1) == pytest.approx([0, 0], abs=0.05)
+    assert np.abs(found - true)[0].max() < 0.005
+
+
+def test_the_only_class_has_all_images():
+    at = Coordinates((1, 8, 8), 5)
+    z = torch.full((100, 5), 0.2, dtype=torch.float64)
+    sums = counted(z).sum(0, keepdim=True).numpy() / 100
+    sums[0, -1] = 0.9  # whatever noise says
+    assert np.allclose(_means(Embedding(sums, 0.01), None, at), 0.2, atol=0.02)
+    # Over a number that is noisy itself, both divided alike: of groups.
+    sums = 0.7 * counted(z).sum(0, keepdim=True).numpy() / 100
+    assert np.allclose(_means(Embedding(sums, 0.01, known=False), None, at), 0.2, atol=0.02)
+
+
+def test_no_direction_is_without_spread():
+    """Noise larger than the covariance: eigenvalues are not negative, and no less than a public quarter."""
+    rng, d = np.random.default_rng(0), 16
+    at = Coordinates((1, 8, 8), d)
+    public = np.diag(np.linspace(0.02, 0.001, d))
+    true = 2 * products(torch.from_numpy(np.linalg.cholesky(public)).T).sum(0).numpy() / 0.6**2
+    noisy = true + 5.0 * rng.normal(size=136) / 1000
+    found = _covariance(Embedding(noisy[None], 5.0 / 1000), Moments(np.zeros((1, d)), public), at)
+    values, vectors = np.linalg.eigh(found)
+    assert (values >= 0.2499 * np.einsum("ik,ij,jk->k", vectors, public, vectors)).all()
+    assert np.trace(found) == pytest.approx(2 * np.trace(public), rel=0.5)
 
 
 def test_gaussian_images_have_the_means_and_the_covariance():
@@ -101,7 +147,7 @@ def test_a_run_draws_each_moment_once_near_the_truth(tmp_path: Path, method: str
     used = sum(one.count for one in charges(tmp_path / "run"))
     assert used == (3 if method == "privimage+d" else 2)
     images = read_sensitive(config, "train")
-    noisy = np.load(tmp_path / "run" / "warm" / "means.npz")["values"]
-    z = Coordinates((1, 8, 8), coordinates(config)).of(torch.from_numpy(images.images)).numpy()
+    noisy = np.load(tmp_path / "run" / "warm" / "means.npz")["values"][:-1].reshape(10, -1)
+    z = counted(Coordinates((1, 8, 8), coordinates(config)).of(torch.from_numpy(images.images)))
     clean = np.stack([z[images.labels == row].sum(0) for row in range(10)]) / len(z)
-    assert np.abs(noisy - clean).max() < 0.05 and np.abs(clean).max() > 0.05
+    assert np.abs(noisy / len(z) - clean).max() < 0.05 and np.abs(clean).max() > 0.05

@@ -63,10 +63,9 @@ def test_a_plan_reads_back_from_json_and_names_its_mechanisms(method: str) -> No
 
 
 @pytest.mark.parametrize("method", ["dp-merf", "private-evolution"])
-def test_a_method_without_dp_sgd_has_nothing_to_audit(method: str) -> None:
-    with pytest.raises(
-        UserError, match=f"method: it draws from the sensitive set by {KINDS[method].name}, not by DP-SGD"
-    ):
+def test_a_method_without_dp_sgd_says_by_what_it_draws_and_is_audited(method: str) -> None:
+    name = KINDS[method].name
+    with pytest.raises(UserError, match=f"method: it draws from the sensitive set by {name}, not by DP-SGD"):
         _ = make_plan(load(TINY, [f"method={method}"]), 1437).the(DPSGD)
     told = subprocess.run(
         ["privimage", "audit", str(TINY), f"method={method}"],
@@ -75,4 +74,5 @@ def test_a_method_without_dp_sgd_has_nothing_to_audit(method: str) -> None:
         env=clean_environment(),
         check=False,
     )
-    assert told.returncode == 2 and "not by DP-SGD" in told.stderr and told.stderr.count("\n") == 1
+    # A true claim is refuted with probability 0.05 at most, by fresh coins and noise: not asked here.
+    assert name in told.stdout and "the audit sees the breach" in told.stdout, told.stderr

@@ -13,7 +13,8 @@ from torch import Tensor
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import NearestHistogram
 from privimage.privacy.mechanisms.histogram import ONE, noisy_histogram, vote_counts
-from privimage.stages.evolve import chances, nearest
+from privimage.stages.evolve import chances
+from privimage.stages.nearest import nearest
 
 HOSTILE = (0.0, 1e-45, 1e19, 3e38, -3e38, float("nan"), float("inf"), float("-inf"))
 

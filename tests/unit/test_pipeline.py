@@ -280,3 +280,11 @@ def test_the_command_answers_before_the_long_imports() -> None:
     )
     assert "finetune" in seen.stdout
     assert seen.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_rank_does_not_import_what_its_stage_may_not_need() -> None:
+    """dp-accounting is for plans and statements, Opacus for private steps, SciPy draws characters."""
+    heavy = ("dp_accounting", "opacus", "scipy", "sklearn", "matplotlib", "tensorboard")
+    code = f"import sys, privimage.runs.pipeline; print([n for n in {heavy!r} if n in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.splitlines()[-1] == "[]"

@@ -94,6 +94,11 @@ def other_weights(folder: Path) -> tuple[str, ...]:
     return (f"evaluate.inception_weights={folder / 'weights.pth'}",)
 
 
+def no_features(folder: Path) -> tuple[str, ...]:
+    torch.save({"layer.weight": torch.ones(3)}, folder / "weights.pth")
+    return "method=private-evolution", f"evolve.features={folder / 'weights.pth'}"
+
+
 DEEPSPEED = "pretrain.engine=deepspeed"
 # fmt: off
 MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
@@ -117,6 +122,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "no public folder": (lambda _: ("data.public.kind=folder", "data.public.path=lost"),
         "lost: no such file or folder"),
     "no public path": (lambda _: ("data.public.kind=beton",), "data.public.path: kind beton needs one"),
+    "no public set for features": (
+        lambda _: ("method=dp-merf", "match.embedding=network", "data.public.kind=npz",
+            "data.public.path=lost.npz"),
+        "lost.npz: no such file or folder",
+    ),
     "another shape": (public_store,
         "public.npy: holds images of shape (1, 16, 16), data.channels and data.resolution"),
     "one public class": (lambda d: (*public_npz(d), *good(d)),
@@ -152,6 +162,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
         "evaluate.inception_weights: evaluate.features=2048 needs"),
     "damaged weights": (file_of(b"text", "evaluate.inception_weights", "weights.pth"),
         "weights.pth: not a state dict"),
+    "weights of no network of features": (no_features,
+        "weights.pth: neither DINOv2's nor CLIP's vision transformer, nor Inception"),
     "other weights": (other_weights, "weights.pth: these are not the Inception 2015-12-05 weights"),
     "no vectors": (file_of(None, "evaluate.word_vectors", "words.npz"),
         "words.npz: No such file or directory"),
@@ -273,12 +285,12 @@ def test_other_methods_pass(method: str, door: Callable) -> None:
 def test_the_plan_that_was_made_at_the_door_is_not_made_again(
     door: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from privimage.privacy import accounting
+    from privimage.privacy import calibration
     from privimage.privacy.plan import make_plan
 
     made = ("privacy.accountant=rdp", "privacy.epsilon=9.5")
     assert door(*made)[0] == 0
-    monkeypatch.setattr(accounting, "_search", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(calibration, "_search", lambda *_: pytest.fail("made again"))
     assert make_plan(load(TINY, made), 1437).training.noise_multiplier > 0
 
 

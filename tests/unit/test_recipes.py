@@ -13,7 +13,8 @@ from privimage.commands import init
 from privimage.config import Config, load, parse
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
-from privimage.privacy.accounting import SampledGaussian, epsilon, training_noise
+from privimage.privacy.accounting import SampledGaussian, epsilon
+from privimage.privacy.calibration import training_noise
 from privimage.privacy.mechanisms import ClassMeans, NoisyGradients
 from privimage.privacy.plan import make_plan
 from privimage.recipes import Facts, automatic, choose, settled
@@ -21,7 +22,7 @@ from privimage.recipes.choose import Choice, applied, is_auto
 from privimage.recipes.labels import LEAST_OF_A_CLASS, WANTED, can_be_learned, labels_rise
 from privimage.recipes.settle import CHOSEN
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
-from privimage.recipes.usefulness import too_little_signal, too_long
+from privimage.recipes.usefulness import too_little_pretraining, too_little_signal, too_long
 from privimage.recipes.warm_start import MOST, NOISE, warm_rise
 from privimage.runs import pipeline
 from privimage.storage.rundir import RunDir
@@ -104,6 +105,12 @@ def test_noise_is_spent_where_it_teaches_most() -> None:
     most = reach(3000, 10, 1e-6)
     assert 0.85 < share(small.logical_batch_size * math.sqrt(small.steps) / most) < 0.97
     assert large.steps > 5 * small.steps and large.learning_rate < small.learning_rate
+    # Images of a person take the place of copies.
+    facts = Facts(3000, 2, 32, 3, 200, 10, 1e-6, 4, "cpu")
+    of_persons = bare().model_dump(mode="json")
+    of_persons["data"]["sensitive"]["group"], of_persons["privacy"]["unit"] = "person", "group"
+    choices = choose(parse(of_persons), facts, lambda _: SPEEDS)
+    assert choices["finetune.noise_copies"].value == 2
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,22 @@ def test_a_hopeless_run_is_told_with_what_to_change() -> None:
     assert not [*too_long(config, work, ranks=2)]
 
 
+@pytest.mark.parametrize(
+    ("steps", "resolution", "method", "told"),
+    [(959, 32, "privimage+d", True), (960, 32, "privimage+d", False), (959, 16, "privimage+d", False),
+     (959, 32, "privimage+g", False), (959, 32, "dpdm", False)],
+)  # fmt: skip
+def test_pretraining_that_is_too_short_for_an_image_is_told(
+    steps: int, resolution: int, method: str, told: bool
+) -> None:
+    """20 public images for each of 32 x 32 x 3 values are 960 steps of 64; GANs and others are not known."""
+    shape = [f"data.resolution={resolution}", "data.channels=3", "model.multipliers=[1,2,2]"]
+    config = load(TINY, [f"method={method}", f"pretrain.steps={steps}", "pretrain.batch_size=64", *shape])
+    lines = [*too_little_pretraining(config)]
+    assert len(lines) == told
+    assert not told or "show the network 61,376 public images; it takes 61,440 at least" in lines[0]
+
+
 @pytest.fixture
 def written(capsys: pytest.CaptureFixture, tmp_path: Path) -> Path:
     """A configuration of `init` for a small npz set of two classes."""
@@ -223,6 +246,25 @@ def test_init_writes_a_complete_commented_configuration(written: Path) -> None:
     assert all(re.search(r"# \S", line) for line in lines)
     # Every setting of the file is one that counts: none is written twice.
     assert yaml.safe_load(text).keys() <= Config.model_fields.keys()
+
+
+def test_init_for_persons_counts_persons_and_promises_for_them(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """How many images there are is not public then."""
+    deltas = set()
+    for images in (60, 90):
+        people, labels = np.arange(images) % 20, np.arange(images) % 2
+        pixels, classes = np.zeros((images, 8, 8), np.uint8), np.array(["no", "yes"])
+        np.savez(tmp_path / "mine.npz", images=pixels, labels=labels, classes=classes, patient=people)
+        init.write(init.Wanted(str(tmp_path / "mine.npz"), hours=0.05, group="patient"))
+        out, told = capsys.readouterr()
+        assert "looked at" in told and "20 groups; 2 classes" in told and f"{images} " not in told
+        config = parse(yaml.safe_load(out))
+        assert config.privacy.unit == "group" and config.data.sensitive.count == 20
+        assert config.data.sensitive.group == "patient" and config.finetune.logical_batch_size <= 20
+        deltas.add(config.privacy.delta)
+    assert len(deltas) == 1
 
 
 @pytest.mark.parametrize(("count", "starts"), [(100, ()), (60_000, ("moments",))])

@@ -4,6 +4,7 @@ Nothing that saw the sensitive set is ever shared.
 """
 
 import importlib
+import itertools
 import os
 from pathlib import Path
 
@@ -66,10 +67,16 @@ class Watched:
         ("method=random+d",),
         ("method=privimage+g",),
         ("method=nonprivd",),
-        ("method=dp-merf",),
+        ("method=dp-merf", "match.embedding=network"),
         ("method=private-evolution",),
         ("method=nonpriv",),
-        ("warm.starts=[embedding,central]", "warm.steps=4", "warm.max_rise=0.1", "method=pdp-diffusion"),
+        (
+            "warm.starts=[embedding,central]",
+            "match.embedding=network",
+            "warm.steps=4",
+            "warm.max_rise=0.1",
+            "method=pdp-diffusion",
+        ),
         ("classify.use=true", "classify.max_rise=0.1", "method=dpdm"),
         ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20"),
     ],
@@ -133,10 +140,15 @@ def test_public_stages_are_taken_from_another_run_and_private_ones_never_are(tmp
 
 
 def test_no_method_shares_a_stage_that_follows_from_the_sensitive_set() -> None:
-    for name, method in METHODS.items():
-        assert not {"select", "warm", "finetune", "synthesize", "evaluate"} & set(method.public_stages), name
-        assert ("pretrain" in method.public_stages) == (method.pretraining == "all"), name
-        assert set(method.public_stages) <= set(method.stages)
+    asked = "warm.starts=[embedding]", "match.embedding=network"
+    for name, more in itertools.product(METHODS, ((), asked)):
+        one = load(TINY, [f"method={name}", *more])
+        seen = {"select", "warm", "finetune", "match", "evolve", "synthesize", "evaluate"}
+        assert not seen & set(one.public_stages), name
+        assert ("pretrain" in one.public_stages) == (one.spec.pretraining == "all"), name
+        assert set(one.public_stages) <= set(one.stages)
+        if more and {"match", "warm"} & set(one.stages):
+            assert {"prepare", "query"} <= set(one.public_stages), name
 
 
 def test_a_stage_that_is_not_public_is_neither_kept_nor_taken(tmp_path: Path) -> None:

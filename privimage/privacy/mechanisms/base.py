@@ -53,6 +53,11 @@ class Mechanism(ABC):
         """All uses together, as the accountant and the ledger see them."""
 
     @property
+    def draws(self) -> int:
+        """How often noise is drawn, each time with another key: once a use."""
+        return self.composition.count
+
+    @property
     @abstractmethod
     def contribution(self) -> float:
         """Largest L2 norm of what one unit adds to the sum that gets noise."""

@@ -92,18 +92,23 @@ def random_parts(source_bits: np.ndarray, parts: int) -> np.ndarray:
     return (source_bits % np.uint64(parts)).astype(np.int64)
 
 
-def central_sum(images: Tensor, places: Tensor, sizes: Tensor, rows: int, mechanism: CentralImages) -> Tensor:
+def central_sum(
+    images: Tensor, places: Tensor, groups: Tensor, rows: int, mechanism: CentralImages
+) -> Tensor:
     """Pooled images summed by row, each divided by the number of images of its group, in parts of 1 /
     `mechanism.one`: int64 (rows, values).
 
-    images uint8 (B, C, H, W), places int64 (B,) in [0, rows), sizes int64 (B,) of the groups, 1 for an image
-    on its own. In integers, so that the sum is exact, in any order, and rounded towards zero: adding or
-    removing all images of a group moves it by an L2 norm of at most `one` sqrt(values).
+    images uint8 (B, C, H, W), places int64 (B,) in [0, rows), groups int64 (B,), all different for images on
+    their own, and with all their images. In integers, so that the sum is exact, in any order, and rounded
+    towards zero: adding or removing all images of a group moves it by an L2 norm of at most `one`
+    sqrt(values).
     """
     side = mechanism.pooling
     centred = 2 * images.to(torch.int64) - 255  # in [-255, 255]
     pooled = centred.unfold(2, side, side).unfold(3, side, side).sum((-2, -1))
     total = torch.zeros(rows, mechanism.values, dtype=torch.int64, device=images.device)
+    _, own, count = groups.unique(return_inverse=True, return_counts=True)
+    sizes = count[own]
     return total.index_add_(0, places, (pooled.flatten(1) * PARTS).div(sizes[:, None], rounding_mode="trunc"))
 
 

@@ -39,11 +39,10 @@ class DPSGD(Mechanism):
                 f"finetune.logical_batch_size: {settings.logical_batch_size} is more than the {count} "
                 f"sensitive {config.privacy.unit}s"
             )
-        relation = Relation.of(config)
         return cls(
             noise_multiplier=0.0,
-            relation=relation,
-            per_group=config.data.sensitive.per_group if relation.unit == "group" else 1,
+            relation=Relation.of(config),
+            per_group=config.per_unit,
             count=count,
             logical_batch_size=settings.logical_batch_size,
             steps=settings.steps,

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
+from privimage.models.network_moments import moments_length
 from privimage.privacy.mechanisms.base import OneUse, Share
+from privimage.privacy.mechanisms.vectors import QUANTUM, VectorsOfUnits, length, whole_vectors
 from privimage.privacy.noise import gaussian
 from privimage.privacy.relation import Relation
 
-# Features are summed as whole multiples of it: integer sums are exact, in any order and on any number of
-# ranks.
-QUANTUM = 2.0**-30
+# What an image of a group adds, beside a vector of a norm of at most 1, to a number from which follows how
+# much was left of all vectors when those of each group were shortened. Its noise is 5 times that of a vector
+# of norm 1, and it makes all others 2 % larger.
+WEIGHT = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,29 +28,45 @@ class MeanEmbedding(OneUse):
     stage: ClassVar[str] = "match"
     count: int  # N
     features: int  # F
+    network: bool = False  # whether the features are those of a network, in place of random ones
 
     @classmethod
     def draft(cls, config: Config, count: int) -> Self:
         """See `Mechanism.draft`."""
-        relation, features = Relation.of(config), cls.length(config)
-        return cls(noise_multiplier=0.0, relation=relation, count=count, features=features)
+        relation = Relation.of(config)
+        return cls(noise_multiplier=0.0, relation=relation, count=count, **cls.vectors(config))
 
     @classmethod
-    def length(cls, config: Config) -> int:
-        """F, the numbers of a feature vector."""
-        return config.match.features
+    def vectors(cls, config: Config) -> dict[str, Any]:
+        """The fields that say what a feature vector is."""
+        return {"features": embedding_length(config), "network": config.match.embedding == "network"}
 
     @property
     def contribution(self) -> float:
-        """1: the largest norm of a feature vector, and of the mean of those of a group."""
+        """1: the largest norm of a feature vector, and of the sum of those of a group, shortened."""
         return 1.0
+
+    @property
+    def weight(self) -> float:
+        """What an image adds to the noisy number of images; none where that is the public N."""
+        return WEIGHT if self.relation.unit == "group" else 0.0
 
     @property
     def claim(self) -> str:
         """See `Mechanism.claim`."""
+        of_network = (
+            "; vectors are moments of the features of a network that was trained on public images"
+            if self.network
+            else ""
+        )
         if self.relation.unit == "group":
-            return "each group adds the mean of its images' feature vectors, of L2 norm at most 1, to the sum"
-        return "each image adds one feature vector of L2 norm at most 1 to the sum"
+            adds = (
+                "each group adds its images' feature vectors, and their number, together shortened to an L2 "
+                "norm of at most 1, to the sum"
+            )
+        else:
+            adds = "each image adds one feature vector of L2 norm at most 1 to the sum"
+        return adds + of_network
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -68,38 +87,58 @@ class WarmEmbedding(MeanEmbedding):
         return Share(None, config.warm.max_rise) if "embedding" in config.warm_starts else None
 
 
-def shortened(vectors: Tensor) -> Tensor:
-    """Vectors float64 (B, d) of an L2 norm of at most 1: longer ones are shortened, one that is not finite
-    is 0.
+def embedding_length(config: Config) -> int:
+    """F, the numbers of a feature vector of the embedding."""
+    if config.match.embedding == "network":
+        return moments_length(config.query.network, config.data.channels, config.data.resolution)
+    return config.match.features
+
+
+def embedding_sum(features: Tensor, labels: Tensor, groups: Tensor, rows: int, weight: float = 0.0) -> Tensor:
+    """The features of each class summed over its images, and `weight` for each image, those of one group
+    shortened together, in units of `QUANTUM`: int64 (rows * F + 1,), the weight last.
+
+    features float64 (B, F), labels int64 (B,) in [0, rows), groups int64 (B,), all different for images on
+    their own, and with all their images. Adding or removing all images of a group moves the sum by an L2 norm
+    of at most 1 / QUANTUM, exactly; the features of an image of which one is not finite add nothing.
     """
-    vectors = torch.where(vectors.isfinite().all(1, keepdim=True), vectors, 0.0)
-    # The largest number first, so that squares do not overflow; at last a trifle below 1, since the norm
-    # itself is rounded.
-    vectors = vectors / vectors.abs().amax(1, keepdim=True).clamp(min=1.0)
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1.0) * (1 - 1e-9)
+    total = torch.zeros(rows * features.shape[1] + 1, dtype=torch.int64, device=features.device)
+    units = VectorsOfUnits(groups, labels, features.shape[1], weight)
+    units.add(slice(None), whole_vectors(features, weight))
+    units.add_to(total)
+    return total
 
 
-def embedding_sum(features: Tensor, labels: Tensor, sizes: Tensor, rows: int) -> Tensor:
-    """The features of each class summed over its images, each divided by the number of images of its group,
-    in units of `QUANTUM`: int64 (rows, F).
-
-    features float64 (B, F), labels int64 (B,) in [0, rows), sizes int64 (B,) of the groups, 1 for an image on
-    its own. Adding or removing all images of a group moves the sum by an L2 norm of at most 1 / QUANTUM,
-    exactly: longer vectors are shortened, both roundings are towards zero, so that each of n images adds a
-    vector of at most 1 / (n QUANTUM), and an image with a feature that is not finite adds nothing.
-    """
-    features = shortened(features)
-    total = torch.zeros(rows, features.shape[1], dtype=torch.int64, device=features.device)
-    whole = (features / QUANTUM).trunc().to(torch.int64)
-    return total.index_add_(0, labels, whole.div(sizes[:, None], rounding_mode="trunc"))
-
-
-def noisy_mean_embedding(total: np.ndarray, mechanism: MeanEmbedding, source: str, key: bytes) -> np.ndarray:
+def noisy_embedding(total: np.ndarray, mechanism: MeanEmbedding, source: str, key: bytes) -> np.ndarray:
     """`embedding_sum` over the whole sensitive set with Gaussian noise of standard deviation sigma on every
-    number, divided by the public N.
+    number: int64 (rows * F + 1,) -> float64.
 
-    total int64 (rows, F) -> float64 (rows, F): row c estimates (1 / N) sum of phi(x) over the images x of
-    class c. The caller charges the ledger before it uses what is returned.
+    The caller charges the ledger before it uses what is returned.
     """
     noise = gaussian(source, key, total.size, mechanism.standard_deviation)
-    return (total * QUANTUM + noise.reshape(total.shape)) / mechanism.count
+    return total * QUANTUM + noise
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What a noisy sum says of the mean."""
+
+    mean: np.ndarray  # float64 (rows, F): row c estimates the sum of phi(x) over class c, over all images
+    deviation: float  # standard deviation of the noise on each number of the mean
+    known: bool = True  # whether it is over the public N, and not over a noisy number
+
+
+def embedding_of(noisy: np.ndarray, mechanism: MeanEmbedding) -> Embedding:
+    """The mean embedding by `noisy_embedding` (rows * F + 1,): over the public N, or for groups over the
+    noisy weight of all images.
+
+    Of a group an image counts by what is left of it where the vectors of the group are shortened: the mean is
+    a weighted one, in which images count for less the more alike they are within their group.
+    """
+    count, weight = float(mechanism.count), mechanism.weight
+    if weight:
+        # A group has at least the weight of one image.
+        count = max(count, float(noisy[-1]) * length(weight) / weight)
+    scale = length(weight) / count
+    mean = noisy[:-1].reshape(-1, mechanism.features) * scale
+    return Embedding(mean, mechanism.standard_deviation * scale, not weight)

@@ -5,18 +5,22 @@ features.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from privimage.config import Config
 from privimage.privacy.mechanisms.base import Share
 from privimage.privacy.mechanisms.embedding import MeanEmbedding
+from privimage.privacy.mechanisms.vectors import length
 
 # Radius about the mean of its class within which an image counts in full for the covariance, where all images
 # are within 1 of the origin. A constant: one that is fitted to the images would leak.
 REACH = 0.6
+# What each image adds to the number of images of its class, beside coordinates of a norm of at most 1.
+COUNTED = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +35,15 @@ class _Moment(MeanEmbedding):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMeans(_Moment):
-    """One noisy sum of the coordinates of images, each in the row of its image's label."""
+    """One noisy sum of the coordinates of images, and of their number, each in the row of its label."""
 
     name: ClassVar[str] = "noisy means of the classes"
     stage: ClassVar[str] = "warm-means"
 
     @classmethod
-    def length(cls, config: Config) -> int:
-        """See `MeanEmbedding.length`."""
-        return coordinates(config)
+    def vectors(cls, config: Config) -> dict[str, Any]:
+        """See `MeanEmbedding.vectors`; those of `counted`."""
+        return {"features": coordinates(config) + 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +54,21 @@ class Covariance(_Moment):
     stage: ClassVar[str] = "warm-covariance"
 
     @classmethod
-    def length(cls, config: Config) -> int:
-        """See `MeanEmbedding.length`; that of `products`."""
+    def vectors(cls, config: Config) -> dict[str, Any]:
+        """See `MeanEmbedding.vectors`; those of `products`."""
         d = coordinates(config)
-        return d * (d + 1) // 2
+        return {"features": d * (d + 1) // 2}
 
 
 def coordinates(config: Config) -> int:
     """d, the number of coordinates of an image."""
     data = config.data
     return min(config.warm.coordinates, data.channels * data.resolution**2)
+
+
+def counted(z: Tensor) -> Tensor:
+    """Vectors (B, d) of an L2 norm of at most 1 with `COUNTED` after them, again of at most 1: (B, d + 1)."""
+    return F.pad(z, (0, 1), value=COUNTED) / length(COUNTED)
 
 
 def products(z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ NOT_MEASURED = {"sds": None, "sds_all_public": None, "covered": None}
 
 
 def _take(subject: Subject) -> dict:
-    if subject.config.spec.pretraining == "none":
+    if "pretrain" not in subject.config.stages:
         return {"selection": None, "semantics": NOT_MEASURED}
     public, columns = public_labels(subject.run), None
     if subject.config.spec.pretraining in ("selected", "random"):

@@ -33,7 +33,7 @@ def _take(subject: Subject) -> dict:
             "classes": list(train.classes) if labelled else [],
         }
         sizes = family(config).sizes(config, subject.n_classes if labelled else 0)
-        facts["parameters"] = sizes["generator"]
+        facts["parameters"] = sizes.get("generator", 0)
     steps, losses = points(subject.run.tensorboard / "pretrain", "loss")
     if len(steps) > 1:
         draw.loss_curve(subject.figures / "loss.png", steps, losses)
