@@ -230,43 +230,50 @@ def test_a_job_that_is_stopped_preempted_and_loses_a_node_and_the_network_ends_l
         PRIVIMAGE_HOME=str(REPOSITORY),
     ).strip()
 
-    def wait_for_a_step_of_start(number: int) -> None:
-        started = f"restart {number}"
-        cluster.wait_until(lambda: log.exists() and started in log.read_text())
+    def last_start() -> int:
+        starts = re.findall(r", restart (\d+)$", log.read_text() if log.exists() else "", re.MULTILINE)
+        return int(starts[-1]) if starts else -1
+
+    def wait_for_a_step_after(start: int) -> int:
+        """Wait until a later start has saved a step, and return that start."""
+        # Not always the next one: an order to end a start that did not reach node 2, dead or cut off then,
+        # is given when the node is back, and the start that is there by then saves its state and ends.
+        cluster.wait_until(lambda: last_start() > start)
         before = file.stat().st_mtime_ns if file.exists() else 0
         cluster.wait_until(lambda: file.exists() and file.stat().st_mtime_ns > before)
+        return last_start()
 
-    wait_for_a_step_of_start(0)
+    first = wait_for_a_step_after(-1)
     cluster.call("scancel", "--signal=USR2", job)
-    wait_for_a_step_of_start(1)
+    second = wait_for_a_step_after(first)
     assert "SIGUSR2: stopping at the end of this step" in log.read_text()
     cluster.call(
         "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
     )
-    wait_for_a_step_of_start(2)
+    third = wait_for_a_step_after(second)
     assert "DUE TO PREEMPTION" in log.read_text()
     assert log.read_text().count("privimage: stopped: finetune: saved at step") == 2
     cluster.kill_node(2)
     cluster.wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING")
     cluster.start_node(2)
-    wait_for_a_step_of_start(3)
+    fourth = wait_for_a_step_after(third)
     assert "lost contact with the others" in log.read_text()
     cluster.link(2, "down")
     cluster.wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING")
     cluster.link(2, "up")
-    wait_for_a_step_of_start(4)
-    # On a slow machine SLURM may kill the script of a start before it comes to this line; once it never does.
-    assert 1 <= log.read_text().count("taken off its nodes by SLURM, which queues it again") <= 3
+    fifth = wait_for_a_step_after(fourth)
+    # On a slow machine SLURM may kill the script of a start before it comes to this line; never each time.
+    assert "taken off its nodes by SLURM, which queues it again" in log.read_text()
     cluster.link(2, "down")
     time.sleep(5)  # a cut of five seconds is what happens here, not a wait for something
     cluster.link(2, "up")
     ended, text = cluster.wait(job), log.read_text()
     assert ended["JobState"] == "COMPLETED", text
-    # The short cut ends nothing. But SLURM may give node 2 the order to end the start before, which never
-    # reached it, after the network is back: this start then saves its state and goes on in one more.
-    late = text.split("restart 4")[1]
+    # The short cut ends nothing; what may end this start too is a late order.
+    late = text.split(f", restart {fifth}\n")[1]
     assert "privimage: error" not in late, text
-    assert int(ended["Restarts"]) == 4 + late.count("stopped with its state saved; queued again") <= 5, text
+    assert int(ended["Restarts"]) == fifth + late.count("stopped with its state saved; queued again"), text
+    assert 4 <= int(ended["Restarts"]) <= 7, text
 
     expected = weights(undisturbed)
     for name, value in weights(folder).items():
