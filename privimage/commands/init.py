@@ -16,12 +16,14 @@ from privimage.data.sources import sensitive_source
 from privimage.distributed.world import alone
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
-from privimage.recipes.choose import Choice, Choices, applied
-from privimage.recipes.facts import facts_of
+from privimage.recipes.choice import Choice, Choices, applied
+from privimage.recipes.constants import networks
+from privimage.recipes.facts import Facts, facts_of
 from privimage.recipes.labels import can_be_learned
 from privimage.recipes.settle import chosen
 from privimage.recipes.usefulness import too_little_pretraining
 from privimage.recipes.warm_start import stands_out
+from privimage.releases.starter import shipped
 
 SUFFIXES = KINDS | {".npy": "beton"}  # a store without FFCV
 EMBEDDED = ("digits", "glyphs")
@@ -64,6 +66,9 @@ def write(wanted: Wanted) -> None:
         config = applied(config, {"warm.starts": Choice(["moments"], WHY["warm.starts"])})
     if can_be_learned(facts):
         config = applied(config, {"classify.use": Choice(True, WHY["classify.use"])})
+    if (begun := _starter(config, facts)) is not None:
+        keys = ("query.start_from", "pretrain.start_from")
+        config = applied(config, {key: Choice(str(begun), WHY[key]) for key in keys})
     choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
     for warning in too_little_pretraining(applied(config, choices)):
@@ -182,6 +187,16 @@ def _public(wanted: Wanted, resolution: int, channels: int) -> dict[str, Any]:
     )
 
 
+def _starter(config: Config, facts: Facts) -> Path | None:
+    """Starter weights that come with PrivImage, if those of some suit the networks and the public set."""
+    if config.spec.generator != "diffusion" or "pretrain" not in config.stages:
+        return None
+    # Photographs have more in common with each other than with characters.
+    if config.data.channels == 1 and config.data.public.kind not in CHARACTERS:
+        return None
+    return shipped(applied(config, networks(facts)))
+
+
 WHY = {
     "method": "`privimage methods` lists the others",
     "run.dir": "everything that the run writes",
@@ -202,7 +217,9 @@ WHY = {
     "privacy.epsilon": "of the whole run, query and training together",
     "privacy.delta": "below 1 / N",
     "query.flip": "characters must not be mirrored",
+    "query.start_from": "weights from public images, which come with PrivImage",
     "query.semantics": "no labels to choose by",
+    "pretrain.start_from": "weights from public images, which come with PrivImage",
     "pretrain.flip": "characters must not be mirrored",
     "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
     "classify.use": "a private classifier labels the synthetic images",

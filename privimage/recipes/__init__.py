@@ -4,7 +4,8 @@ Everything is chosen from public facts: N, the number of classes, the shape of t
 promise, the time that the run may take, and the speed of the machine. No pixel and no label is looked at.
 """
 
-from privimage.recipes.choose import Choice, choose
+from privimage.recipes.choice import Choice
+from privimage.recipes.choose import choose
 from privimage.recipes.facts import Facts, facts_of
 from privimage.recipes.settle import as_begun, automatic, settled
 

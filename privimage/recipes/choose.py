@@ -7,28 +7,15 @@ configuration gives is kept, and the others are chosen to suit it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-from privimage.config import Config, parse
+from privimage.config import Config
 from privimage.families import family
+from privimage.recipes.choice import Choice, Choices, applied, is_auto, still_open
+from privimage.recipes.constants import constants, networks
 from privimage.recipes.facts import Facts
-from privimage.recipes.labels import labels_rise
 from privimage.recipes.signal import needed, reach, share
-from privimage.recipes.warm_start import warm_rise
 
 Speeds = dict[str, float]  # seconds per image of a step, by stage; of finetune per noised copy
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A value, and why, in a few words."""
-
-    value: Any
-    why: str
-
-
-Choices = dict[str, Choice]
 BATCH = "finetune.logical_batch_size"
 
 # Of the time that a run may take: the rest is kept for slower moments of the machine, and for the start.
@@ -45,6 +32,8 @@ SHARES = {
 }
 # Where the signal is rich, private steps are worth more than all else.
 RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.64, "evaluate": 0.12}
+# With starter weights the public stages have little left to do.
+BEGUN_SHARES = {"query": 0.04, "pretrain": 0.12}
 RICH = 0.01  # noise over signal below which less noise brings nothing any more (MNIST at epsilon 10)
 NEAR = 1.1  # noise over the least noise, where that is more: nine tenths of the signal
 FEWEST, MOST, COPIES = 60, 1600, 8  # private steps; noised copies of an image
@@ -58,13 +47,14 @@ def choose(config: Config, facts: Facts, measure: Callable[[Config], Speeds]) ->
     `measure` returns the speeds of a configuration without `auto`, which has the chosen networks and any
     number of steps.
     """
-    chosen = _open(config, {**networks(facts), **constants(facts)})
+    begun = config.pretrain.start_from is not None
+    chosen = still_open(config, {**networks(facts), **constants(facts, begun)})
     config = applied(config, chosen)
-    trial = applied(config, _open(config, TRIAL | {BATCH: Choice(min(64, facts.count), "")}))
+    trial = applied(config, still_open(config, TRIAL | {BATCH: Choice(min(64, facts.count), "")}))
     speeds = {stage: seconds / facts.speed for stage, seconds in measure(trial).items()}
-    steps = _open(config, schedule(config, facts, speeds, private_parameters(config, facts.classes)))
+    steps = still_open(config, schedule(config, facts, speeds, private_parameters(config, facts.classes)))
     chosen, config = chosen | steps, applied(config, steps)
-    return chosen | _open(config, rates(config, facts))
+    return chosen | still_open(config, rates(config, facts))
 
 
 def private_parameters(config: Config, classes: int) -> int:
@@ -73,31 +63,6 @@ def private_parameters(config: Config, classes: int) -> int:
         return 0
     sizes = family(config).sizes(config, classes)
     return sizes.get("discriminator", sizes["generator"])
-
-
-def is_auto(value: object) -> bool:
-    """Whether a setting is left to be chosen."""
-    return value == "auto"
-
-
-def _open(config: Config, choices: Choices) -> Choices:
-    """Those of settings that are `auto`."""
-    tree = config.model_dump(mode="json")
-    return {key: choice for key, choice in choices.items() if is_auto(_at(tree, key))}
-
-
-def _at(tree: dict, key: str) -> Any:
-    section, name = key.split(".")
-    return tree[section][name]
-
-
-def applied(config: Config, choices: Choices) -> Config:
-    """The configuration with chosen values. Raises UserError for one that is out of range."""
-    tree = config.model_dump(mode="json")
-    for key, choice in choices.items():
-        section, name = key.split(".")
-        tree[section][name] = choice.value
-    return parse(tree, "recipe")
 
 
 # What is measured with: one gradient of four copies, batches as they will be.
@@ -118,72 +83,12 @@ TRIAL: Choices = {
 }
 
 
-def networks(facts: Facts) -> Choices:
-    """The generator and the query network."""
-    levels = 2 if facts.resolution <= 16 else 3 if facts.resolution <= 40 else 4
-    while facts.resolution % 2 ** (levels - 1):
-        levels -= 1
-    multipliers = {1: [1], 2: [1, 2], 3: [1, 2, 2], 4: [1, 1, 2, 2]}[levels]
-    lowest = facts.resolution // 2 ** (levels - 1)
-    large = facts.device == "cuda"
-    width = 32 if large else 8
-    # The total noise grows with the square root of the parameters, that is with the width.
-    signal = reach(facts.count, facts.epsilon, facts.delta)
-    while width > 8 and 40 * width / signal > 0.11:
-        width //= 2
-    deep = large and facts.resolution >= 32
-    return {
-        "model.width": Choice(
-            width,
-            "the fewer parameters, the less noise on all of them together"
-            + ("" if large else ", and the more steps in the same time"),
-        ),
-        "model.multipliers": Choice(multipliers, f"channels of each level, down to {lowest}x{lowest} pixels"),
-        "model.attention": Choice([lowest], "attention where it costs least"),
-        "query.network": Choice(
-            "resnet50" if deep else "resnet-small",
-            "the paper's" if deep else "one that a CPU, or a small image, can train",
-        ),
-    }
-
-
-def constants(facts: Facts) -> Choices:
-    """What depends neither on time nor on speed."""
-    large, small = facts.device == "cuda", facts.count <= 5000
-    kept = max(1, round(0.05 * facts.public_classes / facts.rows))
-    return {
-        "query.batch_size": Choice(512 if large else 128, "small batches make many steps"),
-        "query.learning_rate": Choice(0.1 if facts.resolution >= 32 else 0.05, "SGD with a cosine schedule"),
-        "select.per_image": Choice(kept, "as many votes as classes that are kept, as in the paper"),
-        "select.per_class": Choice(
-            kept,
-            f"about 5 % of the {facts.public_classes} public classes, at least one a class: fewer are better",
-        ),
-        "select.max_rise": Choice(
-            0.05 if small else 0.005,
-            "a small set: at 0.005 the query would be too loud"
-            if small
-            else "the query costs next to nothing",
-        ),
-        "pretrain.batch_size": Choice(256 if large else 64, "small batches make many steps"),
-        "pretrain.learning_rate": Choice(5e-4 if large else 2e-3, "Adam; narrow networks bear a larger one"),
-        "warm.max_rise": Choice(
-            warm_rise(facts), "more noise in the private steps, for means of the classes that stand out"
-        ),
-        "classify.max_rise": Choice(
-            labels_rise(facts), "more noise in the training, for a classifier that knows the classes"
-        ),
-        "finetune.max_grad_norm": Choice(
-            0.01, "below the norm of nearly all gradients; Adam removes the scale"
-        ),
-        "evaluate.cnn_batch_size": Choice(512 if large else 64, "small sets need small batches"),
-    }
-
-
 def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> Choices:
     """Steps, batches and samples that fill the time; `parameters` are those of the private network."""
     least = math.sqrt(max(parameters, 1)) / reach(facts.count, facts.epsilon, facts.delta)
     shares = RICH_SHARES if least < RICH / 2 else SHARES
+    if config.pretrain.start_from is not None:
+        shares = shares | {stage: min(share, shares[stage]) for stage, share in BEGUN_SHARES.items()}
     stages = [stage for stage in shares if stage in config.stages and speeds.get(stage)]
     whole = sum(shares[stage] for stage in stages)
     total = max(OF_TIME * 3600 * facts.hours - START_SECONDS, 30.0)

@@ -10,7 +10,8 @@ from privimage.distributed.precision import resolved
 from privimage.distributed.world import ALONE, World, alone
 from privimage.errors import UserError
 from privimage.privacy.plan import plan_without_noise
-from privimage.recipes.choose import Choice, Choices, Speeds, applied, choose, is_auto
+from privimage.recipes.choice import Choice, Choices, applied, is_auto
+from privimage.recipes.choose import Speeds, choose
 from privimage.recipes.cost import work_of
 from privimage.recipes.facts import facts_of, stated_size
 from privimage.storage.rundir import RunDir

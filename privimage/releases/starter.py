@@ -31,6 +31,9 @@ Network = Literal["query", "diffusion"]
 STAGES: dict[Network, str] = {"query": "query", "diffusion": "pretrain"}  # that begin with them
 LARGEST = 10_000_000  # bytes of a file
 STATED = "privimage_starter"  # key of the statement in the metadata of a file
+SHIPPED = (
+    Path(__file__).resolve().parents[2] / "starter"
+)  # a folder for each; not there without the repository
 FIRST = "network.embed_1"  # the layer that sees the label embedding, beside that of the noise level
 
 
@@ -66,6 +69,18 @@ def wanted(config: Config) -> dict[Network, Path]:
         "diffusion": config.pretrain.start_from,
     }
     return {network: path for network, path in paths.items() if path is not None}
+
+
+def shipped(config: Config) -> Path | None:
+    """The folder of a starter that comes with PrivImage and has the networks of `config`, if there is one."""
+
+    def suits(folder: Path) -> bool:
+        return all(
+            read(folder, network, "starter").stated["architecture"] == architecture(config, network)
+            for network in STAGES
+        )
+
+    return next((folder for folder in sorted(SHIPPED.glob("*/")) if suits(folder)), None)
 
 
 def architecture(config: Config, network: Network) -> dict[str, Any]:

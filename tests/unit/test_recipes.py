@@ -18,7 +18,7 @@ from privimage.privacy.calibration import training_noise
 from privimage.privacy.mechanisms import ClassMeans, NoisyGradients
 from privimage.privacy.plan import make_plan
 from privimage.recipes import Facts, automatic, choose, settled
-from privimage.recipes.choose import Choice, applied, is_auto
+from privimage.recipes.choice import Choice, applied, is_auto
 from privimage.recipes.labels import LEAST_OF_A_CLASS, WANTED, can_be_learned, labels_rise
 from privimage.recipes.settle import CHOSEN
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
