@@ -93,7 +93,7 @@ class Warm(Section):
 class Classify(Section):
     """A private classifier that labels the synthetic images, which spends a little privacy.
 
-    Linear, on fixed features (`privimage.models.local_frequencies`), by gradient descent with the noisy
+    Linear, on public features (`privimage.models.label_features`), by gradient descent with the noisy
     gradient of all images in each step. Labels cost far less than images: it knows classes that the generator
     confuses. Off in the paper's method.
     """
@@ -105,6 +105,12 @@ class Classify(Section):
         description="whether the synthetic images get the labels of the classifier, in place of those that "
         "the generator was asked for; for methods that are fine-tuned",
         json_schema_extra=on("classify", "synthesize", planned=True),
+    )
+    features: Literal["query", "fixed"] = Field(
+        "query",
+        description="what it sees of an image; query: frequencies at each place, and features of the query "
+        "network where the method has one; fixed: the frequencies alone",
+        json_schema_extra=on("classify", planned=True),
     )
     max_rise: Auto[Annotated[float, Field(gt=0, le=1)]] = Field(
         AUTO,

@@ -43,7 +43,7 @@ class Query(Section):
     network: Auto[Literal["resnet50", "resnet-small"]] = Field(
         AUTO,
         description="resnet50 is the paper's; resnet-small suits 8x8 to 28x28",
-        json_schema_extra=on("query", "select", "warm", "match", "evolve"),
+        json_schema_extra=on("query", "select", "warm", "classify", "match", "evolve"),
     )
     batch_size: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="images per step, over all ranks")
     steps: Auto[Annotated[int, Field(ge=1)]] = Field(AUTO, description="training steps")

@@ -166,6 +166,12 @@ class Config(Section):
         return "pretrain" if self.spec.pretraining != "none" else None
 
     @property
+    def label_network(self) -> str | None:
+        """The query network whose features the private classifier sees; None where it sees none."""
+        of_query = self.classify.features == "query" and "query" in self.stages
+        return self.query.network if of_query else None
+
+    @property
     def noise_copies(self) -> int:
         """K of the method: 1 where the generator's private loss has no noised copies."""
         return self.finetune.noise_copies if GENERATORS[self.spec.generator].noise_copies else 1

@@ -49,7 +49,7 @@ STAGES: dict[str, Stage] = {
     "classify": Stage(
         "Learn the labels, privately",
         "Train a private classifier, which labels the synthetic images.",
-        (),
+        ("query",),
         sensitive=True,
     ),
     "finetune": Stage(

@@ -1,15 +1,12 @@
 """Fixed features of an image for a linear classifier: how strong each frequency is at each place.
 
 Band-pass filters, the modulus, and means over squares: the first order of a scattering network (Bruna and
-Mallat 2013). A linear classifier on such features is the best private one without private deep learning, as
-Tramèr and Boneh 2021 (arXiv 2011.11660) found. Nothing here is learned, so no data set has a part in it.
+Mallat 2013). Nothing here is learned, so no data set has a part in it.
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +17,6 @@ GRID = 8  # squares in a row of the image over which is averaged
 LARGEST = 32  # pixels of a side; larger images are reduced
 DIRECTIONS, SCALES = 8, (1.0, 2.0)  # the finest waves are 8 / 3 pixels long, the others twice that
 NOISE_IMAGES = 500  # by which channels are brought to one scale
-AT_ONCE = 128  # images that are labelled at once
 LEAST = 0.02  # energy below which an image counts as flat
 
 
@@ -56,25 +52,6 @@ class LocalFrequencies:
         contrast = energies.square().mean((1, 2, 3), keepdim=True).sqrt() + LEAST
         maps = torch.cat([images, (energies / contrast).sqrt()], 1)
         return F.adaptive_avg_pool2d(maps, GRID) if self.side > GRID else maps
-
-
-@torch.no_grad()
-def labels_of_images(weights: Tensor, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """The labels int64 (B,) that a linear classifier, `weights` (classes, d), gives to images uint8
-    (B, H, W, C).
-    """
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    features, of = _of_shape(tuple(channels_first.shape[1:]), device), weights.to(device)
-    parts = [
-        # The largest product, whatever the length of the features.
-        (features(part.to(device)).to(of.dtype) @ of.T).argmax(1).cpu()
-        for part in channels_first.split(AT_ONCE)
-    ]
-    return torch.cat(parts).numpy()
-
-
-# Filters and scales are those of the shape: a set is labelled block by block.
-_of_shape = lru_cache(maxsize=1)(LocalFrequencies)
 
 
 def _filters(side: int) -> Tensor:

@@ -22,10 +22,15 @@ class Classifier(nn.Module):
         found = []
         for layer in self.trunk.children():
             images = layer(images)
-            # Convolutions, residual blocks, and the stages of resnet50.
-            if isinstance(layer, nn.Sequential | _Residual):
+            if isinstance(layer, BLOCKS):
                 found.append(images)
         return found
+
+    def body(self) -> nn.Sequential:
+        """The layers of the trunk up to its last block but one: images (B, C, H, W) float -> maps."""
+        layers = list(self.trunk.children())
+        blocks = [place for place, layer in enumerate(layers) if isinstance(layer, BLOCKS)]
+        return nn.Sequential(*layers[: blocks[-2] + 1])
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) float -> logits (B, n_classes)."""
@@ -47,6 +52,9 @@ class _Residual(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images + self.branch(images)
+
+
+BLOCKS = (nn.Sequential, _Residual)  # convolutions, residual blocks, and the stages of resnet50
 
 
 def classifier(name: str, channels: int, n_classes: int) -> Classifier:

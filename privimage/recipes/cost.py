@@ -10,7 +10,7 @@ from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import PARAMETER_BYTES, Work, classifier_pass, seconds_of_a_pass
 from privimage.models import parameters
-from privimage.models.local_frequencies import LocalFrequencies
+from privimage.models.label_features import LabelFeatures, PublicFeatures, body_of, pooled
 from privimage.models.resnet import classifier
 from privimage.privacy.plan import PrivacyPlan
 
@@ -61,14 +61,22 @@ def _classify(config: Config, count: int, classes: int, device: torch.device) ->
     if "classify" not in config.stages:
         return []
     shape, steps = image_shape(config), config.classify.steps
-    features = LocalFrequencies(shape, device)
+    features = LabelFeatures(shape, device, _untrained(config))
 
     def forward(images: int) -> Tensor:
         return features(torch.zeros(images, *shape, dtype=torch.uint8, device=device))
 
-    d = features.count(shape)
+    d = features.count(shape, config.label_network)
     seconds = seconds_of_a_pass(forward, device, "fp32", 128) + steps * 2 * d * (classes * MULTIPLY + CONVERT)
     return [Work("classify", steps, count, count * seconds, 2.0 * count * d)]
+
+
+def _untrained(config: Config) -> PublicFeatures | None:
+    """Features of the same cost as those of a trained query network."""
+    if (network := config.label_network) is None:
+        return None
+    body, shape = body_of(network, config.data.channels), image_shape(config)
+    return PublicFeatures.of(network, body, pooled(body, torch.zeros(1, *shape)))
 
 
 def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:

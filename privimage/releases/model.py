@@ -16,7 +16,7 @@ def write_model(folder: Path, config: Config, weights: dict[str, Any]) -> None:
     """Write the averaged weights `ema` of the generator, and what is needed to sample from it.
 
     `weights` is what the training stage has left, with `classes` and `n_classes` (0 for an unlabelled set),
-    and the weights of a private `classifier` where there is one.
+    and the state of a private `classifier` where there is one.
     """
     from safetensors.torch import save_file
 

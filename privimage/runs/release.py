@@ -13,7 +13,8 @@ from privimage.config import Config, parse
 from privimage.data.sensitive import ImageDraws
 from privimage.errors import UserError
 from privimage.families import family, sampled
-from privimage.models.local_frequencies import labels_of_images
+from privimage.families.base import image_shape
+from privimage.models.label_features import LabelClassifier
 from privimage.storage.files import read_json
 from privimage.telemetry.progress import Progress
 
@@ -99,7 +100,7 @@ class Release:
                 bar.advance(len(block))
         drawn = np.concatenate(images)
         if self.by_classifier:
-            return drawn, labels_of_images(model["classifier"], drawn, place)
+            return drawn, LabelClassifier(model["classifier"], image_shape(config), place).labels(drawn)
         return drawn, labels.cpu().numpy()
 
     def settings(self, seed: int) -> Config:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privimage.config import Config
+from privimage.distributed import checkpoint
 from privimage.distributed.blocks import BLOCK, blockwise
 from privimage.distributed.microbatch import block_size
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.families.base import image_shape
-from privimage.models.local_frequencies import LocalFrequencies
+from privimage.models.label_features import LabelFeatures, PublicFeatures
+from privimage.privacy.identity import digest_of_tensors
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.mechanisms.classifier import (
     FEATURE,
@@ -27,6 +30,7 @@ from privimage.privacy.mechanisms.classifier import (
     whole_features,
 )
 from privimage.privacy.mechanisms.vectors import shortened
+from privimage.stages.features import label_features
 from privimage.stages.noisy_statistic import (
     Drawn,
     Sensitive,
@@ -59,33 +63,45 @@ def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive:
     Started again, a training that was killed comes to the same noise in the same steps. Raises Stopped.
     """
     plan = sensitive.account.plan.the(NoisyGradients)
+    public = label_features(config, run_dir, world)
+    features = LabelFeatures(image_shape(config), world.device, public)
+    if public is not None and world.is_main:
+        checkpoint.save(_features_file(run_dir), public.to_dict())
 
     def draw(name: str) -> np.ndarray | None:
         # Before it is charged: what fails until then has cost nothing.
-        blocks = list(_blocks(config, world, sensitive))
+        blocks = list(_blocks(config, world, sensitive, features))
         sensitive.account.charge_once(plan, name, world, run_dir.path)
         weights = _descended(config, world, sensitive, plan, blocks, name)
         return weights if world.is_main else None
 
-    return draw_once_by(config, run_dir, world, sensitive, plan, _file(run_dir), draw)
+    inputs = [] if public is None else [digest_of_tensors(public.tensors())]
+    return draw_once_by(config, run_dir, world, sensitive, plan, _file(run_dir), draw, inputs)
 
 
-def trained_classifier(run_dir: RunDir, world: World) -> Drawn:
-    """What `private_classifier` has kept. Raises UserError while the stage is not finished, and for a damaged
-    file.
+def trained_classifier(config: Config, run_dir: RunDir, world: World) -> tuple[Drawn, dict[str, Any]]:
+    """What `private_classifier` has kept, and the state of a `LabelClassifier` on the CPU.
+
+    Raises UserError while the stage is not finished, and for a damaged file.
     """
     run_dir.require("classify")
-    return kept(_file(run_dir), world)
+    drawn, public = kept(_file(run_dir), world), None
+    if config.label_network is not None:
+        public = PublicFeatures(**checkpoint.required(_features_file(run_dir), "classify", world)).to_dict()
+    return drawn, {"weights": torch.from_numpy(drawn.values), "public": public}
 
 
 def _file(run_dir: RunDir) -> Path:
     return run_dir.stage("classify") / "weights.npz"
 
 
-def _blocks(config: Config, world: World, sensitive: Sensitive) -> Iterator[_Block]:
+def _features_file(run_dir: RunDir) -> Path:
+    return run_dir.stage("classify") / "features.pt"
+
+
+def _blocks(config: Config, world: World, sensitive: Sensitive, features: LabelFeatures) -> Iterator[_Block]:
     """This rank's blocks of the sensitive set, in turn with the other ranks."""
-    images, shape = sensitive.images, image_shape(config)
-    features, size = LocalFrequencies(shape, world.device), block_size(shape, BLOCK)
+    images, size = sensitive.images, block_size(image_shape(config), BLOCK)
 
     def seen(block: Tensor) -> Tensor:
         return whole_features(features(block))

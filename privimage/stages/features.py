@@ -1,6 +1,7 @@
-"""The features whose mean is matched: random ones, or moments of those of the query network."""
+"""Public features of images: those whose mean is matched, and those that a private classifier sees."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,14 +14,15 @@ from privimage.distributed.blocks import in_blocks
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.families.matching import FeatureMap
+from privimage.models import network_moments as moments
 from privimage.models.edm import to_unit
-from privimage.models.network_moments import NetworkMoments, Scales, moments_length, pooled
+from privimage.models.label_features import PublicFeatures, pooled
+from privimage.models.network_moments import NetworkMoments, Scales
 from privimage.models.random_features import RandomFeatures
-from privimage.models.resnet import Classifier
 from privimage.stages.public_set import load_query, public_labels
 from privimage.storage.rundir import RunDir
 
-SEEN = 1000  # public images by which moments are scaled, at most
+SEEN = 1000  # public images by which features are scaled, at most
 
 
 def feature_map(config: Config, run_dir: RunDir, world: World) -> FeatureMap:
@@ -37,12 +39,45 @@ def feature_map(config: Config, run_dir: RunDir, world: World) -> FeatureMap:
         )
     run_dir.require("query")
     network = load_query(config, run_dir, world).network
-    return NetworkMoments(network, _scales(config, run_dir, world, network), world.device, torch.float64)
+
+    def embed(block: Tensor) -> Tensor:
+        return moments.pooled(network, to_unit(block))
+
+    width = moments.moments_length(config.query.network, *image_shape(config)[:2]) // 2
+    seen = _of_public_images(config, run_dir, world, width, embed)
+    # Computed once, since what is drawn later depends on every digit.
+    scales = world.broadcast_object(Scales.of(seen) if world.is_main else None)
+    return NetworkMoments(network, scales, world.device, torch.float64)
+
+
+def label_features(config: Config, run_dir: RunDir, world: World) -> PublicFeatures | None:
+    """What the private classifier sees beside frequencies, on the CPU, the same on all ranks, which call it
+    together; None where it sees no network. Public.
+
+    Raises UserError if `query` is needed and not finished.
+    """
+    if config.label_network is None:
+        return None
+    run_dir.require("query")
+    body = load_query(config, run_dir, world).network.body()
+    shape = image_shape(config)
+    with torch.no_grad():
+        form = pooled(body, torch.zeros(1, *shape, device=world.device)).shape[1:]
+
+    def embed(block: Tensor) -> Tensor:
+        return pooled(body, to_unit(block)).flatten(1)
+
+    seen = _of_public_images(config, run_dir, world, form.numel(), embed).unflatten(1, form)
+    found = PublicFeatures.of(config.label_network, body, seen)
+    state = world.broadcast_object(found.to_dict() if world.is_main else None)
+    return PublicFeatures(**state)
 
 
 @torch.no_grad()
-def _scales(config: Config, run_dir: RunDir, world: World, network: Classifier) -> Scales:
-    """Constants from some of the public images, the same on all ranks."""
+def _of_public_images(
+    config: Config, run_dir: RunDir, world: World, width: int, embed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `embed` gives, (n, width), for some of the public images uint8 (B, C, H, W)."""
     shape, count = image_shape(config), len(public_labels(run_dir).of_images)
     seen = np.random.default_rng(public_seed(config, "public features")).permutation(count)[:SEEN]
     seen.sort()
@@ -50,11 +85,5 @@ def _scales(config: Config, run_dir: RunDir, world: World, network: Classifier) 
     def pixels(start: int, end: int) -> Tensor:
         return torch.from_numpy(store.read(run_dir.public_store, seen[start:end]))
 
-    def embed(block: Tensor) -> Tensor:
-        return pooled(network, to_unit(block))
-
-    width = moments_length(config.query.network, *shape[:2]) // 2
     stopped = "features of public images are computed again"
-    features = in_blocks(len(seen), shape, width, torch.float32, pixels, embed, world, stopped)
-    # Computed once, since what is drawn later depends on every digit.
-    return world.broadcast_object(Scales.of(features) if world.is_main else None)
+    return in_blocks(len(seen), shape, width, torch.float32, pixels, embed, world, stopped)

@@ -3,6 +3,7 @@
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.families import family, sampled
-from privimage.models.local_frequencies import labels_of_images
+from privimage.families.base import image_shape
+from privimage.models.label_features import LabelClassifier
 from privimage.privacy import keys
 from privimage.privacy.account import open_account
 from privimage.privacy.records import key_path
@@ -45,7 +47,10 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     run_dir.require(config.spec.training)
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world)
     assert weights is not None  # the stage is finished
-    classifier = trained_classifier(run_dir, world) if "classify" in config.stages else None
+    classifier: Drawn | None = None
+    of_classifier: dict[str, Any] = {}
+    if "classify" in config.stages:
+        classifier, of_classifier = trained_classifier(config, run_dir, world)
     # The statement comes first: what cannot be released is not sampled.
     asked, said = _stated(config, run_dir, world, weights, classifier)
     generator = _generator(config, world, weights)
@@ -56,8 +61,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     labels, changed = asked, {}
     if classifier is not None:
         # Part of the released model: what is drawn from it later has labels by it too.
-        weights["classifier"] = torch.from_numpy(classifier.values)
-        labels = _relabelled(config, run_dir, world, weights["classifier"], len(asked))
+        weights["classifier"] = of_classifier
+        labels = _relabelled(config, run_dir, world, of_classifier, len(asked))
         changed = {"relabelled": float((labels != asked).mean())}
     if said is not None:
         _release(config, run_dir, weights, labels, said)
@@ -154,15 +159,16 @@ def _sample_blocks(
 
 
 def _relabelled(
-    config: Config, run_dir: RunDir, world: World, classifier: torch.Tensor, count: int
+    config: Config, run_dir: RunDir, world: World, of_classifier: dict[str, Any], count: int
 ) -> np.ndarray:
     """What the private classifier says of the sampled images, int64 (count,); the ranks share the work."""
     size = config.synthesize.batch_size
+    classifier = LabelClassifier(of_classifier, image_shape(config), world.device)
     found = torch.zeros(count, dtype=torch.int64, device=world.device)
     for number, start in enumerate(range(0, count, size)):
         if number % world.size == world.rank:
             images = np.load(_block(run_dir, "after", start))
-            of_block = labels_of_images(classifier, images, world.device)
+            of_block = classifier.labels(images)
             found[start : start + len(of_block)] = torch.from_numpy(of_block).to(world.device)
     return world.all_reduce_(found).cpu().numpy()
 

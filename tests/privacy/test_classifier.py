@@ -1,6 +1,7 @@
 """The private classifier: sensitivity of its gradients, its noise, what is charged and what comes of it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,15 @@ from scipy import stats
 from privimage.config import Config, load
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
-from privimage.models.local_frequencies import LocalFrequencies, labels_of_images
+from privimage.families.base import image_shape
+from privimage.models.label_features import (
+    OF_NETWORK,
+    LabelClassifier,
+    LabelFeatures,
+    PublicFeatures,
+    body_of,
+    pooled,
+)
 from privimage.privacy import accounting
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.keys import insecure_fixed
@@ -36,6 +45,7 @@ from privimage.runs import pipeline
 from privimage.runs.release import Release
 from privimage.stages import classifier
 from privimage.storage.files import read_json
+from privimage.storage.rundir import RunDir
 
 CLASSIFY = ("classify.use=true", "method=dpdm", "classify.steps=4", "privacy.insecure_fixed_key=7")
 
@@ -46,6 +56,11 @@ def settings_of(folder: Path, *overrides: str) -> Config:
 
 def weights(folder: Path) -> np.ndarray:
     return np.load(folder / "classify" / "weights.npz")["values"]
+
+
+def seen_by(config: Config) -> LabelClassifier:
+    _, state = classifier.trained_classifier(config, RunDir(config.run.dir), ALONE)
+    return LabelClassifier(state, image_shape(config), ALONE.device)
 
 
 def planned(folder: Path) -> NoisyGradients:
@@ -175,10 +190,11 @@ def test_the_ledger_holds_one_use_and_the_release_states_it(undisturbed: Path, t
     assert said["epsilon"] <= 10
     # The labels of the release are those that the classifier sees.
     release = np.load(folder / "release" / "synthetic.npz")
-    seen = labels_of_images(torch.from_numpy(values), release["images"], ALONE.device)
+    of_run = seen_by(config)
+    seen = of_run.labels(release["images"])
     assert np.array_equal(release["labels"], seen)
     more, labels = Release(folder).sample(20, seed=3)
-    assert np.array_equal(labels, labels_of_images(torch.from_numpy(values), more, ALONE.device))
+    assert np.array_equal(labels, of_run.labels(more))
     changed = read_json(folder / "synthesize" / "done.json")["relabelled"]
     assert changed == pytest.approx((seen != np.arange(len(seen)) % 10).mean())
 
@@ -189,9 +205,7 @@ def test_a_step_adds_the_noise_of_the_plan(tmp_path: Path, fixed_noise: None) ->
     """
     two = tmp_path / "two"
     images = read_sensitive(settings_of(two), "train")
-    features = whole_features(
-        LocalFrequencies((1, 8, 8), torch.device("cpu"))(torch.from_numpy(images.images))
-    )
+    features = whole_features(LabelFeatures((1, 8, 8), torch.device("cpu"))(torch.from_numpy(images.images)))
     residuals = torch.full((len(features), 10), 0.1, dtype=torch.float64)
     residuals[torch.arange(len(features)), torch.from_numpy(images.labels)] -= 1
     clean = of_groups(features, residuals, torch.arange(len(features)), 0.0)[:-1].view(10, -1).numpy()
@@ -209,16 +223,53 @@ def test_a_step_adds_the_noise_of_the_plan(tmp_path: Path, fixed_noise: None) ->
     assert stats.kstest(left.flatten() / deviation, "norm").pvalue > 1e-3
 
 
-def test_two_ranks_train_the_classifier_of_one_to_the_bit(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["dpdm", "privimage+d"])  # without and with a query network
+def test_two_ranks_train_the_classifier_of_one_to_the_bit(tmp_path: Path, method: str) -> None:
+    words = [*CLASSIFY, f"method={method}"]
+    public = [stage for stage in ("prepare", "query") if method != "dpdm"]
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    if public:
+        assert pipeline.run(load(TINY, [*words, f"run.dir={one}"]), public) == 0
+        shutil.copytree(one.parent, two.parent)
+    assert pipeline.run(load(TINY, [*words, f"run.dir={one}"]), ["classify"]) == 0
     rank = f"""
 import sys
 from privimage.config import load
 from privimage.runs import pipeline
-sys.exit(pipeline.run(load({str(TINY)!r}, [*{CLASSIFY!r}, "run.dir=" + sys.argv[1]]), ["classify"]))
+sys.exit(pipeline.run(load({str(TINY)!r}, [*{words!r}, "run.dir=" + sys.argv[1]]), ["classify"]))
 """
-    ended = run_ranks(rank, 2, str(tmp_path / "run"))
+    ended = run_ranks(rank, 2, str(two))
     assert [one.status for one in ended] == [0, 0], ended
-    assert np.array_equal(weights(tmp_path / "run"), weights(undisturbed))
+    assert np.array_equal(weights(two), weights(one))
+    of_network = LabelFeatures.count((1, 8, 8), "resnet-small") - LabelFeatures.count((1, 8, 8), None)
+    assert of_network > 0
+    assert weights(one).shape[1] == LabelFeatures.count((1, 8, 8), None) + len(public[1:]) * of_network
+
+
+@pytest.mark.parametrize(
+    ("shape", "network"),
+    [((1, 8, 8), "resnet-small"), ((3, 32, 32), "resnet-small"), ((1, 28, 28), "resnet-small"),
+     ((3, 32, 32), "resnet50")],
+)  # fmt: skip
+def test_what_the_classifier_sees_of_an_image_depends_on_that_image_alone(
+    shape: tuple[int, int, int], network: str
+) -> None:
+    """To the bit, in blocks of one size: what stands beside an image must not change what it adds."""
+    torch.manual_seed(0)
+    body, here = body_of(network, shape[0]), torch.device("cpu")
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (8, *shape), dtype=np.uint8))
+    public = PublicFeatures.of(network, body, pooled(body, images.float() / 127.5 - 1))
+    features = LabelFeatures(shape, here, PublicFeatures(**public.to_dict()))
+    found = features(images)
+    assert found.shape == (8, LabelFeatures.count(shape, network)) and torch.isfinite(found).all()
+    others = images.roll(3, 0).clone()
+    others[3:] = 0
+    assert torch.equal(features(others)[0], features(images.roll(3, 0))[0])
+    # One direction of the image's own: a share of the network's, and one of the frequencies.
+    own = LabelFeatures.count(shape, None)
+    assert torch.allclose(found[:, own:].norm(dim=1), torch.tensor(OF_NETWORK**0.5))
+    assert torch.allclose(found.norm(dim=1), torch.ones(8))
 
 
 def test_a_killed_training_comes_to_the_same_weights_and_is_charged_once(
@@ -271,7 +322,7 @@ def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
     assert pipeline.run(settings_of(folder, *overrides), ["classify"]) == 0
     test = read_sensitive(settings_of(folder), "test")
     images = np.ascontiguousarray(np.moveaxis(np.asarray(test.images), 1, -1))
-    seen = labels_of_images(torch.from_numpy(weights(folder)), images, ALONE.device)
+    seen = seen_by(settings_of(folder, *overrides)).labels(images)
     assert (seen == test.labels).mean() > 0.8
 
 

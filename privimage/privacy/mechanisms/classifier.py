@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from privimage.config import Config
-from privimage.models.local_frequencies import LocalFrequencies
+from privimage.models.label_features import LabelFeatures
 from privimage.privacy.mechanisms.base import OneUse, Share
 from privimage.privacy.mechanisms.vectors import LESS, length, shortened
 from privimage.privacy.noise import gaussian
@@ -43,6 +43,7 @@ class NoisyGradients(OneUse):
     count: int  # N
     features: int  # of an image
     steps: int  # T
+    network: bool = False  # whether some of the features are those of a network
 
     @classmethod
     def draft(cls, config: Config, count: int) -> Self:
@@ -52,7 +53,10 @@ class NoisyGradients(OneUse):
             noise_multiplier=0.0,
             relation=Relation.of(config),
             count=count,
-            features=LocalFrequencies.count((data.channels, data.resolution, data.resolution)),
+            features=LabelFeatures.count(
+                (data.channels, data.resolution, data.resolution), config.label_network
+            ),
+            network=config.label_network is not None,
             steps=config.classify.steps,
         )
 
@@ -88,6 +92,7 @@ class NoisyGradients(OneUse):
             f"in each of `steps` steps each {self.relation.unit} adds {of} to the sum, which gets noise of "
             "noise_multiplier times sqrt(steps); all steps together are one Gaussian mechanism of "
             "noise_multiplier"
+            + ("; features are fixed, or of a network trained on public images" if self.network else "")
         )
 
     @property

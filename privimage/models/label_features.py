@@ -1,0 +1,127 @@
+"""What a private classifier of labels sees of an image: how strong each frequency is at each place, and
+features of a network that public images have trained.
+
+A linear classifier on such features is the best private one without private deep learning (Tramèr and Boneh
+2021, arXiv 2011.11660). Under noise it matters most that few numbers tell much: those of the network do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from privimage.models.edm import to_unit
+from privimage.models.local_frequencies import LocalFrequencies
+from privimage.models.resnet import classifier
+
+GRIDS, MOST = (4, 2, 1), 4096  # squares in a row over which maps of the network are averaged; numbers of all
+OF_NETWORK = 0.8  # share of the network in the squared norm of the features
+LEAST = 0.1  # of the root mean square of all deviations: channels that hardly vary count less
+AT_ONCE = 128  # images that are labelled at once
+
+
+def body_of(network: str, channels: int) -> nn.Sequential:
+    """The layers of a query network that give the features, with fresh weights, in eval mode.
+
+    Of the blocks the last one knows public classes rather than images, and is left out.
+    """
+    return classifier(network, channels, 1).body().eval().requires_grad_(False)
+
+
+def pooled(body: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] -> means of the channels over the squares of a grid: (B, K, g, g)."""
+    maps = body(images)
+    grid = next(g for g in GRIDS if (g <= maps.shape[-1] and maps.shape[1] * g * g <= MOST) or g == 1)
+    return F.adaptive_avg_pool2d(maps, grid)
+
+
+@dataclass(frozen=True)
+class PublicFeatures:
+    """A part of a query network, and constants from public images."""
+
+    network: str  # its name
+    state: dict[str, Tensor]  # of `body_of`
+    mean: Tensor  # (K,), of each channel over images and places
+    deviation: Tensor  # (K,), above 0
+
+    @classmethod
+    def of(cls, network: str, body: nn.Module, features: Tensor) -> "PublicFeatures":
+        """From the `pooled` features (n, K, g, g) of public images."""
+        found = features.detach().double()
+        mean = found.mean((0, 2, 3))
+        deviation = (found - mean[:, None, None]).square().mean((0, 2, 3)).sqrt()
+        least = LEAST * deviation.square().mean().sqrt().clamp(min=1e-12)
+        return cls(network, body.state_dict(), mean.float(), deviation.clamp(min=least).float())
+
+    def tensors(self) -> list[Tensor]:
+        """All that the features of an image depend on beside the image."""
+        return [*self.state.values(), self.mean, self.deviation]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU and a name, from which `PublicFeatures(**...)` is the same."""
+        state = {name: value.cpu() for name, value in self.state.items()}
+        constants = {"mean": self.mean.cpu(), "deviation": self.deviation.cpu()}
+        return {"network": self.network, "state": state} | constants
+
+
+class LabelFeatures:
+    """Features of images of one shape: float32 (B, `count`), in no particular range."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], device: torch.device, public: PublicFeatures | None = None
+    ) -> None:
+        """For images of `shape` (C, H, W), square; without `public` the frequencies alone."""
+        self.frequencies, self.body = LocalFrequencies(shape, device), None
+        if public is not None:
+            self.body = body_of(public.network, shape[0]).to(device)
+            self.body.load_state_dict(public.state)
+            self.mean, self.deviation = (
+                constant.to(device)[:, None, None] for constant in (public.mean, public.deviation)
+            )
+
+    @staticmethod
+    @lru_cache
+    def count(shape: tuple[int, int, int], network: str | None) -> int:
+        """The number of features of an image of `shape` (C, H, W), with those of the query network named."""
+        frequencies = LocalFrequencies.count(shape)
+        if network is None:
+            return frequencies
+        with torch.device("meta"):
+            return frequencies + pooled(body_of(network, shape[0]), torch.zeros(1, *shape))[0].numel()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, d) of images uint8 (B, C, H, W)."""
+        frequencies = self.frequencies(images)
+        if self.body is None:
+            return frequencies
+        of_network = (pooled(self.body, to_unit(images)) - self.mean) / self.deviation
+        parts = ((frequencies, 1 - OF_NETWORK), (of_network.flatten(1), OF_NETWORK))
+        return torch.cat([share**0.5 * F.normalize(part) for part, share in parts], 1)
+
+
+class LabelClassifier:
+    """A linear classifier of images by `LabelFeatures`, from what a release holds of it."""
+
+    def __init__(self, state: Mapping[str, Any], shape: tuple[int, int, int], device: torch.device) -> None:
+        """`state`: `weights` (classes, d), and `public`, the `PublicFeatures.to_dict` of it or None."""
+        public = None if state["public"] is None else PublicFeatures(**state["public"])
+        self.features, self.weights = LabelFeatures(shape, device, public), state["weights"].to(device)
+
+    @torch.no_grad()
+    def labels(self, images: np.ndarray) -> np.ndarray:
+        """The labels int64 (B,) that it gives to images uint8 (B, H, W, C)."""
+        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+        parts = [
+            # The largest product, whatever the length of the features.
+            (self.features(part.to(self.weights.device)).to(self.weights.dtype) @ self.weights.T)
+            .argmax(1)
+            .cpu()
+            for part in channels_first.split(AT_ONCE)
+        ]
+        return torch.cat(parts).numpy()
