@@ -24,6 +24,7 @@ from privimage.recipes.settle import CHOSEN
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
 from privimage.recipes.usefulness import too_little_pretraining, too_little_signal, too_long
 from privimage.recipes.warm_start import MOST, NOISE, warm_rise
+from privimage.releases.starter import STAGES, architecture, read
 from privimage.runs import pipeline
 from privimage.storage.rundir import RunDir
 
@@ -266,6 +267,48 @@ def test_init_for_persons_counts_persons_and_promises_for_them(
         assert config.data.sensitive.group == "patient" and config.finetune.logical_batch_size <= 20
         deltas.add(config.privacy.delta)
     assert len(deltas) == 1
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channels", "public", "method", "starter"),
+    [
+        (32, 3, "photographs", "privimage+d", "photos32"),
+        (28, 1, None, "privimage+d", "glyphs28"),
+        (28, 1, "photographs", "privimage+d", None),  # characters would be a strange beginning for them
+        (16, 3, "photographs", "privimage+d", None),  # no networks of that size
+        (32, 3, "photographs", "privimage+g", None),
+    ],
+)
+def test_init_begins_with_the_starter_that_suits(
+    resolution: int,
+    channels: int,
+    public: str | None,
+    method: str,
+    starter: str | None,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Where one has the networks that are chosen for a CPU, and knows images of the kind."""
+    (tmp_path / "photographs" / "a").mkdir(parents=True)
+    (tmp_path / "sealed").mkdir()
+    wanted = init.Wanted(
+        str(tmp_path / "sealed"),
+        public=str(tmp_path / public) if public else None,
+        hours=0.1,
+        count=1000,
+        classes="no,yes",
+        resolution=resolution,
+        channels=channels,
+        method=method,
+    )
+    init.write(wanted)
+    config = parse(yaml.safe_load(capsys.readouterr().out))
+    assert config.query.start_from == config.pretrain.start_from
+    begun = config.pretrain.start_from
+    assert (begun and begun.name) == starter
+    for network in begun and STAGES or ():
+        key = f"{STAGES[network]}.start_from"
+        read(begun, network, key).require(key, architecture(config, network))
 
 
 @pytest.mark.parametrize(("count", "starts"), [(100, ()), (60_000, ("moments",))])
