@@ -13,6 +13,7 @@ from privimage.config.stages import STAGES
 from privimage.data.folder import KINDS
 from privimage.data.groups import units
 from privimage.data.sources import sensitive_source
+from privimage.distributed.precision import cpu_multiplies_in_bf16
 from privimage.distributed.world import alone
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
@@ -99,6 +100,7 @@ def _settings(wanted: Wanted) -> Config:
     stated["test_path"] = str(wanted.test) if wanted.test else None
     if wanted.group is not None:
         stated["group"] = int(wanted.group) if wanted.group.isdecimal() else wanted.group
+    precision = "auto" if torch.cuda.is_available() or not cpu_multiplies_in_bf16() else "bf16"
     tree: dict[str, Any] = {
         "method": wanted.method,
         "run": {"dir": str(wanted.run), "hours": wanted.hours},
@@ -113,8 +115,8 @@ def _settings(wanted: Wanted) -> Config:
             "delta": wanted.delta,
             "unit": "image" if wanted.group is None else "group",
         },
-        "finetune": {"precision": "auto"},
-        "runtime": {"precision": "auto"},
+        "finetune": {"precision": precision},
+        "runtime": {"precision": precision},
         # Its time grows with N and is not shared out by the rules.
         "evaluate": {"ceiling": wanted.hours >= 2},
     }
@@ -223,9 +225,9 @@ WHY = {
     "pretrain.flip": "characters must not be mirrored",
     "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
     "classify.use": "a private classifier labels the synthetic images",
-    "finetune.precision": "bf16 where the device is faster in it",
+    "finetune.precision": "auto: bf16 on GPUs; bf16 on CPUs that multiply in it",
     "evaluate.ceiling": "whether classifiers learn from the real images too, to compare with; takes time",
-    "runtime.precision": "bf16 where the device is faster in it",
+    "runtime.precision": "auto: bf16 on GPUs; bf16 on CPUs that multiply in it",
 }
 
 

@@ -28,3 +28,13 @@ def faster_in_bf16(device: torch.device) -> bool:
     A CPU is not asked: its gain is small without AMX, and without AVX-512 it would be slower.
     """
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cpu_multiplies_in_bf16() -> bool:
+    """Whether this machine's CPU has instructions for matrix products in bf16 (AMX).
+
+    A run on it is faster in bf16, by a quarter to a third (docs/results.md), but would not be on another
+    machine: for those who choose settings for a machine, `auto` does not ask.
+    """
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not there in older versions
+    return bool(capabilities.get("amx_bf16"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ranks import TINY
 
@@ -306,9 +307,25 @@ def test_init_begins_with_the_starter_that_suits(
     assert config.query.start_from == config.pretrain.start_from
     begun = config.pretrain.start_from
     assert (begun and begun.name) == starter
-    for network in begun and STAGES or ():
+    for network in (begun and STAGES) or ():
         key = f"{STAGES[network]}.start_from"
         read(begun, network, key).require(key, architecture(config, network))
+
+
+@pytest.mark.parametrize(
+    ("capable", "precision"), [({"amx_bf16": True}, "bf16"), ({}, "auto"), (None, "auto")]
+)
+def test_init_computes_in_what_the_cpu_is_fast_in(
+    capable: dict | None, precision: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if capable is None:  # as in older versions of torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable, raising=False)
+    init.write(init.Wanted("digits", hours=0.1))
+    config = parse(yaml.safe_load(capsys.readouterr().out))
+    assert (config.runtime.precision, config.finetune.precision) == (precision, precision)
 
 
 @pytest.mark.parametrize(("count", "starts"), [(100, ()), (60_000, ("moments",))])
