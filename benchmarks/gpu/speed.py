@@ -23,24 +23,35 @@ from privimage.distributed.world import World
 from privimage.families.denoising import DiffusionPrivate, DiffusionPublic
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.dpsgd import PrivateSteps, Randomness
-from privimage.privacy.gradients import FoldedGradients
+from privimage.privacy.gradients import GRADIENTS
 from privimage.privacy.keys import insecure_fixed
 from privimage.privacy.mechanisms import DPSGD
 from privimage.telemetry.profile import Window
 
 # (pretraining batch, logical batch, images of the set, model width, rounds)
 WHOLE, MINIATURE = (2048, 16_384, 50_000, 32, 5), (8, 4, 16, 8, 2)
+FEW = 32  # images of a step that shows what launching costs
 
 
-def settings(precision: str, copies: int, batch: int, logical: int, width: int) -> Config:
+def settings(
+    precision: str, copies: int, batch: int, logical: int, width: int, way: str = "folded"
+) -> Config:
     """A run as docs/results.md has it for CIFAR-10."""
     return parse(
         {
             "run": {"dir": "none"},
             "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "cifar10"}},
-            "model": {"width": width},
-            "pretrain": {"batch_size": batch},
-            "finetune": {"logical_batch_size": logical, "noise_copies": copies, "precision": precision},
+            "model": {"width": width, "multipliers": [1, 2, 2], "attention": [16]},
+            "pretrain": {"batch_size": batch, "learning_rate": 5e-4, "steps": 1},
+            "finetune": {
+                "logical_batch_size": logical,
+                "noise_copies": copies,
+                "precision": precision,
+                "gradients": way,
+                "learning_rate": 1e-3,
+                "max_grad_norm": 1e-3,
+                "steps": 1,
+            },
             "runtime": {"precision": precision},
         }
     )
@@ -72,7 +83,7 @@ def private_steps(config: Config, world: World, images: int) -> tuple[Iterator, 
     )
     steps = PrivateSteps(
         plan,
-        FoldedGradients(training.module, filled_to=physical),
+        GRADIENTS[tuned.gradients](training.module, filled_to=physical),
         losses,
         training.optimizer,
         SensitiveSet(pixels, np.arange(images) % 10, world.device, "device"),
@@ -137,6 +148,13 @@ def main() -> None:
             taken = seconds(lambda _, made=made: next(made), rounds if copies == 1 else 2, device)
             sizes = f"{logical} images in batches of {physical}"
             tell(f"private {precision} K = {copies}: {taken:.3f} s for {sizes}")
+    # A rank of many has few images: it waits for the launch of kernels.
+    for way in ("folded", "recorded"):
+        few = min(FEW, logical)
+        config = settings("bf16", 1, batch, few, width, way)
+        made, physical = private_steps(config, world, images)
+        taken = seconds(lambda _, made=made: next(made), rounds, device)
+        tell(f"private bf16 K = 1, {way}: {taken:.4f} s for {few} images in batches of {physical}")
     # Last, since it may take long: what was measured before is kept.
     step = pretraining(settings("bf16", 1, batch, logical, width), world, compiled=True)
     taken = seconds(step, rounds, device)

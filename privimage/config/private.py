@@ -182,8 +182,10 @@ class Finetune(Section):
         0.1, ge=0, lt=1, description="diffusion: probability of hiding an image's label, all its copies alike"
     )
     start_from: Literal["ema", "raw"] = Field("ema", description="which pretrained weights to start from")
-    gradients: Literal["folded", "vmap"] = Field(
-        "folded", description="per-image gradients: folded is fast, vmap(grad) is the plain oracle"
+    gradients: Literal["folded", "recorded", "vmap"] = Field(
+        "folded",
+        description="per-image gradients: folded is fast; recorded is the same as a CUDA graph, for a GPU "
+        "that has few images in a step; vmap(grad) is the plain oracle",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

@@ -1,14 +1,15 @@
 """Per-image gradients, averaged over the noise copies of each image.
 
-Two interchangeable implementations fill `p.grad_sample` of shape (B, *p.shape), which Opacus' optimizer
-reads: `FoldedGradients`, fast, with one rule per layer type, and `VmapGradients`, torch.func's vmap(grad),
-the reference that it is tested with. Opacus is not imported here: `plan` times these gradients and has no
-other use for it, and it takes a fifth of all imports.
+Interchangeable implementations fill `p.grad_sample` of shape (B, *p.shape), which Opacus' optimizer reads:
+`FoldedGradients`, fast, with one rule per layer type; `RecordedGradients`, the same as a CUDA graph; and
+`VmapGradients`, torch.func's vmap(grad), the reference that they are tested with. Opacus is not imported
+here: `plan` times these gradients and has no other use for it, and it takes a fifth of all imports.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ AT_ONCE = 32  # per-image gradients whose sum is float32
 # has its norm without a square: C over a norm near 1e38 would be a denormal number, with few digits and a sum
 # beyond C.
 LONGEST = 1e18
+PASSES = 3  # before a graph is recorded
 FEW = 4096  # numbers; smaller operations are all overhead
 
 
@@ -127,6 +129,61 @@ class FoldedGradients(PerImageGradients):
         return super().detach()
 
 
+@dataclass(frozen=True)
+class _Recording:
+    """A CUDA graph of `_fill`, and the memory that it reads and writes at each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    samples: list[Tensor]  # `grad_sample` of each parameter
+    per_image: Tensor
+
+
+class RecordedGradients(FoldedGradients):
+    """The same kernels, recorded as a CUDA graph for each shape of a batch and replayed by one launch.
+
+    A rank with few images spends a step on launching a thousand small kernels. Recorded are forward and
+    backward pass; the caller has used the gradients of a batch before it gives the next one. On a CPU there
+    is nothing to record.
+    """
+
+    def __init__(self, module: nn.Module, backends: dict[str, str] | None = None, filled_to: int = 0):
+        """See `FoldedGradients`."""
+        super().__init__(module, backends, filled_to)
+        self.recordings: dict[tuple, _Recording] = {}
+
+    def _fill(self, losses: Losses, *tensors: Tensor) -> Tensor:
+        if not tensors[0].is_cuda:
+            return super()._fill(losses, *tensors)
+        key = (losses, *((t.shape, t.dtype) for t in tensors))
+        if key not in self.recordings:
+            self.recordings[key] = self._record(losses, tensors)
+        recording = self.recordings[key]
+        for memory, tensor in zip(recording.inputs, tensors, strict=True):
+            memory.copy_(tensor)
+        recording.graph.replay()
+        for p, sample in zip(trained_parameters(self.module), recording.samples, strict=True):
+            p.grad_sample = sample  # type: ignore[attr-defined]
+        return recording.per_image.clone()
+
+    def _record(self, losses: Losses, tensors: tuple[Tensor, ...]) -> _Recording:
+        inputs = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        # Libraries choose kernels and ask for memory in the first passes, which must not be recorded.
+        # torch.cuda.graph wants them to run beside the current stream.
+        beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            for _ in range(PASSES):
+                super()._fill(losses, *inputs)
+                self.clear()
+        current.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            per_image = super()._fill(losses, *inputs)
+        samples = [p.grad_sample for p in trained_parameters(self.module)]  # type: ignore[attr-defined]
+        return _Recording(graph, inputs, samples, per_image)
+
+
 class VmapGradients(PerImageGradients):
     """vmap(grad) over single images: slow, and correct by construction."""
 
@@ -151,7 +208,11 @@ class VmapGradients(PerImageGradients):
         return per_image.detach()
 
 
-GRADIENTS: dict[str, type[PerImageGradients]] = {"folded": FoldedGradients, "vmap": VmapGradients}
+GRADIENTS: dict[str, type[PerImageGradients]] = {
+    "folded": FoldedGradients,
+    "recorded": RecordedGradients,
+    "vmap": VmapGradients,
+}
 
 
 @contextmanager

@@ -21,7 +21,12 @@ from privimage.models.biggan import Discriminator
 from privimage.models.ddpmpp import DDPMpp
 from privimage.privacy.batching import physical_batch_size
 from privimage.privacy.convolutions import WAYS
-from privimage.privacy.gradients import FoldedGradients, VmapGradients, clip_and_sum_
+from privimage.privacy.gradients import (
+    FoldedGradients,
+    RecordedGradients,
+    VmapGradients,
+    clip_and_sum_,
+)
 from privimage.privacy.ledger import read
 from privimage.storage.files import read_json
 
@@ -98,6 +103,26 @@ def test_the_gradient_of_an_image_is_the_same_to_the_bit_whatever_the_others(pre
     assert not found[2].isfinite().all() and found[[0, 1, 3, 4]].isfinite().all()
     gradients.backward(losses, *(t[:3] for t in tensors))
     assert torch.equal(flat(network), first)
+
+
+def test_recorded_gradients_are_those_of_the_kernels_one_by_one() -> None:
+    """To the bit, for another batch than the one that was recorded, a short one, and after a step."""
+    torch.manual_seed(0)
+    network, batches = denoiser(), [noised(8, 2), noised(8, 2), noised(5, 2)]
+    other = copy.deepcopy(network)
+    folded, recorded = FoldedGradients(network, filled_to=8), RecordedGradients(other, filled_to=8)
+    for tensors in batches:
+        losses = folded.backward(edm.loss, *tensors)
+        assert torch.equal(recorded.backward(edm.loss, *tensors), losses)
+        assert torch.equal(flat(other), flat(network))
+        with torch.no_grad():
+            for own, twin in zip(network.parameters(), other.parameters(), strict=True):
+                step = 0.01 * torch.randn_like(own)
+                own.add_(step)
+                twin.add_(step)
+        folded.clear()
+        recorded.clear()
+    assert len(recorded.recordings) == 1
 
 
 def test_norms_of_millions_of_weights_and_hostile_images() -> None:
