@@ -61,7 +61,7 @@ class Query(Section):
     flip: bool = Field(
         True,
         description="random horizontal flips; off for characters",
-        json_schema_extra=on("query", "select", "warm", "match", "evolve"),
+        json_schema_extra=on("query", "select", "warm", "classify", "match", "evolve"),
     )
     checkpoint_every: int = Field(500, ge=1, description="steps between validations and checkpoints")
 

@@ -77,7 +77,7 @@ class Watched:
             "warm.max_rise=0.1",
             "method=pdp-diffusion",
         ),
-        ("classify.use=true", "classify.max_rise=0.1", "method=dpdm"),
+        ("classify.use=true", "classify.max_rise=0.1"),  # by the features of the query network
         ("data.public.labelled=false", "query.semantics=clusters", "query.clusters=20"),
     ],
     ids=lambda more: more[0],
