@@ -41,7 +41,8 @@ class Runtime(Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="of public training and of synthesis; auto: bf16 on GPUs that have it, else fp32",
+        description="of public training, synthesis and the CNN of the evaluation; auto: bf16 on GPUs "
+        "that have it, else fp32",
         json_schema_extra=on(*RANDOM),
     )
     profile: tuple[int, int] | None = Field(

@@ -117,6 +117,7 @@ class Training:
     seed: int
     world: World
     label: str = "cnn"
+    precision: str = "fp32"  # or "bf16", of forward and backward pass
 
 
 def train_cnn(train: Labelled, n_classes: int, how: Training) -> nn.Module:
@@ -130,6 +131,8 @@ def train_cnn(train: Labelled, n_classes: int, how: Training) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(how.seed)
         network = resnet9(channels, n_classes, resolution).to(how.world.device)
+    # Faster, on CPUs and GPUs.
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = how.epochs * math.ceil(len(train) / how.batch_size)
     optimizer, schedule = _sgd(list(network.parameters()), how.batch_size, steps)
     return fitted(network, train, how, optimizer, schedule)
@@ -154,7 +157,7 @@ def fitted(
     generator = torch.Generator().manual_seed(how.seed)  # order and flips, equal on all ranks
 
     own, shape = -(-batch_size // world.size), images.shape[1:]
-    at_once = fitting_images(own, shape, network, _loss, "fp32", world, f"evaluate: {label}")
+    at_once = fitting_images(own, shape, network, _loss, how.precision, world, f"evaluate: {label}")
     network.train()
     with Progress(label, total=how.epochs, shown=world.is_main) as bar, torch.random.fork_rng():
         torch.manual_seed(how.seed + world.rank)  # of dropout
@@ -166,7 +169,9 @@ def fitted(
                 # A rank without images still takes part in the sum of gradients.
                 for piece in pieces(len(mine), at_once):
                     which = mine[piece]
-                    loss = _loss(network, _mirrored(to_unit(images[which]), flips[piece]), labels[which])
+                    shown = _mirrored(to_unit(images[which]), flips[piece])
+                    with torch.autocast(world.device.type, torch.bfloat16, enabled=how.precision == "bf16"):
+                        loss = _loss(network, shown, labels[which])
                     (loss / len(batch)).backward()
                     loss_sum += loss.detach()
                 _add_up(parameters, world)

@@ -88,7 +88,7 @@ def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:
     channels, height, width = image_shape(config)
     pixels, seconds = channels * height * width, 0.0
     if "cnn" in settings.classifiers:
-        a_pass = classifier_pass("cnn", image_shape(config), classes, device, "fp32")[0]
+        a_pass = classifier_pass("cnn", image_shape(config), classes, device, config.runtime.precision)[0]
         seconds += 3 * images * settings.cnn_epochs * a_pass
     for key in BENCHMARK:
         if key in settings.classifiers:

@@ -26,7 +26,10 @@ def trained_network(subject: Subject, key: str, training: Labelled, name: str) -
             label=label,
         )
     flip = subject.config.pretrain.flip
-    how = utility.Training(settings.cnn_epochs, settings.cnn_batch_size, flip, seed(subject), world, label)
+    precision = subject.config.runtime.precision
+    how = utility.Training(
+        settings.cnn_epochs, settings.cnn_batch_size, flip, seed(subject), world, label, precision
+    )
     return utility.train_cnn(training, subject.n_classes, how)
 
 
