@@ -49,9 +49,10 @@ def test_a_training_set_of_one_class_gives_its_share(name: str) -> None:
     assert (utility.SHALLOW[name](only, test, 0) == 1).all()
 
 
-def test_the_cnn_learns_separable_classes() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_cnn_learns_separable_classes(precision: str) -> None:
     test = bars(200, 1)
-    predictions = utility.predict(cnn(bars(300, 0)), test.images, ALONE.device)
+    predictions = utility.predict(cnn(bars(300, 0), precision=precision), test.images, ALONE.device)
     assert utility.percent(predictions.labels, test.labels) >= 99
     assert predictions.features.shape == (200, 256)
 
