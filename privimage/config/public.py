@@ -103,6 +103,11 @@ class Pretrain(Section):
         description="diffusion: compute activations again in the backward pass, for large networks",
         json_schema_extra=on("pretrain", "warm"),
     )
+    compile: bool = Field(
+        False,
+        description="diffusion: compile the network (torch.compile), which takes minutes at the start; for "
+        "long trainings on GPUs",
+    )
     flip: bool = Field(
         True,
         description="random horizontal flips; off for characters",

@@ -67,6 +67,8 @@ class DiffusionPublic(PublicTraining):
         network = self.denoiser.network
         assert isinstance(network, DDPMpp)  # the family's
         network.recompute = config.pretrain.recompute
+        if self.stage == "pretrain" and config.pretrain.compile:
+            network.compile(dynamic=False)  # in place: names of weights stay
         self.engine = self._engine()
         self.ema = EMA(self.denoiser, self.settings.ema_decay)
         self.loss_sum, self.steps = torch.zeros((), device=world.device), 0

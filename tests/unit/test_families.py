@@ -251,3 +251,20 @@ def test_a_public_seed_is_of_its_purpose_and_numbers() -> None:
     assert len(set(found)) == len(found)
     assert all(0 <= seed < 2**63 for seed in found)
     assert public_seed(configs[0], "churn", 3) == public_seed(settings("privimage+d"), "churn", 3)
+
+
+def test_a_compiled_network_learns_the_same_under_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the graphs of torch.compile; code for the CPU is left out, which takes minutes to make."""
+    calls = []
+
+    def compiled(module: nn.Module, **how: object) -> None:
+        calls.append(how)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", **how)
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    plain, other = (pretrained(settings("privimage+d", f"pretrain.compile={on}"), 10) for on in (False, True))
+    assert calls == [{"dynamic": False}]
+    for kind in ("raw", "ema"):
+        assert plain[kind].keys() == other[kind].keys()
+        for name, value in plain[kind].items():
+            assert torch.allclose(value, other[kind][name], atol=1e-5), name
