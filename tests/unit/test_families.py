@@ -215,10 +215,10 @@ def test_a_gan_trains_both_networks_in_turn_and_learns_two_classes() -> None:
         ]
 
     start = distance()
-    assert [moved(step) for step in range(130)] == [[True, step % 2 == 1] for step in range(130)]
+    assert [moved(step) for step in range(200)] == [[True, step % 2 == 1] for step in range(200)]
     assert distance() < start / 4
     assert set(training.scalars()) == {"discriminator loss", "generator loss"}
-    training.step(pictures, torch.arange(2), 130)
+    training.step(pictures, torch.arange(2), 200)
     assert set(training.scalars()) == {"discriminator loss"}
 
 
