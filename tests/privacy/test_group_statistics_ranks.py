@@ -17,6 +17,8 @@ import numpy as np, torch
 from privimage.config import load
 from privimage.data.private_store import ImageSet
 from privimage.distributed.world import connect
+from privimage.models.label_features import LabelFeatures, PublicFeatures
+from privimage.models.label_features import pooled as pooled_maps
 from privimage.models.network_moments import NetworkMoments, Scales, pooled
 from privimage.models.semantic import SemanticQuery
 from privimage.privacy.keys import insecure_fixed
@@ -58,7 +60,11 @@ population = SimpleNamespace(ahead=ahead, chances=torch.zeros(rows, 9))
 candidates = nearest.candidates(config, features, population, 0, world)
 account = SimpleNamespace(root=insecure_fixed(5))
 middle = CentralImages.draft(config, 61)
-weights = rng.normal(size=(rows, 17 * 64))  # of a classifier that has learnt something
+body = query.network.body()
+seen = PublicFeatures.of("resnet-small", body, pooled_maps(body, 2 * public - 1))
+of_labels = LabelFeatures((1, 8, 8), world.device, seen)
+# Of a classifier that has learnt something.
+weights = rng.normal(size=(rows, LabelFeatures.count((1, 8, 8), "resnet-small")))
 
 def statistics(kept):
     found = ImageSet(images[kept], labels[kept], groups[kept], ("a", "b", "c"), "", b"", 61, "x")
@@ -74,7 +80,7 @@ def statistics(kept):
         "moments": embedding.embedding_sums(*nothing, plans[1], None, moments).values,
         "central": central.central_means(*nothing, middle, None).values,
         "gradients": classifier._gradient(
-            config, world, list(classifier._blocks(config, world, sensitive)), weights, 0.05
+            config, world, list(classifier._blocks(config, world, sensitive, of_labels)), weights, 0.05
         ),
     }
 
