@@ -65,6 +65,7 @@ def pretraining(world: World, batch: int):
         {
             "run": {"dir": "none"},
             "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "digits"}},
+            "pretrain": {"learning_rate": 5e-4},
         }
     )
     torch.manual_seed(0)
