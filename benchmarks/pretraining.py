@@ -22,7 +22,7 @@ from privimage.data import store
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import ALONE
 from privimage.families import pretrained_family
-from privimage.models import build_diffusion, edm
+from privimage.models import edm
 from privimage.runs import pipeline
 from privimage.stages.public_set import public_labels, public_stream
 from privimage.storage.rundir import RunDir
@@ -61,7 +61,8 @@ def row(config: Config, folder: str, seconds: float) -> None:
     order = np.random.default_rng(0).permutation(len(public.of_images))
     held, seen = np.sort(order[:HELD_OUT]), np.sort(order[HELD_OUT:])
     classes, settings = len(public.names), config.pretrain
-    training = pretrained_family(config).public_training(config, classes, world)
+    kind = pretrained_family(config)
+    training = kind.public_training(config, classes, world)
     labels = public.of_images[seen]
     stream = public_stream(config, run, world, seen, labels, settings.batch_size, "pretraining stream")
     images = torch.from_numpy(store.read(run.public_store, held))
@@ -71,8 +72,7 @@ def row(config: Config, folder: str, seconds: float) -> None:
         training.step(*batch, step)
         spent, step = spent + time.process_time() - start, step + 1
         if spent > seconds * (0.25, 0.5, 1)[len(losses)]:
-            network = build_diffusion(config, classes)
-            network.load_state_dict(training.weights()["raw"] | training.weights()["ema"])
+            network = kind.restored(config, training.weights() | {"n_classes": classes})
             losses.append(f"{held_out_loss(network, images, of_held):.4f}")
             if len(losses) == 3:
                 break

@@ -88,8 +88,8 @@ def plan_of(run: Path) -> NoisyGradients:
 def right(config: Config) -> float:
     """Percent of the test images whose label the classifier of a run sees."""
     test = open_sensitive(config, "test", ALONE, RunDir(config.run.dir).sensitive)
-    _, state = trained_classifier(config, RunDir(config.run.dir), ALONE)
-    seen = LabelClassifier(state, image_shape(config), ALONE.device)
+    trained = trained_classifier(config, RunDir(config.run.dir), ALONE)
+    seen = LabelClassifier(trained.state, image_shape(config), ALONE.device)
     images = np.moveaxis(test.images[: test.count], 1, -1)
     return 100 * float((seen.labels(images) == test.labels).mean())
 

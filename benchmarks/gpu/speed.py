@@ -34,7 +34,13 @@ FEW = 32  # images of a step that shows what launching costs
 
 
 def settings(
-    precision: str, copies: int, batch: int, logical: int, width: int, way: str = "folded"
+    precision: str,
+    copies: int,
+    batch: int,
+    logical: int,
+    width: int,
+    way: str = "folded",
+    compiled: bool = False,
 ) -> Config:
     """A run as docs/results.md has it for CIFAR-10."""
     return parse(
@@ -42,7 +48,7 @@ def settings(
             "run": {"dir": "none"},
             "data": {"resolution": 32, "public": {"kind": "glyphs"}, "sensitive": {"kind": "cifar10"}},
             "model": {"width": width, "multipliers": [1, 2, 2], "attention": [16]},
-            "pretrain": {"batch_size": batch, "learning_rate": 5e-4, "steps": 1},
+            "pretrain": {"batch_size": batch, "learning_rate": 5e-4, "steps": 1, "compile": compiled},
             "finetune": {
                 "logical_batch_size": logical,
                 "noise_copies": copies,
@@ -154,9 +160,7 @@ def main() -> None:
         taken = seconds(lambda _, made=made: next(made), rounds, device)
         tell(f"private bf16 K = 1, {way}: {taken:.4f} s for {few} images in batches of {physical}")
     # Last, since it may take long: what was measured before is kept.
-    config = settings("bf16", 1, batch, logical, width)
-    config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"compile": True})})
-    step = pretraining(config, world)
+    step = pretraining(settings("bf16", 1, batch, logical, width, compiled=True), world)
     taken = seconds(step, rounds, device)
     tell(f"pretrain bf16 compiled: {taken:.4f} s, {batch / taken:,.0f} images/s")
 

@@ -131,8 +131,6 @@ def train_cnn(train: Labelled, n_classes: int, how: Training) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(how.seed)
         network = resnet9(channels, n_classes, resolution).to(how.world.device)
-    # Faster, on CPUs and GPUs.
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = how.epochs * math.ceil(len(train) / how.batch_size)
     optimizer, schedule = _sgd(list(network.parameters()), how.batch_size, steps)
     return fitted(network, train, how, optimizer, schedule)

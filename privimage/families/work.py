@@ -53,7 +53,6 @@ def classifier_pass(
         model = benchmark_classifier(name, SIZES[size][name], shape[0], classes)
     elif network == "cnn":
         model = resnet9(shape[0], classes, shape[1])
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     else:
         model = classifier(network, shape[0], classes)
     model = model.to(device)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from privimage.models.edm import to_unit
 from privimage.models.local_frequencies import LocalFrequencies
+from privimage.models.network_moments import least
 from privimage.models.resnet import classifier
 
 GRIDS, MOST = (4, 2, 1), 4096  # squares in a row over which maps of the network are averaged; numbers of all
 OF_NETWORK = 0.8  # share of the network in the squared norm of the features
-LEAST = 0.1  # of the root mean square of all deviations: channels that hardly vary count less
 AT_ONCE = 128  # images that are labelled at once
 
 
@@ -33,7 +33,7 @@ def body_of(network: str, channels: int) -> nn.Sequential:
     return classifier(network, channels, 1).body().eval().requires_grad_(False)
 
 
-def pooled(body: nn.Module, images: Tensor) -> Tensor:
+def field_means(body: nn.Module, images: Tensor) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] -> means of the channels over the squares of a grid: (B, K, g, g)."""
     maps = body(images)
     grid = next(g for g in GRIDS if (g <= maps.shape[-1] and maps.shape[1] * g * g <= MOST) or g == 1)
@@ -51,12 +51,11 @@ class PublicFeatures:
 
     @classmethod
     def of(cls, network: str, body: nn.Module, features: Tensor) -> "PublicFeatures":
-        """From the `pooled` features (n, K, g, g) of public images."""
+        """From the `field_means` features (n, K, g, g) of public images."""
         found = features.detach().double()
         mean = found.mean((0, 2, 3))
         deviation = (found - mean[:, None, None]).square().mean((0, 2, 3)).sqrt()
-        least = LEAST * deviation.square().mean().sqrt().clamp(min=1e-12)
-        return cls(network, body.state_dict(), mean.float(), deviation.clamp(min=least).float())
+        return cls(network, body.state_dict(), mean.float(), deviation.clamp(min=least(deviation)).float())
 
     def tensors(self) -> list[Tensor]:
         """All that the features of an image depend on beside the image."""
@@ -92,7 +91,7 @@ class LabelFeatures:
         if network is None:
             return frequencies
         with torch.device("meta"):
-            return frequencies + pooled(body_of(network, shape[0]), torch.zeros(1, *shape))[0].numel()
+            return frequencies + field_means(body_of(network, shape[0]), torch.zeros(1, *shape))[0].numel()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ class LabelFeatures:
         frequencies = self.frequencies(images)
         if self.body is None:
             return frequencies
-        of_network = (pooled(self.body, to_unit(images)) - self.mean) / self.deviation
+        of_network = (field_means(self.body, to_unit(images)) - self.mean) / self.deviation
         parts = ((frequencies, 1 - OF_NETWORK), (of_network.flatten(1), OF_NETWORK))
         return torch.cat([share**0.5 * F.normalize(part) for part, share in parts], 1)
 

@@ -17,6 +17,11 @@ GRID = 4  # a map of features is averaged over the fields of a grid: what is whe
 LEAST = 0.1
 
 
+def least(deviation: Tensor) -> Tensor:
+    """The deviation that features are taken to have at least, by those of all of them."""
+    return LEAST * deviation.square().mean().sqrt().clamp(min=1e-12)
+
+
 def pooled(network: Classifier, images: Tensor) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] -> features (B, d) of all blocks of the network."""
     maps = [F.adaptive_avg_pool2d(found, min(found.shape[-1], GRID)) for found in network.maps(images)]
@@ -47,9 +52,7 @@ class Scales:
         moments = _moments(features, features.mean(0))
         deviation = moments.std(0, correction=0)
         # Of first and of second moments, which have units of their own.
-        least = [LEAST * half.square().mean().sqrt().clamp(min=1e-12) for half in deviation.chunk(2)]
-        halves = zip(deviation.chunk(2), least, strict=True)
-        factor = torch.cat([1 / half.clamp(min=low) for half, low in halves])
+        factor = torch.cat([1 / half.clamp(min=least(half)) for half in deviation.chunk(2)])
         norm = (deviation * factor).norm().clamp(min=1e-12)
         return cls(moments.mean(0), factor / norm)
 

@@ -1,5 +1,6 @@
 """Classifiers: the semantic query function, and the CNN that measures how useful a synthetic set is."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,4 +111,6 @@ def resnet9(channels: int, n_classes: int, resolution: int) -> Classifier:
         _convolution(4 * width, 8 * width), _Pool(), _Residual(8 * width),
         nn.AdaptiveMaxPool2d(1), nn.Flatten(),
     )  # fmt: skip
-    return Classifier(trunk, 8 * width, n_classes)
+    # Channels last: faster, on CPUs and GPUs.
+    network = Classifier(trunk, 8 * width, n_classes)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -36,7 +36,7 @@ def networks(facts: Facts) -> Choices:
     }
 
 
-def constants(facts: Facts, begun: bool = False) -> Choices:
+def constants(facts: Facts, begun: bool) -> Choices:
     """What depends neither on time nor on speed; `begun`: pretraining begins with starter weights."""
     large, small = facts.device == "cuda", facts.count <= 5000
     kept = max(1, round(0.05 * facts.public_classes / facts.rows))

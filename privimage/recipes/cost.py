@@ -10,7 +10,7 @@ from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import PARAMETER_BYTES, Work, classifier_pass, seconds_of_a_pass
 from privimage.models import parameters
-from privimage.models.label_features import LabelFeatures, PublicFeatures, body_of, pooled
+from privimage.models.label_features import LabelFeatures, PublicFeatures, body_of, field_means
 from privimage.models.resnet import classifier
 from privimage.privacy.plan import PrivacyPlan
 
@@ -76,7 +76,7 @@ def _untrained(config: Config) -> PublicFeatures | None:
     if (network := config.label_network) is None:
         return None
     body, shape = body_of(network, config.data.channels), image_shape(config)
-    return PublicFeatures.of(network, body, pooled(body, torch.zeros(1, *shape)))
+    return PublicFeatures.of(network, body, field_means(body, torch.zeros(1, *shape)))
 
 
 def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:

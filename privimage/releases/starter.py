@@ -31,9 +31,8 @@ Network = Literal["query", "diffusion"]
 STAGES: dict[Network, str] = {"query": "query", "diffusion": "pretrain"}  # that begin with them
 LARGEST = 10_000_000  # bytes of a file
 STATED = "privimage_starter"  # key of the statement in the metadata of a file
-SHIPPED = (
-    Path(__file__).resolve().parents[2] / "starter"
-)  # a folder for each; not there without the repository
+# A folder for each that comes with PrivImage; not there without the repository.
+SHIPPED = Path(__file__).resolve().parents[2] / "starter"
 FIRST = "network.embed_1"  # the layer that sees the label embedding, beside that of the noise level
 
 
@@ -57,9 +56,15 @@ class Starter:
 
     def require(self, key: str, architecture: Mapping[str, Any]) -> None:
         """Refuse another network than `architecture`, in one line. Raises UserError."""
-        for name, wanted in architecture.items():
-            if (has := self.stated["architecture"].get(name)) != wanted:
-                raise UserError(f"{key}: {self.path} is of another network: {name} {has}, not {wanted}")
+        if others := self.other_than(architecture):
+            name = others[0]
+            has, wanted = self.stated["architecture"].get(name), architecture[name]
+            raise UserError(f"{key}: {self.path} is of another network: {name} {has}, not {wanted}")
+
+    def other_than(self, architecture: Mapping[str, Any]) -> list[str]:
+        """What of an architecture this network does not have in common with it, by name."""
+        own = self.stated["architecture"]
+        return [name for name, wanted in architecture.items() if own.get(name) != wanted]
 
 
 def wanted(config: Config) -> dict[Network, Path]:
@@ -75,9 +80,8 @@ def shipped(config: Config) -> Path | None:
     """The folder of a starter that comes with PrivImage and has the networks of `config`, if there is one."""
 
     def suits(folder: Path) -> bool:
-        return all(
-            read(folder, network, "starter").stated["architecture"] == architecture(config, network)
-            for network in STAGES
+        return not any(
+            read(folder, network, "starter").other_than(architecture(config, network)) for network in STAGES
         )
 
     return next((folder for folder in sorted(SHIPPED.glob("*/")) if suits(folder)), None)

@@ -79,8 +79,16 @@ def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive:
     return draw_once_by(config, run_dir, world, sensitive, plan, _file(run_dir), draw, inputs)
 
 
-def trained_classifier(config: Config, run_dir: RunDir, world: World) -> tuple[Drawn, dict[str, Any]]:
-    """What `private_classifier` has kept, and the state of a `LabelClassifier` on the CPU.
+@dataclass(frozen=True)
+class Trained:
+    """A classifier, and the name of the charge that it cost."""
+
+    state: dict[str, Any]  # of a `LabelClassifier`, on the CPU
+    charge: str
+
+
+def trained_classifier(config: Config, run_dir: RunDir, world: World) -> Trained:
+    """What `private_classifier` has kept.
 
     Raises UserError while the stage is not finished, and for a damaged file.
     """
@@ -88,7 +96,7 @@ def trained_classifier(config: Config, run_dir: RunDir, world: World) -> tuple[D
     drawn, public = kept(_file(run_dir), world), None
     if config.label_network is not None:
         public = PublicFeatures(**checkpoint.required(_features_file(run_dir), "classify", world)).to_dict()
-    return drawn, {"weights": torch.from_numpy(drawn.values), "public": public}
+    return Trained({"weights": torch.from_numpy(drawn.values), "public": public}, drawn.charge)
 
 
 def _file(run_dir: RunDir) -> Path:

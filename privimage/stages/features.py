@@ -14,10 +14,9 @@ from privimage.distributed.blocks import in_blocks
 from privimage.distributed.world import World
 from privimage.families.base import image_shape
 from privimage.families.matching import FeatureMap
-from privimage.models import network_moments as moments
 from privimage.models.edm import to_unit
-from privimage.models.label_features import PublicFeatures, pooled
-from privimage.models.network_moments import NetworkMoments, Scales
+from privimage.models.label_features import PublicFeatures, field_means
+from privimage.models.network_moments import NetworkMoments, Scales, moments_length, pooled
 from privimage.models.random_features import RandomFeatures
 from privimage.stages.public_set import load_query, public_labels
 from privimage.storage.rundir import RunDir
@@ -41,9 +40,9 @@ def feature_map(config: Config, run_dir: RunDir, world: World) -> FeatureMap:
     network = load_query(config, run_dir, world).network
 
     def embed(block: Tensor) -> Tensor:
-        return moments.pooled(network, to_unit(block))
+        return pooled(network, to_unit(block))
 
-    width = moments.moments_length(config.query.network, *image_shape(config)[:2]) // 2
+    width = moments_length(config.query.network, *image_shape(config)[:2]) // 2
     seen = _of_public_images(config, run_dir, world, width, embed)
     # Computed once, since what is drawn later depends on every digit.
     scales = world.broadcast_object(Scales.of(seen) if world.is_main else None)
@@ -62,10 +61,10 @@ def label_features(config: Config, run_dir: RunDir, world: World) -> PublicFeatu
     body = load_query(config, run_dir, world).network.body()
     shape = image_shape(config)
     with torch.no_grad():
-        form = pooled(body, torch.zeros(1, *shape, device=world.device)).shape[1:]
+        form = field_means(body, torch.zeros(1, *shape, device=world.device)).shape[1:]
 
     def embed(block: Tensor) -> Tensor:
-        return pooled(body, to_unit(block)).flatten(1)
+        return field_means(body, to_unit(block)).flatten(1)
 
     seen = _of_public_images(config, run_dir, world, form.numel(), embed).unflatten(1, form)
     found = PublicFeatures.of(config.label_network, body, seen)

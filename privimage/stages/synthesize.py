@@ -3,7 +3,6 @@
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,9 @@ from privimage.privacy.records import key_path
 from privimage.privacy.statement import statement
 from privimage.releases.assemble import assemble, whole
 from privimage.releases.synthetic import SyntheticSet
-from privimage.stages.classifier import trained_classifier
+from privimage.stages.classifier import Trained, trained_classifier
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
-from privimage.stages.noisy_statistic import Drawn, Sensitive
+from privimage.stages.noisy_statistic import Sensitive
 from privimage.storage.files import write_array, write_arrays
 from privimage.storage.rundir import RunDir
 from privimage.telemetry.curves import Curves
@@ -47,10 +46,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     run_dir.require(config.spec.training)
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world)
     assert weights is not None  # the stage is finished
-    classifier: Drawn | None = None
-    of_classifier: dict[str, Any] = {}
-    if "classify" in config.stages:
-        classifier, of_classifier = trained_classifier(config, run_dir, world)
+    classifier = trained_classifier(config, run_dir, world) if "classify" in config.stages else None
     # The statement comes first: what cannot be released is not sampled.
     asked, said = _stated(config, run_dir, world, weights, classifier)
     generator = _generator(config, world, weights)
@@ -61,8 +57,8 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     labels, changed = asked, {}
     if classifier is not None:
         # Part of the released model: what is drawn from it later has labels by it too.
-        weights["classifier"] = of_classifier
-        labels = _relabelled(config, run_dir, world, of_classifier, len(asked))
+        weights["classifier"] = classifier.state
+        labels = _relabelled(config, run_dir, world, classifier, len(asked))
         changed = {"relabelled": float((labels != asked).mean())}
     if said is not None:
         _release(config, run_dir, weights, labels, said)
@@ -72,7 +68,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
 
 
 def _stated(
-    config: Config, run_dir: RunDir, world: World, weights: dict, classifier: Drawn | None
+    config: Config, run_dir: RunDir, world: World, weights: dict, classifier: Trained | None
 ) -> tuple[np.ndarray, dict | None]:
     """The labels that the generator is asked for, int64 (samples,), and on the main rank what PRIVACY.json
     will say.
@@ -158,12 +154,10 @@ def _sample_blocks(
         raise Stopped("synthesize: finished blocks are kept")
 
 
-def _relabelled(
-    config: Config, run_dir: RunDir, world: World, of_classifier: dict[str, Any], count: int
-) -> np.ndarray:
+def _relabelled(config: Config, run_dir: RunDir, world: World, trained: Trained, count: int) -> np.ndarray:
     """What the private classifier says of the sampled images, int64 (count,); the ranks share the work."""
     size = config.synthesize.batch_size
-    classifier = LabelClassifier(of_classifier, image_shape(config), world.device)
+    classifier = LabelClassifier(trained.state, image_shape(config), world.device)
     found = torch.zeros(count, dtype=torch.int64, device=world.device)
     for number, start in enumerate(range(0, count, size)):
         if number % world.size == world.rank:

@@ -24,7 +24,7 @@ from privimage.models.label_features import (
     LabelFeatures,
     PublicFeatures,
     body_of,
-    pooled,
+    field_means,
 )
 from privimage.privacy import accounting
 from privimage.privacy.accounting import SampledGaussian
@@ -59,8 +59,8 @@ def weights(folder: Path) -> np.ndarray:
 
 
 def seen_by(config: Config) -> LabelClassifier:
-    _, state = classifier.trained_classifier(config, RunDir(config.run.dir), ALONE)
-    return LabelClassifier(state, image_shape(config), ALONE.device)
+    trained = classifier.trained_classifier(config, RunDir(config.run.dir), ALONE)
+    return LabelClassifier(trained.state, image_shape(config), ALONE.device)
 
 
 def planned(folder: Path) -> NoisyGradients:
@@ -259,7 +259,7 @@ def test_what_the_classifier_sees_of_an_image_depends_on_that_image_alone(
     body, here = body_of(network, shape[0]), torch.device("cpu")
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (8, *shape), dtype=np.uint8))
-    public = PublicFeatures.of(network, body, pooled(body, images.float() / 127.5 - 1))
+    public = PublicFeatures.of(network, body, field_means(body, images.float() / 127.5 - 1))
     features = LabelFeatures(shape, here, PublicFeatures(**public.to_dict()))
     found = features(images)
     assert found.shape == (8, LabelFeatures.count(shape, network)) and torch.isfinite(found).all()

@@ -17,8 +17,7 @@ import numpy as np, torch
 from privimage.config import load
 from privimage.data.private_store import ImageSet
 from privimage.distributed.world import connect
-from privimage.models.label_features import LabelFeatures, PublicFeatures
-from privimage.models.label_features import pooled as pooled_maps
+from privimage.models.label_features import LabelFeatures, PublicFeatures, field_means
 from privimage.models.network_moments import NetworkMoments, Scales, pooled
 from privimage.models.semantic import SemanticQuery
 from privimage.privacy.keys import insecure_fixed
@@ -61,7 +60,7 @@ candidates = nearest.candidates(config, features, population, 0, world)
 account = SimpleNamespace(root=insecure_fixed(5))
 middle = CentralImages.draft(config, 61)
 body = query.network.body()
-seen = PublicFeatures.of("resnet-small", body, pooled_maps(body, 2 * public - 1))
+seen = PublicFeatures.of("resnet-small", body, field_means(body, 2 * public - 1))
 of_labels = LabelFeatures((1, 8, 8), world.device, seen)
 # Of a classifier that has learnt something.
 weights = rng.normal(size=(rows, LabelFeatures.count((1, 8, 8), "resnet-small")))
