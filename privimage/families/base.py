@@ -11,6 +11,7 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed.world import World, alone
 from privimage.families.work import FEW, Work, seconds_an_image
 from privimage.models import parameters
+from privimage.models.label_features import LabelClassifier
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.gradients import GRADIENTS, clip_and_sum_, trained_parameters
 from privimage.privacy.plan import PrivacyPlan
@@ -148,6 +149,10 @@ class Family(ABC):
     @abstractmethod
     def sampling(self, config: Config) -> dict[str, Any]:
         """What a sampler has to know beside the generator, as plain values."""
+
+    def guided(self, config: Config, generator: nn.Module, classifier: LabelClassifier) -> nn.Module:
+        """The generator as it makes images where there is a private classifier; `sample` takes either."""
+        return generator
 
     def restored(self, config: Config, state: dict[str, Any]) -> nn.Module:
         """The generator that a stage left in `state`: its weights as `ema`, and `n_classes`."""

@@ -31,8 +31,10 @@ from privimage.families.denoising import (
     losses_of_nothing,
 )
 from privimage.families.matching import Matching
-from privimage.families.work import PARAMETER_BYTES, Work, seconds_of_a_pass
+from privimage.families.work import PARAMETER_BYTES, Work, label_features_pass, seconds_of_a_pass
 from privimage.models import build_diffusion, build_generator, diffusion_arguments, edm, parameters
+from privimage.models.guidance import ClassifierGuided, guided_levels
+from privimage.models.label_features import LabelClassifier
 from privimage.privacy.batching import cpu_batch_size
 from privimage.privacy.mechanisms import DPSGD
 from privimage.privacy.plan import PrivacyPlan
@@ -61,6 +63,12 @@ class DiffusionFamily(Family, Pretrained):
             "steps": settings.sampler_steps,
             "guidance": settings.guidance,
         }
+
+    def guided(self, config: Config, generator: nn.Module, classifier: LabelClassifier) -> nn.Module:
+        """With `synthesize.classifier_guidance`; see `Family.guided`."""
+        if not (weight := config.synthesize.classifier_guidance):
+            return generator
+        return ClassifierGuided(generator, classifier, weight)
 
     def sample(
         self, config: Config, generator: nn.Module, labels: Tensor | None, indices: Tensor, draws: ImageDraws
@@ -156,6 +164,7 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
             * (2 if settings.sampler == "heun" else 1)
             * (2 if settings.guidance else 1)
         )
+        led = self._of_guidance(config, device) / (calls * passes.forward)
         start, warm = config.warm, []
         if "embedding" in config.warm_starts:
             warm.append(Matching().work_of_a_start(config, n_classes, device))
@@ -170,8 +179,18 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
                 seconds,
                 PARAMETER_BYTES * passes.size + memory,
             ),
-            passes.work("synthesize", calls, settings.samples, 1, settings.batch_size / 8),
+            passes.work("synthesize", calls, settings.samples, 1 + led, settings.batch_size / 8),
         ]
+
+    def _of_guidance(self, config: Config, device: torch.device) -> float:
+        """Seconds per image of guidance by a private classifier: its features and their gradient."""
+        settings = config.synthesize
+        if "classify" not in config.stages or not settings.classifier_guidance:
+            return 0.0
+        levels = guided_levels(edm.noise_levels(settings.sampler_steps))
+        twice = 2 if settings.sampler == "heun" else 1
+        shape, precision = image_shape(config), config.runtime.precision
+        return 3 * twice * levels * label_features_pass(config.label_network, shape, device, precision)
 
 
 @dataclass(frozen=True)

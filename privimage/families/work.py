@@ -10,6 +10,7 @@ from torch import Tensor
 
 from privimage.distributed.microbatch import activations
 from privimage.models.benchmark import SIZES, benchmark_classifier
+from privimage.models.label_features import LabelFeatures, PublicFeatures, body_of, field_means
 from privimage.models.resnet import classifier, resnet9
 
 FEW = 8  # images to begin with: a large network is slow enough with them
@@ -61,6 +62,23 @@ def classifier_pass(
         return model(torch.zeros(images, *shape, device=device))
 
     return seconds_of_a_pass(forward, device, precision, 128), activations(forward, device, precision)
+
+
+@lru_cache
+def label_features_pass(
+    network: str | None, shape: tuple[int, int, int], device: torch.device, precision: str
+) -> float:
+    """Seconds per image (C, H, W) of what a private classifier sees of it; `network` is that of the query."""
+    public = None
+    if network is not None:
+        body = body_of(network, shape[0])
+        public = PublicFeatures.of(network, body, field_means(body, torch.zeros(1, *shape)))
+    features = LabelFeatures(shape, device, public)
+
+    def forward(images: int) -> Tensor:
+        return features(torch.zeros(images, *shape, device=device))
+
+    return seconds_of_a_pass(forward, device, precision, 128)
 
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:

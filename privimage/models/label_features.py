@@ -22,7 +22,9 @@ from privimage.models.resnet import classifier
 
 GRIDS, MOST = (4, 2, 1), 4096  # squares in a row over which maps of the network are averaged; numbers of all
 OF_NETWORK = 0.8  # share of the network in the squared norm of the features
-AT_ONCE = 128  # images that are labelled at once
+AT_ONCE = 128  # images of 32x32 that are looked at at once
+# Logits are TEMPERATURE times the product of weights and features of length 1.
+TEMPERATURE = 10.0
 
 
 def body_of(network: str, channels: int) -> nn.Sequential:
@@ -93,13 +95,12 @@ class LabelFeatures:
         with torch.device("meta"):
             return frequencies + field_means(body_of(network, shape[0]), torch.zeros(1, *shape))[0].numel()
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, d) of images uint8 (B, C, H, W)."""
+        """Features (B, d) of images (B, C, H, W) in [-1, 1]; they can be differentiated."""
         frequencies = self.frequencies(images)
         if self.body is None:
             return frequencies
-        of_network = (field_means(self.body, to_unit(images)) - self.mean) / self.deviation
+        of_network = (field_means(self.body, images) - self.mean) / self.deviation
         parts = ((frequencies, 1 - OF_NETWORK), (of_network.flatten(1), OF_NETWORK))
         return torch.cat([share**0.5 * F.normalize(part) for part, share in parts], 1)
 
@@ -111,16 +112,30 @@ class LabelClassifier:
         """`state`: `weights` (classes, d), and `public`, the `PublicFeatures.to_dict` of it or None."""
         public = None if state["public"] is None else PublicFeatures(**state["public"])
         self.features, self.weights = LabelFeatures(shape, device, public), state["weights"].to(device)
+        self.at_once = max(1, AT_ONCE * 32 * 32 // max(32 * 32, shape[1] * shape[2]))
 
     @torch.no_grad()
     def labels(self, images: np.ndarray) -> np.ndarray:
         """The labels int64 (B,) that it gives to images uint8 (B, H, W, C)."""
-        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
         parts = [
             # The largest product, whatever the length of the features.
-            (self.features(part.to(self.weights.device)).to(self.weights.dtype) @ self.weights.T)
+            (self.features(to_unit(part.to(self.weights.device))).to(self.weights.dtype) @ self.weights.T)
             .argmax(1)
             .cpu()
-            for part in channels_first.split(AT_ONCE)
+            for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(self.at_once)
         ]
         return torch.cat(parts).numpy()
+
+    def slope(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The gradient (B, C, H, W) of the logarithm of the probability that it gives to `labels` int64 (B,).
+
+        It is by images (B, C, H, W) in [-1, 1].
+        """
+        parts = zip(images.split(self.at_once), labels.split(self.at_once), strict=True)
+        return torch.cat([self._slope(*part) for part in parts])
+
+    @torch.enable_grad()
+    def _slope(self, images: Tensor, labels: Tensor) -> Tensor:
+        images = images.detach().float().requires_grad_()
+        logits = TEMPERATURE * F.normalize(self.features(images).to(self.weights.dtype)) @ self.weights.T
+        return torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), images)[0]

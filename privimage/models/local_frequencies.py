@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from privimage.models.edm import to_unit
-
 GRID = 8  # squares in a row of the image over which is averaged
 LARGEST = 32  # pixels of a side; larger images are reduced
 DIRECTIONS, SCALES = 8, (1.0, 2.0)  # the finest waves are 8 / 3 pixels long, the others twice that
 NOISE_IMAGES = 500  # by which channels are brought to one scale
 LEAST = 0.02  # energy below which an image counts as flat
+SMOOTH = 1e-4  # added to energies, so that their roots have a slope at 0
 
 
 class LocalFrequencies:
@@ -37,8 +36,7 @@ class LocalFrequencies:
         return (shape[0] + DIRECTIONS * len(SCALES)) * min(shape[1], GRID) ** 2
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, d) of images uint8 (B, C, H, W)."""
-        images = to_unit(images)
+        """Features (B, d) of images (B, C, H, W) in [-1, 1]; they can be differentiated."""
         if images.shape[-1] > self.side:
             images = F.interpolate(images, size=(self.side, self.side), mode="area")
         return ((self._maps(images) - self.mean) / self.deviation).flatten(1)
@@ -49,8 +47,8 @@ class LocalFrequencies:
         spectrum = torch.fft.fft2(images.mean(1, keepdim=True))
         energies = torch.fft.ifft2(spectrum * self.filters).abs()
         # Relative to the contrast of the image, and compressed.
-        contrast = energies.square().mean((1, 2, 3), keepdim=True).sqrt() + LEAST
-        maps = torch.cat([images, (energies / contrast).sqrt()], 1)
+        contrast = (energies.square().mean((1, 2, 3), keepdim=True) + LEAST**2).sqrt()
+        maps = torch.cat([images, (energies / contrast + SMOOTH).sqrt()], 1)
         return F.adaptive_avg_pool2d(maps, GRID) if self.side > GRID else maps
 
 

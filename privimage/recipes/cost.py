@@ -1,16 +1,15 @@
 """Time and memory of every stage, from short measurements."""
 
 import torch
-from torch import Tensor
 
 from privimage.config import Config
 from privimage.evaluation.benchmark import RECIPES
 from privimage.evaluation.report import BENCHMARK
 from privimage.families import family
 from privimage.families.base import image_shape
-from privimage.families.work import PARAMETER_BYTES, Work, classifier_pass, seconds_of_a_pass
+from privimage.families.work import PARAMETER_BYTES, Work, classifier_pass, label_features_pass
 from privimage.models import parameters
-from privimage.models.label_features import LabelFeatures, PublicFeatures, body_of, field_means
+from privimage.models.label_features import LabelFeatures
 from privimage.models.resnet import classifier
 from privimage.privacy.plan import PrivacyPlan
 
@@ -61,22 +60,10 @@ def _classify(config: Config, count: int, classes: int, device: torch.device) ->
     if "classify" not in config.stages:
         return []
     shape, steps = image_shape(config), config.classify.steps
-    features = LabelFeatures(shape, device, _untrained(config))
-
-    def forward(images: int) -> Tensor:
-        return features(torch.zeros(images, *shape, dtype=torch.uint8, device=device))
-
-    d = features.count(shape, config.label_network)
-    seconds = seconds_of_a_pass(forward, device, "fp32", 128) + steps * 2 * d * (classes * MULTIPLY + CONVERT)
+    d = LabelFeatures.count(shape, config.label_network)
+    seconds = label_features_pass(config.label_network, shape, device, "fp32")
+    seconds += steps * 2 * d * (classes * MULTIPLY + CONVERT)
     return [Work("classify", steps, count, count * seconds, 2.0 * count * d)]
-
-
-def _untrained(config: Config) -> PublicFeatures | None:
-    """Features of the same cost as those of a trained query network."""
-    if (network := config.label_network) is None:
-        return None
-    body, shape = body_of(network, config.data.channels), image_shape(config)
-    return PublicFeatures.of(network, body, field_means(body, torch.zeros(1, *shape)))
 
 
 def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:

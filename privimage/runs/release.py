@@ -89,6 +89,10 @@ class Release:
         # The same restoration as in the stage that made the release.
         state = {"ema": model["weights"], "n_classes": n_classes}
         generator, draws = family(config).restored(config, state).to(place).eval(), ImageDraws(place)
+        classifier = None
+        if self.by_classifier:
+            classifier = LabelClassifier(model["classifier"], image_shape(config), place)
+            generator = family(config).guided(config, generator, classifier)
         # Indices beyond those of the release: with its own seed these would be the same images again.
         first = len(self.labels)
         labels = torch.arange(n, device=place) % max(n_classes, 1)
@@ -99,8 +103,8 @@ class Release:
                 images.append(sampled(config, generator, of_block, first + block, draws))
                 bar.advance(len(block))
         drawn = np.concatenate(images)
-        if self.by_classifier:
-            return drawn, LabelClassifier(model["classifier"], image_shape(config), place).labels(drawn)
+        if classifier is not None:
+            return drawn, classifier.labels(drawn)
         return drawn, labels.cpu().numpy()
 
     def settings(self, seed: int) -> Config:

@@ -18,7 +18,8 @@ from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
 from privimage.families.base import image_shape
-from privimage.models.label_features import LabelFeatures, PublicFeatures
+from privimage.models.edm import to_unit
+from privimage.models.label_features import TEMPERATURE, LabelFeatures, PublicFeatures
 from privimage.privacy.identity import digest_of_tensors
 from privimage.privacy.mechanisms import NoisyGradients
 from privimage.privacy.mechanisms.classifier import (
@@ -41,8 +42,7 @@ from privimage.stages.noisy_statistic import (
 )
 from privimage.storage.rundir import RunDir
 
-# Logits are TEMPERATURE times the product of weights and features of length 1.
-TEMPERATURE, MOMENTUM = 10.0, 0.9
+MOMENTUM = 0.9
 # A learning rate of 1 for every thousand of N over the noise, as far as steps of 30 bear it: by accuracy on
 # 8x8 digits, 28x28 letters and photographs (docs/method-notes.md).
 PER_RATE, LARGEST_RATE = 1000.0, 8.0
@@ -111,8 +111,9 @@ def _blocks(config: Config, world: World, sensitive: Sensitive, features: LabelF
     """This rank's blocks of the sensitive set, in turn with the other ranks."""
     images, size = sensitive.images, block_size(image_shape(config), BLOCK)
 
+    @torch.no_grad()
     def seen(block: Tensor) -> Tensor:
-        return whole_features(features(block))
+        return whole_features(features(to_unit(block)))
 
     for block, labels, groups in blocks_of_rank(world, images, images.labels, size):
         found = torch.cat([part for _, part in blockwise(seen, block, size=size)])

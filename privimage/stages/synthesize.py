@@ -46,18 +46,21 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     run_dir.require(config.spec.training)
     weights = checkpoint.load(run_dir.stage(config.spec.training) / "weights.pt", world)
     assert weights is not None  # the stage is finished
-    classifier = trained_classifier(config, run_dir, world) if "classify" in config.stages else None
+    trained = trained_classifier(config, run_dir, world) if "classify" in config.stages else None
     # The statement comes first: what cannot be released is not sampled.
-    asked, said = _stated(config, run_dir, world, weights, classifier)
-    generator = _generator(config, world, weights)
+    asked, said = _stated(config, run_dir, world, weights, trained)
+    generator, classifier = _generator(config, world, weights), None
+    if trained is not None:
+        classifier = LabelClassifier(trained.state, image_shape(config), world.device)
+        generator = family(config).guided(config, generator, classifier)
     _sample_blocks(config, run_dir, world, generator, weights["n_classes"], asked, "after")
     if (pretrained := _pretrained(config, run_dir, world)) is not None:
         _sample_before(config, run_dir, world, pretrained)
     world.barrier()
     labels, changed = asked, {}
-    if classifier is not None:
+    if classifier is not None and trained is not None:
         # Part of the released model: what is drawn from it later has labels by it too.
-        weights["classifier"] = classifier.state
+        weights["classifier"] = trained.state
         labels = _relabelled(config, run_dir, world, classifier, len(asked))
         changed = {"relabelled": float((labels != asked).mean())}
     if said is not None:
@@ -68,7 +71,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
 
 
 def _stated(
-    config: Config, run_dir: RunDir, world: World, weights: dict, classifier: Trained | None
+    config: Config, run_dir: RunDir, world: World, weights: dict, trained: Trained | None
 ) -> tuple[np.ndarray, dict | None]:
     """The labels that the generator is asked for, int64 (samples,), and on the main rank what PRIVACY.json
     will say.
@@ -82,8 +85,8 @@ def _stated(
     if config.synthesize.labels == "noisy":
         drawn = label_counts(config, run_dir, world, Sensitive(sensitive, account, weights["n_classes"]))
         labels, charges["synthesize"] = labels_by(drawn.values, samples), [drawn.charge]
-    if classifier is not None:
-        charges["classify"] = [classifier.charge]
+    if trained is not None:
+        charges["classify"] = [trained.charge]
     if not world.is_main:
         return labels, None
     versions = {"privimage": __version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -154,10 +157,11 @@ def _sample_blocks(
         raise Stopped("synthesize: finished blocks are kept")
 
 
-def _relabelled(config: Config, run_dir: RunDir, world: World, trained: Trained, count: int) -> np.ndarray:
+def _relabelled(
+    config: Config, run_dir: RunDir, world: World, classifier: LabelClassifier, count: int
+) -> np.ndarray:
     """What the private classifier says of the sampled images, int64 (count,); the ranks share the work."""
     size = config.synthesize.batch_size
-    classifier = LabelClassifier(trained.state, image_shape(config), world.device)
     found = torch.zeros(count, dtype=torch.int64, device=world.device)
     for number, start in enumerate(range(0, count, size)):
         if number % world.size == world.rank:

@@ -18,6 +18,7 @@ from privimage.config import Config, load
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
 from privimage.families.base import image_shape
+from privimage.models.edm import to_unit
 from privimage.models.label_features import (
     OF_NETWORK,
     LabelClassifier,
@@ -205,7 +206,9 @@ def test_a_step_adds_the_noise_of_the_plan(tmp_path: Path, fixed_noise: None) ->
     """
     two = tmp_path / "two"
     images = read_sensitive(settings_of(two), "train")
-    features = whole_features(LabelFeatures((1, 8, 8), torch.device("cpu"))(torch.from_numpy(images.images)))
+    features = whole_features(
+        LabelFeatures((1, 8, 8), torch.device("cpu"))(to_unit(torch.from_numpy(images.images)))
+    )
     residuals = torch.full((len(features), 10), 0.1, dtype=torch.float64)
     residuals[torch.arange(len(features)), torch.from_numpy(images.labels)] -= 1
     clean = of_groups(features, residuals, torch.arange(len(features)), 0.0)[:-1].view(10, -1).numpy()
@@ -258,8 +261,8 @@ def test_what_the_classifier_sees_of_an_image_depends_on_that_image_alone(
     torch.manual_seed(0)
     body, here = body_of(network, shape[0]), torch.device("cpu")
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (8, *shape), dtype=np.uint8))
-    public = PublicFeatures.of(network, body, field_means(body, images.float() / 127.5 - 1))
+    images = to_unit(torch.from_numpy(rng.integers(0, 256, (8, *shape), dtype=np.uint8)))
+    public = PublicFeatures.of(network, body, field_means(body, images))
     features = LabelFeatures(shape, here, PublicFeatures(**public.to_dict()))
     found = features(images)
     assert found.shape == (8, LabelFeatures.count(shape, network)) and torch.isfinite(found).all()

@@ -1,0 +1,36 @@
+"""Classifier guidance: images in which a classifier sees the class that they are drawn for."""
+
+from torch import Tensor, nn
+
+from privimage.models.edm import SIGMA_DATA
+from privimage.models.label_features import LabelClassifier
+
+# Noise levels of guidance. Above, the denoised image is the mean of all images; below, it is finished.
+HIGHEST, LOWEST = 20.0, 0.1
+
+
+def guided_levels(levels: list[float]) -> int:
+    """How many of the noise levels are those of guidance."""
+    return sum(LOWEST <= level <= HIGHEST for level in levels)
+
+
+class ClassifierGuided(nn.Module):
+    """D(x; sigma) + w r^2 grad log p(label | D), with the gradient by the denoised image D.
+
+    A classifier of images without noise is asked about the denoised image (Bansal et al. 2023, arXiv
+    2302.07121). r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2) is the variance that remains of a pixel
+    (Song et al. 2023, pseudoinverse guidance), so that w = 1 is Bayes' rule for pixels that are independent.
+    """
+
+    def __init__(self, denoiser: nn.Module, classifier: LabelClassifier, weight: float) -> None:
+        super().__init__()
+        self.denoiser, self.classifier, self.weight = denoiser, classifier, weight
+
+    def forward(self, images: Tensor, sigma: Tensor, labels: Tensor, guidance: float = 0.0) -> Tensor:
+        """See `edm.Denoiser.forward`; noise levels sigma (B,) are equal."""
+        denoised = self.denoiser(images, sigma, labels, guidance)
+        if not LOWEST <= float(sigma[0]) <= HIGHEST:
+            return denoised
+        level = sigma.float()[:, None, None, None]
+        unknown = level**2 * SIGMA_DATA**2 / (level**2 + SIGMA_DATA**2)
+        return denoised + self.weight * unknown * self.classifier.slope(denoised, labels)
