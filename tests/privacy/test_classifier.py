@@ -200,6 +200,23 @@ def test_the_ledger_holds_one_use_and_the_release_states_it(undisturbed: Path, t
     assert changed == pytest.approx((seen != np.arange(len(seen)) % 10).mean())
 
 
+def test_images_are_led_to_the_class_that_they_are_drawn_for(tmp_path: Path) -> None:
+    """And so are those that are drawn later from the released model. 400 images each, of which a tenth and three
+    tenths show their class: more than five standard deviations from the limit.
+    """
+    changed, later = {}, {}
+    assert pipeline.run(settings_of(tmp_path / "0"), ["classify", "finetune"]) == 0
+    shutil.copytree(tmp_path / "0", tmp_path / "9")
+    for weight in (0, 9):
+        folder = tmp_path / str(weight)
+        config = settings_of(folder, f"synthesize.classifier_guidance={weight}", "synthesize.samples=400")
+        assert pipeline.run(config, ["synthesize"]) == 0
+        changed[weight] = read_json(folder / "synthesize" / "done.json")["relabelled"]
+        _, labels = Release(folder).sample(400, seed=3)
+        later[weight] = (labels != np.arange(400) % 10).mean()
+    assert changed[9] < changed[0] - 0.05 and later[9] < later[0] - 0.05, (changed, later)
+
+
 def test_a_step_adds_the_noise_of_the_plan(tmp_path: Path, fixed_noise: None) -> None:
     """The first step begins at zero, where the gradient is known. Kolmogorov-Smirnov, false-alarm rate 1e-3,
     fixed key.
