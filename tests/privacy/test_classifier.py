@@ -201,8 +201,8 @@ def test_the_ledger_holds_one_use_and_the_release_states_it(undisturbed: Path, t
 
 
 def test_images_are_led_to_the_class_that_they_are_drawn_for(tmp_path: Path) -> None:
-    """And so are those that are drawn later from the released model. 400 images each, of which a tenth and three
-    tenths show their class: more than five standard deviations from the limit.
+    """And so are those that are drawn later from the released model. 400 images each, of which a tenth and
+    three tenths show their class: more than five standard deviations from the limit.
     """
     changed, later = {}, {}
     assert pipeline.run(settings_of(tmp_path / "0"), ["classify", "finetune"]) == 0
