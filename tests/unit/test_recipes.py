@@ -14,11 +14,12 @@ from privimage.commands import init
 from privimage.config import Config, load, parse
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
+from privimage.families.work import Work
 from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.calibration import training_noise
 from privimage.privacy.mechanisms import ClassMeans, NoisyGradients
 from privimage.privacy.plan import make_plan
-from privimage.recipes import Facts, automatic, choose, settled
+from privimage.recipes import Facts, automatic, choose, settle, settled
 from privimage.recipes.choice import Choice, applied, is_auto
 from privimage.recipes.labels import LEAST_OF_A_CLASS, WANTED, can_be_learned, labels_rise
 from privimage.recipes.settle import CHOSEN
@@ -31,6 +32,13 @@ from privimage.storage.rundir import RunDir
 
 # Seconds per image of a step, as on two CPU cores at 32x32.
 SPEEDS = {"query": 1.5e-3, "pretrain": 4.6e-3, "finetune": 5.4e-3, "synthesize": 0.019, "evaluate": 0.05}
+
+
+@pytest.fixture
+def not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds as above, for tests of what does not depend on them: a GAN of 32x32 is measured for a minute."""
+    works = [Work(stage, 1, 1, seconds, 0.0) for stage, seconds in SPEEDS.items()]
+    monkeypatch.setattr(settle, "work_of", lambda *_: works)
 
 
 def bare(**sections: dict) -> Config:
@@ -288,6 +296,7 @@ def test_init_begins_with_the_starter_that_suits(
     starter: str | None,
     capsys: pytest.CaptureFixture,
     tmp_path: Path,
+    not_measured: None,
 ) -> None:
     """Where one has the networks that are chosen for a CPU, and knows images of the kind."""
     (tmp_path / "photographs" / "a").mkdir(parents=True)
