@@ -25,7 +25,7 @@ from privimage.telemetry.progress import Progress
 MLP_IMAGES = 2_000_000  # images that the MLP sees, over all epochs: 40 epochs of 50,000 images
 # Of the CNN: the highest learning rate at a batch of 512, in proportion at others, and the share of the steps
 # in which it is reached. By accuracy on real images (docs/results.md).
-LEARNING_RATE, WARM_UP = 0.3, 0.2
+LEARNING_RATE, WARM_UP = 0.4, 0.2
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Training:
 def train_cnn(train: Labelled, n_classes: int, how: Training) -> nn.Module:
     """Train a ResNet-9 by SGD with Nesterov's momentum of 0.9 and weight decay 5e-4.
 
-    Returns the network of the last epoch, in eval mode. The learning rate rises to 0.3 in a fifth of the
+    Returns the network of the last epoch, in eval mode. The learning rate rises to 0.4 in a fifth of the
     steps and falls to 0 as a cosine; that is at a batch of 512, and in proportion at others: small sets need
     small batches to get enough steps. All ranks call it together and get the same network. Raises Stopped
     when a stop was requested.
