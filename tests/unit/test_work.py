@@ -111,3 +111,26 @@ def test_blocks_of_large_images_are_smaller_multiples_of_16() -> None:
         16,
     ]
     assert block_size((100, 3, 256, 256), 512) == 32
+
+
+def test_guidance_by_the_classifier_costs_three_passes_of_what_it_sees_at_each_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forward and backward, at 5 of the 10 noise levels here; each of the 10 has one pass more."""
+    monkeypatch.setattr(work, "seconds_an_image", lambda run, images, at_once: 1e-3)
+    work.label_features_pass.cache_clear()
+    seconds = {}
+    for weight in (0, 2):
+        words = [
+            "method=dpdm",
+            "classify.use=true",
+            "classify.max_rise=0.1",
+            f"synthesize.classifier_guidance={weight}",
+        ]
+        words += ["synthesize.sampler_steps=10", "synthesize.samples=50", "synthesize.guidance=0"]
+        config = resolved(load(TINY, words), World(0, 0, 1, 1, CPU))
+        done = family(config).work(config, make_plan(config, 1000), 10, CPU)
+        (seconds[weight],) = (one.seconds for one in done if one.stage == "synthesize")
+    work.label_features_pass.cache_clear()
+    assert seconds[0] == pytest.approx(50 * 10 * 1e-3)
+    assert seconds[2] == pytest.approx(50 * (10 + 3 * 5) * 1e-3)
