@@ -18,6 +18,7 @@ from privimage.privacy import identity
 from privimage.storage.files import write_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no test is told that other tests keep the machine busy
 # No test writes into a user's ledgers.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="privimage-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)

@@ -22,7 +22,7 @@ from privimage.recipes.constants import networks
 from privimage.recipes.facts import Facts, facts_of
 from privimage.recipes.labels import can_be_learned
 from privimage.recipes.settle import chosen
-from privimage.recipes.usefulness import too_little_pretraining
+from privimage.recipes.usefulness import busy, too_little_pretraining
 from privimage.recipes.warm_start import stands_out
 from privimage.releases.starter import shipped
 
@@ -72,7 +72,8 @@ def write(wanted: Wanted) -> None:
         config = applied(config, {key: Choice(str(begun), WHY[key]) for key in keys})
     choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
-    for warning in too_little_pretraining(applied(config, choices)):
+    whole = applied(config, choices)
+    for warning in [*(busy(whole) if device.type == "cpu" else ()), *too_little_pretraining(whole)]:
         print(f"warning: {warning}", file=sys.stderr)
 
 

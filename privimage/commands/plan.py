@@ -23,7 +23,7 @@ from privimage.privacy.relation import Relation
 from privimage.recipes import settled
 from privimage.recipes.cost import work_of
 from privimage.recipes.facts import public_size
-from privimage.recipes.usefulness import too_little_pretraining, too_little_signal, too_long
+from privimage.recipes.usefulness import busy, too_little_pretraining, too_little_signal, too_long
 from privimage.storage.rundir import RunDir
 
 # Squared length of the mean of feature vectors of a class, about; and the noise of an embedding, in what it
@@ -53,6 +53,7 @@ class RunPlan:
     def warnings(self) -> list[str]:
         """What may make the result useless or the promise weak, one line each."""
         time = [*too_little_pretraining(self.config), *too_long(self.config, self.work)]
+        time += busy(self.config) if self.device == "cpu" else ()
         if not self.config.spec.private:
             return time
         useless = too_little_signal(self.config, self.count, self.classes)

@@ -1,5 +1,6 @@
 """Whether a run can be of use, told before hours are spent."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 from privimage.config import Config
@@ -63,6 +64,21 @@ def too_little_pretraining(config: Config) -> Iterator[str]:
             f"images; it takes {needed:,} at least to learn what an image of {data.resolution} pixels a side "
             "is, and more for details: expect coloured noise. Give it more time (run.hours, --hours), a "
             "smaller data.resolution, or starter weights (pretrain.start_from)"
+        )
+
+
+def busy(config: Config) -> Iterator[str]:
+    """A line where other work has all cores, and threads of this run would spin while they wait.
+
+    `python benchmarks/busy.py` measures what that costs.
+    """
+    cores = len(os.sched_getaffinity(0))
+    load, threads = os.getloadavg()[0], config.runtime.threads or cores
+    if load > cores + 0.5 and threads > 1 and "OMP_WAIT_POLICY" not in os.environ:
+        yield (
+            f"runtime.threads: other work keeps this machine busy (a load of {load:.1f} on {cores} cores), "
+            "where threads that wait for each other make a run many times slower: set runtime.threads=1, or "
+            "OMP_WAIT_POLICY=passive in the environment"
         )
 
 

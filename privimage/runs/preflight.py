@@ -32,7 +32,7 @@ from privimage.families import family, pretrained_family
 from privimage.privacy import account
 from privimage.privacy.accounting import epsilon
 from privimage.privacy.plan import make_plan
-from privimage.recipes.usefulness import too_little_pretraining, too_little_signal
+from privimage.recipes.usefulness import busy, too_little_pretraining, too_little_signal
 from privimage.releases.formats import FORMATS
 from privimage.runs import room, starters
 from privimage.runs.devices import devices
@@ -245,6 +245,8 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
 
 def usefulness(visit: Visit) -> None:
     """Say where noise must drown what the set can teach, or time is too short; the run goes on."""
+    if visit.world.device.type == "cpu":
+        visit.warnings += busy(visit.config)
     if visit.needs(["pretrain"]):
         visit.warnings += too_little_pretraining(visit.config)
     if visit.needs(TRAINING) and visit.sensitive is not None and visit.count is not None:

@@ -7,10 +7,15 @@ import pytest
 from ranks import REPOSITORY, TINY
 
 from privimage.commands.plan import show
-from privimage.config import load
+from privimage.config import load, parse
 from privimage.errors import UserError
+from privimage.recipes.usefulness import busy
 
 CONFIGS = REPOSITORY / "configs"
+TREE = {
+    "run": {"dir": "runs/x"},
+    "data": {"resolution": 8, "public": {"kind": "glyphs"}, "sensitive": {"kind": "npz", "path": "x"}},
+}
 
 
 def said(capsys: pytest.CaptureFixture, config: Path, *overrides: str) -> str:
@@ -48,6 +53,27 @@ def test_a_query_whose_noise_is_loud_beside_a_small_set_is_told(capsys: pytest.C
         r"warning: noise of 3\d\.\d votes per bin is large beside the 144 votes of a sensitive class", loud
     )
     assert "warning" not in quiet
+
+
+@pytest.mark.parametrize(
+    ("average", "threads", "policy", "told"),
+    [
+        (900.0, None, None, True),
+        (0.1, None, None, False),
+        (900.0, 1, None, False),
+        (900.0, None, "passive", False),
+    ],
+)
+def test_a_machine_that_other_work_keeps_busy_is_told(
+    average: float, threads: int | None, policy: str | None, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (average, average, average))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    config = parse({**TREE, "runtime": {"threads": threads}})
+    assert [line[:16] for line in busy(config)] == ["runtime.threads:"] * told
 
 
 def test_a_delta_of_more_than_one_in_n_is_told(capsys: pytest.CaptureFixture):
