@@ -74,7 +74,7 @@ def gratings(count: int, seed: int) -> Labelled:
 
 def test_the_cnn_learns_from_few_images_in_few_steps() -> None:
     """With whole features in the logits, and a rate without a rise, 42 % are right after these 26 steps."""
-    train, test = gratings(400, 0), gratings(300, 1)
+    train, test = gratings(400, 0), gratings(200, 1)
     network = utility.train_cnn(train, 4, Training(2, 32, False, 0, ALONE))
     assert utility.percent(utility.predict(network, test.images, ALONE.device).labels, test.labels) >= 60
 
