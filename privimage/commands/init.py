@@ -73,7 +73,7 @@ def write(wanted: Wanted) -> None:
     choices = chosen(config, count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
     whole = applied(config, choices)
-    for warning in [*(busy(whole) if device.type == "cpu" else ()), *too_little_pretraining(whole)]:
+    for warning in [*busy(whole, device.type), *too_little_pretraining(whole)]:
         print(f"warning: {warning}", file=sys.stderr)
 
 

@@ -53,7 +53,7 @@ class RunPlan:
     def warnings(self) -> list[str]:
         """What may make the result useless or the promise weak, one line each."""
         time = [*too_little_pretraining(self.config), *too_long(self.config, self.work)]
-        time += busy(self.config) if self.device == "cpu" else ()
+        time += busy(self.config, self.device)
         if not self.config.spec.private:
             return time
         useless = too_little_signal(self.config, self.count, self.classes)

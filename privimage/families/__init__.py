@@ -4,17 +4,20 @@ A new family is one file with a subclass of `Family`, one line in `FAMILIES`, an
 `privimage.config.methods.GENERATORS`.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from privimage.config import Config
 from privimage.data.sensitive import ImageDraws
-from privimage.families.base import Family, FineTuned, Pretrained, Warmed
+from privimage.families.base import Family, FineTuned, Pretrained, Warmed, image_shape
 from privimage.families.diffusion import Diffusion
 from privimage.families.evolution import Evolution
 from privimage.families.gan import Gan
 from privimage.families.matching import Matching
+from privimage.models.label_features import LabelClassifier
 
 FAMILIES: dict[str, Family] = {
     "diffusion": Diffusion(),
@@ -51,6 +54,19 @@ def warmed_family(config: Config) -> Warmed:
     if not isinstance(chosen, Warmed):
         raise TypeError(f"{config.method}: {type(chosen).__name__} has no warm start")
     return chosen
+
+
+def restored(
+    config: Config, state: dict[str, Any], device: torch.device
+) -> tuple[nn.Module, LabelClassifier | None]:
+    """The generator that a stage left in `state` (`Family.restored`), on `device` and in eval mode, and the
+    private classifier that leads it, where `state` has that of a `LabelClassifier` under `classifier`.
+    """
+    generator = family(config).restored(config, state).to(device).eval()
+    if "classifier" not in state:
+        return generator, None
+    classifier = LabelClassifier(state["classifier"], image_shape(config), device)
+    return family(config).guided(config, generator, classifier), classifier
 
 
 def sampled(

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from privimage.config import Config
 from privimage.families.work import Work
 from privimage.privacy.mechanisms.embedding import embedding_length
@@ -67,14 +69,14 @@ def too_little_pretraining(config: Config) -> Iterator[str]:
         )
 
 
-def busy(config: Config) -> Iterator[str]:
+def busy(config: Config, device: str) -> Iterator[str]:
     """A line where other work has all cores, and threads of this run would spin while they wait.
 
     `python benchmarks/busy.py` measures what that costs.
     """
     cores = len(os.sched_getaffinity(0))
-    load, threads = os.getloadavg()[0], config.runtime.threads or cores
-    if load > cores + 0.5 and threads > 1 and "OMP_WAIT_POLICY" not in os.environ:
+    load, threads = os.getloadavg()[0], config.runtime.threads or torch.get_num_threads()
+    if device == "cpu" and load > cores + 0.5 and threads > 1 and "OMP_WAIT_POLICY" not in os.environ:
         yield (
             f"runtime.threads: other work keeps this machine busy (a load of {load:.1f} on {cores} cores), "
             "where threads that wait for each other make a run many times slower: set runtime.threads=1, or "

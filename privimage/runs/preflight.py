@@ -245,8 +245,7 @@ def privacy_plan(visit: Visit) -> Iterator[str]:
 
 def usefulness(visit: Visit) -> None:
     """Say where noise must drown what the set can teach, or time is too short; the run goes on."""
-    if visit.world.device.type == "cpu":
-        visit.warnings += busy(visit.config)
+    visit.warnings += busy(visit.config, visit.world.device.type)
     if visit.needs(["pretrain"]):
         visit.warnings += too_little_pretraining(visit.config)
     if visit.needs(TRAINING) and visit.sensitive is not None and visit.count is not None:

@@ -12,9 +12,7 @@ import torch
 from privimage.config import Config, parse
 from privimage.data.sensitive import ImageDraws
 from privimage.errors import UserError
-from privimage.families import family, sampled
-from privimage.families.base import image_shape
-from privimage.models.label_features import LabelClassifier
+from privimage.families import restored, sampled
 from privimage.storage.files import read_json
 from privimage.telemetry.progress import Progress
 
@@ -88,11 +86,9 @@ class Release:
         n_classes = model["n_classes"]
         # The same restoration as in the stage that made the release.
         state = {"ema": model["weights"], "n_classes": n_classes}
-        generator, draws = family(config).restored(config, state).to(place).eval(), ImageDraws(place)
-        classifier = None
-        if self.by_classifier:
-            classifier = LabelClassifier(model["classifier"], image_shape(config), place)
-            generator = family(config).guided(config, generator, classifier)
+        state |= {"classifier": model["classifier"]} if self.by_classifier else {}
+        generator, classifier = restored(config, state, place)
+        draws = ImageDraws(place)
         # Indices beyond those of the release: with its own seed these would be the same images again.
         first = len(self.labels)
         labels = torch.arange(n, device=place) % max(n_classes, 1)

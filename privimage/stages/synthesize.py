@@ -16,8 +16,7 @@ from privimage.distributed import checkpoint
 from privimage.distributed.preemption import stop
 from privimage.distributed.world import World
 from privimage.errors import Stopped
-from privimage.families import family, sampled
-from privimage.families.base import image_shape
+from privimage.families import family, restored, sampled
 from privimage.models.label_features import LabelClassifier
 from privimage.privacy import keys
 from privimage.privacy.account import open_account
@@ -49,18 +48,16 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     trained = trained_classifier(config, run_dir, world) if "classify" in config.stages else None
     # The statement comes first: what cannot be released is not sampled.
     asked, said = _stated(config, run_dir, world, weights, trained)
-    generator, classifier = _generator(config, world, weights), None
     if trained is not None:
-        classifier = LabelClassifier(trained.state, image_shape(config), world.device)
-        generator = family(config).guided(config, generator, classifier)
+        # Part of the released model: what is drawn from it later is led and labelled by it too.
+        weights["classifier"] = trained.state
+    generator, classifier = restored(config, weights, world.device)
     _sample_blocks(config, run_dir, world, generator, weights["n_classes"], asked, "after")
     if (pretrained := _pretrained(config, run_dir, world)) is not None:
         _sample_before(config, run_dir, world, pretrained)
     world.barrier()
     labels, changed = asked, {}
-    if classifier is not None and trained is not None:
-        # Part of the released model: what is drawn from it later has labels by it too.
-        weights["classifier"] = trained.state
+    if classifier is not None:
         labels = _relabelled(config, run_dir, world, classifier, len(asked))
         changed = {"relabelled": float((labels != asked).mean())}
     if said is not None:
@@ -93,10 +90,6 @@ def _stated(
     return labels, statement(config, account, charges, weights["steps"], versions)
 
 
-def _generator(config: Config, world: World, weights: dict) -> nn.Module:
-    return family(config).restored(config, weights).to(world.device).eval()
-
-
 def _pretrained(config: Config, run_dir: RunDir, world: World) -> dict | None:
     """The weights before private fine-tuning, if there are any and they are evaluated."""
     if not config.evaluate.before or config.spec.pretraining == "none" or not family(config).releases_model:
@@ -115,7 +108,8 @@ def _sample_before(config: Config, run_dir: RunDir, world: World, pretrained: di
         pretrained["n_classes"],
     )
     labels = labels_in_turn(count, n_classes)
-    _sample_blocks(config, run_dir, world, _generator(config, world, pretrained), n_classes, labels, "before")
+    generator, _ = restored(config, pretrained, world.device)
+    _sample_blocks(config, run_dir, world, generator, n_classes, labels, "before")
     world.barrier()
     if world.is_main:
         images = _gathered(config, run_dir, count, "before")

@@ -69,11 +69,12 @@ def test_a_machine_that_other_work_keeps_busy_is_told(
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (average, average, average))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)  # tests have one
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     config = parse({**TREE, "runtime": {"threads": threads}})
-    assert [line[:16] for line in busy(config)] == ["runtime.threads:"] * told
+    assert [line[:16] for line in busy(config, "cpu")] == ["runtime.threads:"] * told
 
 
 def test_a_delta_of_more_than_one_in_n_is_told(capsys: pytest.CaptureFixture):
