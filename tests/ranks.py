@@ -1,8 +1,8 @@
 """Real processes as ranks: a Python script started once a rank, with torchrun's variables.
 
 The processes are forked from a server that has torch and privimage loaded, which makes a rank start in no
-time. Commands (launchers, `privimage` itself) are started as they are, by `subprocess` with
-`clean_environment`.
+time; so is the command (`privimage`). Launchers and other commands are started as they are, by `subprocess`
+with `clean_environment`.
 """
 
 import multiprocessing
@@ -52,6 +52,14 @@ server.set_forkserver_preload(
         "privimage.distributed.world",
         "privimage.privacy.optimizer",
         "privimage.privacy.gradients",
+        # What the stages of a run load, some of it when they first train.
+        "torch._dynamo",
+        "privimage.runs.pipeline",
+        "privimage.stages.evaluate",
+        "privimage.commands.plan",
+        "sklearn.linear_model",
+        "sklearn.neural_network",
+        "tensorboard.compat.proto.event_pb2",
     ]
 )
 
@@ -90,6 +98,7 @@ def clean_environment(**more: str) -> dict[str, str]:
     commands at hand.
     """
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile the package anew
     path = f"{Path(sys.executable).parent}:{env.get('PATH', '')}"
     return (
         env
@@ -98,11 +107,42 @@ def clean_environment(**more: str) -> dict[str, str]:
     )
 
 
+def _be_the_command(
+    arguments: tuple[str, ...], env: dict[str, str], folder: Path, cwd: Path, umask: int
+) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    os.umask(umask)
+    sys.argv = ["privimage", *arguments]
+    from privimage.cli import main
+
+    main()
+
+
+def privimage(
+    *arguments: str | Path, seconds: float = 900, umask: int = 0o022
+) -> subprocess.CompletedProcess:
+    """The command `privimage` with its arguments, in a process of its own, and how it ended.
+
+    What it loads is there already: otherwise that would be half the time of many tests.
+    """
+    words = tuple(map(str, arguments))
+    folder = Path(tempfile.mkdtemp(prefix="command"))
+    process = server.Process(
+        target=_be_the_command, args=(words, clean_environment(), folder, Path.cwd(), umask)
+    )
+    process.start()
+    (ended,) = wait_ranks([Rank(process, folder)], seconds)
+    return subprocess.CompletedProcess(["privimage", *words], ended.status, ended.out, ended.err)
+
+
 def run_stages(folder: Path, stages: Iterable[str], *overrides: str) -> None:
     """Run stages of the tiny configuration in `folder` through the command; all must succeed."""
     for stage in stages:
-        command = ["privimage", stage, str(TINY), f"run.dir={folder}", *overrides]
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
+        done = privimage(stage, TINY, f"run.dir={folder}", *overrides)
         assert done.returncode == 0, done.stderr
 
 

@@ -82,54 +82,32 @@ def undisturbed(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return results(folder)
 
 
-def test_deepspeed_comes_to_the_results_of_torchrun(a_copy: Callable[[str], Path], undisturbed: dict):
-    """mpirun too, where a run ends that was begun under the two: below."""
-    folder = a_copy("deepspeed")
-    status, output = Running("deepspeed", folder, 2).wait()
-    assert status == 0, output
-    assert_identical(folder, undisturbed)
-
-
-def test_a_run_stopped_under_one_launcher_goes_on_under_another_to_the_same_results(
+def test_a_run_killed_and_stopped_under_each_launcher_ends_with_the_same_results(
     a_copy: Callable[[str], Path], undisturbed: dict
 ):
-    folder = a_copy("stopped")
-    checkpoint_file = folder / "finetune" / "checkpoint.pt"
-    for name, number in (("torchrun", signal.SIGUSR2), ("deepspeed", signal.SIGTERM)):
-        before = checkpoint_file.stat().st_mtime_ns if checkpoint_file.exists() else 0
+    folder = a_copy("disturbed")
+    saved = folder / "finetune" / "checkpoint.pt"
+
+    def another_step(running: Running) -> None:
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        running.wait_until(lambda: saved.exists() and saved.stat().st_mtime_ns > before)
+
+    for name, number in (
+        ("torchrun", signal.SIGUSR2),
+        ("deepspeed", signal.SIGTERM),
+        ("mpirun", signal.SIGTERM),
+    ):
         running = Running(name, folder, 2)
-        running.wait_until(
-            lambda before=before: checkpoint_file.exists() and checkpoint_file.stat().st_mtime_ns > before
-        )
+        another_step(running)
+        if name == "torchrun":  # which starts the ranks again
+            os.kill(rank_of(folder), signal.SIGKILL)
+            another_step(running)
         running.process.send_signal(number)
         status, output = running.wait()
         assert status == 75, output
         assert "privimage: stopped: finetune: saved at step" in output
         assert not (folder / "release").exists()
-    status, output = Running("mpirun", folder, 2).wait()
-    assert status == 0, output
-    assert_identical(folder, undisturbed)
-
-
-def test_mpirun_passes_a_request_to_stop_on(a_copy: Callable[[str], Path]):
-    folder = a_copy("stopped")
-    shutil.rmtree(folder / "evaluate", ignore_errors=True)  # made from the pretraining that is replaced
-    running = Running("mpirun", folder, 2, "pretrain.steps=100000")
-    running.wait_until((folder / "pretrain" / "checkpoint.pt").exists)
-    running.process.send_signal(signal.SIGTERM)
-    status, output = running.wait()
-    assert status == 75, output
-    assert "privimage: stopped: pretrain: saved at step" in output
-
-
-def test_a_killed_rank_is_started_again_under_torchrun_and_the_results_are_the_same(
-    a_copy: Callable[[str], Path], undisturbed: dict
-):
-    folder = a_copy("killed")
-    running = Running("torchrun", folder, 2)
-    running.wait_until((folder / "finetune" / "checkpoint.pt").exists)
-    os.kill(rank_of(folder), signal.SIGKILL)
-    status, output = running.wait()
+    status, output = Running("deepspeed", folder, 2).wait()
     assert status == 0, output
     assert_identical(folder, undisturbed)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_sets import numbered, save_folder
-from ranks import REPOSITORY, clean_environment, run_ranks
+from ranks import TINY, Rank, clean_environment, privimage, run_ranks, start_ranks, wait_ranks
 
 from privimage.data import store
 
@@ -42,6 +42,7 @@ found = open_set(Path(sys.argv[1], "set"), {"stamp": []}, lambda: source, Form(8
 print(found.content.hex())
 world.close()
 """
+COMMAND = "import sys; sys.argv[0] = 'privimage'; from privimage.cli import main; main()"
 DECODE = """
 import forever
 from privimage.data.decode import Workers
@@ -115,18 +116,39 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_kills_and_a_stop_change_no_byte() -> None:
+def test_kills_and_a_stop_change_no_byte(tmp_path: Path) -> None:
     """`benchmarks/prepare.py --images 100000 --kills 10` is the long form, its table in docs/results.md."""
-    command = [
-        sys.executable,
-        str(REPOSITORY / "benchmarks" / "prepare.py"),
-        "--images",
-        "1000",
-        "--kills",
-        "1",
-    ]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=clean_environment(), check=False
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "USR2: ended with status 75" in ended.stdout and "equal byte for byte" in ended.stdout
+    images = np.random.default_rng(0).integers(0, 256, (30, 300, 400, 3), dtype=np.uint8)
+    different = sorted(save_folder(tmp_path / "some", images, np.arange(30) % 3).rglob("*.png"))
+    for number in range(2000):
+        kind = tmp_path / "set" / "abc"[number % 3]
+        kind.mkdir(parents=True, exist_ok=True)
+        os.link(different[number % 30], kind / f"{number:05d}.png")
+    data = ("data.public.kind=folder", f"data.public.path={tmp_path}/set", "data.workers=1")
+
+    def words(name: str) -> tuple[str, ...]:
+        return "prepare", str(TINY), f"run.dir={tmp_path / name}", *data
+
+    def disturbed_after(parts: int) -> list[Rank]:
+        """Ranks that are at work, with at least so many parts of the set decoded."""
+        ranks, place = start_ranks(COMMAND, 2, *words("disturbed")), tmp_path / "disturbed" / "prepare"
+        deadline = time.monotonic() + 120
+        while len(list(place.glob(".public.npy.parts/*.npz"))) < parts:
+            assert all(rank.process.is_alive() for rank in ranks) and time.monotonic() < deadline
+            time.sleep(0.01)
+        return ranks
+
+    ranks = disturbed_after(1)
+    for rank in ranks:  # as a launcher hands it on
+        os.kill(rank.pid, signal.SIGUSR2)
+    ended = wait_ranks(ranks)
+    assert [rank.status for rank in ended] == [75, 75], ended
+    ranks = disturbed_after(2)
+    for rank in ranks:  # a launcher ends the others where one dies
+        os.kill(rank.pid, signal.SIGKILL)
+    wait_ranks(ranks)
+    ended = run_ranks(COMMAND, 2, *words("disturbed"))
+    assert [rank.status for rank in ended] == [0, 0], ended
+    assert privimage(*words("alone")).returncode == 0
+    digests = [store.verify(tmp_path / name / "prepare" / "public.npy") for name in ("alone", "disturbed")]
+    assert digests[0] == digests[1]

@@ -1,12 +1,8 @@
 """The whole pipeline on a public set without labels: clusters of printed characters replace classes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from ranks import TINY, clean_environment
+from ranks import TINY, privimage
 
 from privimage.config import Config, load
 from privimage.privacy.ledger import Ledger
@@ -19,11 +15,6 @@ SETTINGS = (
     "select.per_image=2",
     "select.per_class=2",
 )
-
-
-def privimage(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "privimage", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=clean_environment())
 
 
 @pytest.fixture(scope="module")

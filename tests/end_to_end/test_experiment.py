@@ -2,11 +2,10 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import TINY, clean_environment
+from ranks import TINY, privimage
 
 from privimage.evaluation.report import NUMBERS
 from privimage.storage.files import read_json
@@ -28,11 +27,6 @@ measures:
   FD: {{key: fidelity.distance, best: lowest, digits: 3}}
   spent: {{key: privacy.epsilon, digits: 4}}
 """
-
-
-def privimage(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "privimage", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=clean_environment())
 
 
 @pytest.fixture(scope="module")

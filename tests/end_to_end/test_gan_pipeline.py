@@ -5,13 +5,12 @@ What leaves, and what other methods make of the same networks.
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import TINY, clean_environment
+from ranks import TINY, privimage
 
 from privimage.config import load
 from privimage.config.seeds import public_seed
@@ -19,13 +18,6 @@ from privimage.data.sensitive import ImageDraws
 from privimage.distributed import checkpoint
 from privimage.models.biggan import Generator
 from privimage.models.edm import to_uint8
-
-
-def privimage(*arguments: str) -> subprocess.CompletedProcess:
-    """The command as a user types it."""
-    return subprocess.run(
-        ["privimage", *arguments], capture_output=True, text=True, timeout=300, env=clean_environment()
-    )
 
 
 @pytest.fixture(scope="module")

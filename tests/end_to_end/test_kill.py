@@ -8,7 +8,7 @@ import pytest
 from ranks import clean_environment
 
 
-@pytest.mark.parametrize(("method", "kills"), [("privimage+d", 5), ("dpgan-p", 3)])
+@pytest.mark.parametrize(("method", "kills"), [("privimage+d", 4), ("dpgan-p", 2)])
 def test_random_kills_change_nothing(method: str, kills: int) -> None:
     """Kills at random moments; `kills.py --kills 200` is the long form, its table is in docs/results.md."""
     script = Path(__file__).with_name("kills.py")

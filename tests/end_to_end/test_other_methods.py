@@ -4,13 +4,12 @@ What leaves, what is said, and what is refused.
 """
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import TINY, clean_environment
+from ranks import TINY, privimage
 
 from privimage.config import load
 from privimage.config.seeds import public_seed
@@ -22,13 +21,6 @@ from privimage.privacy.ledger import read
 from privimage.storage.files import read_json
 
 MECHANISMS = {"dp-merf": ("noisy mean embedding", 1), "private-evolution": ("nearest-neighbour histogram", 3)}
-
-
-def privimage(*arguments: str) -> subprocess.CompletedProcess:
-    """The command as a user types it."""
-    return subprocess.run(
-        ["privimage", *arguments], capture_output=True, text=True, timeout=300, env=clean_environment()
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import REPOSITORY, clean_environment
+from ranks import REPOSITORY, privimage
 
 from privimage.config import Config, load
 
 TINY = REPOSITORY / "tests" / "tiny.yaml"
-
-
-def privimage(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess:
-    """The command as a user types it."""
-    script = "from privimage.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=clean_environment(),
-    )
 
 
 @pytest.fixture(scope="module")

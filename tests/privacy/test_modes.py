@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import TINY, clean_environment
+from ranks import TINY, clean_environment, privimage
 
 from privimage.errors import UserError
 from privimage.storage import owner_only
@@ -23,26 +23,10 @@ QUICK = (
 )
 
 
-def privimage(folder: Path, umask: int, *arguments: str) -> subprocess.CompletedProcess:
-    """The command as a user types it, under a umask."""
-    command = [
-        "privimage",
-        arguments[0],
-        str(TINY),
-        f"run.dir={folder}",
-        *QUICK,
-        f"run.shared={folder.parent / 'shared'}",
-        *arguments[1:],
-    ]
-    environment = clean_environment()
-    return subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.umask(umask),
-        timeout=300,
-    )
+def made(folder: Path, umask: int, *arguments: str) -> subprocess.CompletedProcess:
+    """A quick run by the command, under a umask."""
+    shared = f"run.shared={folder.parent / 'shared'}"
+    return privimage("run", TINY, f"run.dir={folder}", *QUICK, shared, *arguments, umask=umask)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its umask opens too much to the group, and too little to all others.
     """
     folder = tmp_path_factory.mktemp("modes") / "run"
-    ended = privimage(folder, 0o007, "run", "evaluate.before=true")
+    ended = made(folder, 0o007, "evaluate.before=true")
     assert ended.returncode == 0, ended.stderr[-2000:]
     return folder
 
@@ -116,7 +100,7 @@ def test_a_link_in_place_of_a_folder_is_refused_in_one_line(tmp_path: Path, name
     elsewhere.mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(elsewhere)
-    ended = privimage(tmp_path / "run", 0o022, "run")
+    ended = made(tmp_path / "run", 0o022)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert f"{tmp_path / 'run' / name}: a symbolic link" in ended.stderr
     assert not list(elsewhere.iterdir())

@@ -5,11 +5,10 @@ Noise against the closed form of the Gaussian mechanism, its way through JSON, a
 
 import json
 import math
-import subprocess
 from statistics import NormalDist
 
 import pytest
-from ranks import TINY, clean_environment
+from ranks import TINY, privimage
 from scipy.optimize import brentq
 
 from privimage.config import load
@@ -67,12 +66,6 @@ def test_a_method_without_dp_sgd_says_by_what_it_draws_and_is_audited(method: st
     name = KINDS[method].name
     with pytest.raises(UserError, match=f"method: it draws from the sensitive set by {name}, not by DP-SGD"):
         _ = make_plan(load(TINY, [f"method={method}"]), 1437).the(DPSGD)
-    told = subprocess.run(
-        ["privimage", "audit", str(TINY), f"method={method}"],
-        capture_output=True,
-        text=True,
-        env=clean_environment(),
-        check=False,
-    )
+    told = privimage("audit", TINY, f"method={method}")
     # A true claim is refuted with probability 0.05 at most, by fresh coins and noise: not asked here.
     assert name in told.stdout and "the audit sees the breach" in told.stdout, told.stderr
