@@ -1,6 +1,7 @@
 """Small image sets for the tests of the data plane."""
 
 import atexit
+import os
 import secrets
 import shutil
 import tempfile
@@ -69,6 +70,17 @@ def scratch() -> str:
     folder = tempfile.mkdtemp(prefix="privimage-sets-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def linked_folder(root: Path) -> Path:
+    """A folder of 2,000 PNG files of 400x300 in three classes: links to 30 different ones, to save disk."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 300, 400, 3), dtype=np.uint8)
+    different = sorted(save_folder(root / "some", images, np.arange(30) % 3).rglob("*.png"))
+    for number in range(2000):
+        kind = root / "set" / "abc"[number % 3]
+        kind.mkdir(parents=True, exist_ok=True)
+        os.link(different[number % 30], kind / f"{number:05d}.png")
+    return root / "set"
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Path:

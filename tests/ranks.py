@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,6 +43,9 @@ LAUNCHER_VARIABLES = (
     "MASTER_PORT",
     "PRIVIMAGE_STATUS_FILE",
 )
+
+# The script that is the command `privimage`.
+COMMAND = "import sys; sys.argv[0] = 'privimage'; from privimage.cli import main; main()"
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
@@ -87,8 +90,12 @@ class Rank:
 
     def wait_until_it_says(self, text: str, seconds: float = 60) -> None:
         """Wait until `text` is in the rank's output."""
+        self.wait_until(lambda: text in (self.folder / "out").read_text(), seconds)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait for something that the rank does."""
         deadline = time.monotonic() + seconds
-        while text not in (self.folder / "out").read_text():
+        while not condition():
             assert self.process.is_alive() and time.monotonic() < deadline, (self.folder / "err").read_text()
             time.sleep(0.02)
 
@@ -107,21 +114,6 @@ def clean_environment(**more: str) -> dict[str, str]:
     )
 
 
-def _be_the_command(
-    arguments: tuple[str, ...], env: dict[str, str], folder: Path, cwd: Path, umask: int
-) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
-    os.umask(umask)
-    sys.argv = ["privimage", *arguments]
-    from privimage.cli import main
-
-    main()
-
-
 def privimage(
     *arguments: str | Path, seconds: float = 900, umask: int = 0o022
 ) -> subprocess.CompletedProcess:
@@ -130,12 +122,7 @@ def privimage(
     What it loads is there already: otherwise that would be half the time of many tests.
     """
     words = tuple(map(str, arguments))
-    folder = Path(tempfile.mkdtemp(prefix="command"))
-    process = server.Process(
-        target=_be_the_command, args=(words, clean_environment(), folder, Path.cwd(), umask)
-    )
-    process.start()
-    (ended,) = wait_ranks([Rank(process, folder)], seconds)
+    (ended,) = wait_ranks([_start(COMMAND, words, clean_environment(), umask)], seconds)
     return subprocess.CompletedProcess(["privimage", *words], ended.status, ended.out, ended.err)
 
 
@@ -152,13 +139,28 @@ def charges(folder: Path) -> tuple[SampledGaussian, ...]:
     return read(Path(account["ledger"]["path"])).mechanisms(account["run"])
 
 
-def _be_a_rank(script: str, arguments: tuple[str, ...], env: dict[str, str], folder: Path) -> None:
+def _be_a_rank(
+    script: str, arguments: tuple[str, ...], env: dict[str, str], folder: Path, cwd: Path, umask: int | None
+) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(cwd)
+    if umask is not None:
+        os.umask(umask)
     sys.argv = ["-c", *arguments]
     exec(compile(script, "rank", "exec"), {"__name__": "__main__"})
+
+
+def _start(script: str, arguments: tuple[str, ...], env: dict[str, str], umask: int | None = None) -> Rank:
+    """A Python script (its text) in a process of its own, where this one is."""
+    folder = Path(tempfile.mkdtemp(prefix="rank"))
+    for name in ("out", "err"):
+        (folder / name).touch()
+    process = server.Process(target=_be_a_rank, args=(script, arguments, env, folder, Path.cwd(), umask))
+    process.start()
+    return Rank(process, folder)
 
 
 def start_ranks(script: str, size: int, *arguments: str, **env: str) -> list[Rank]:
@@ -172,15 +174,7 @@ def start_ranks(script: str, size: int, *arguments: str, **env: str) -> list[Ran
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
         }
-        folder = Path(tempfile.mkdtemp(prefix="rank"))
-        for name in ("out", "err"):
-            (folder / name).touch()
-        process = server.Process(
-            target=_be_a_rank,
-            args=(script, arguments, clean_environment(**place, MASTER_PORT=port, **env), folder),
-        )
-        process.start()
-        ranks.append(Rank(process, folder))
+        ranks.append(_start(script, arguments, clean_environment(**place, MASTER_PORT=port, **env)))
     return ranks
 
 

@@ -21,7 +21,7 @@ from privimage.storage.files import read_json
 class Running:
     """`launchers/NAME.sh run` on some ranks, its output in a file."""
 
-    def __init__(self, name: str, folder: Path, ranks: int, *overrides: str, **env: str):
+    def __init__(self, name: str, folder: Path, ranks: int, **env: str):
         self.log = folder.parent / f"{name}.log"
         command = [
             str(REPOSITORY / "launchers" / f"{name}.sh"),
@@ -29,7 +29,6 @@ class Running:
             str(TINY),
             f"run.dir={folder}",
             *SMALL,
-            *overrides,
         ]
         with self.log.open("a") as file:
             self.process = subprocess.Popen(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_sets import numbered, save_folder
-from ranks import TINY, Rank, clean_environment, privimage, run_ranks, start_ranks, wait_ranks
+from data_sets import linked_folder, numbered, save_folder
+from ranks import COMMAND, TINY, Rank, clean_environment, privimage, run_ranks, start_ranks, wait_ranks
 
 from privimage.data import store
 
@@ -42,7 +42,6 @@ found = open_set(Path(sys.argv[1], "set"), {"stamp": []}, lambda: source, Form(8
 print(found.content.hex())
 world.close()
 """
-COMMAND = "import sys; sys.argv[0] = 'privimage'; from privimage.cli import main; main()"
 DECODE = """
 import forever
 from privimage.data.decode import Workers
@@ -118,13 +117,7 @@ def alive(pid: int) -> bool:
 
 def test_kills_and_a_stop_change_no_byte(tmp_path: Path) -> None:
     """`benchmarks/prepare.py --images 100000 --kills 10` is the long form, its table in docs/results.md."""
-    images = np.random.default_rng(0).integers(0, 256, (30, 300, 400, 3), dtype=np.uint8)
-    different = sorted(save_folder(tmp_path / "some", images, np.arange(30) % 3).rglob("*.png"))
-    for number in range(2000):
-        kind = tmp_path / "set" / "abc"[number % 3]
-        kind.mkdir(parents=True, exist_ok=True)
-        os.link(different[number % 30], kind / f"{number:05d}.png")
-    data = ("data.public.kind=folder", f"data.public.path={tmp_path}/set", "data.workers=1")
+    data = ("data.public.kind=folder", f"data.public.path={linked_folder(tmp_path)}", "data.workers=1")
 
     def words(name: str) -> tuple[str, ...]:
         return "prepare", str(TINY), f"run.dir={tmp_path / name}", *data
@@ -132,10 +125,8 @@ def test_kills_and_a_stop_change_no_byte(tmp_path: Path) -> None:
     def disturbed_after(parts: int) -> list[Rank]:
         """Ranks that are at work, with at least so many parts of the set decoded."""
         ranks, place = start_ranks(COMMAND, 2, *words("disturbed")), tmp_path / "disturbed" / "prepare"
-        deadline = time.monotonic() + 120
-        while len(list(place.glob(".public.npy.parts/*.npz"))) < parts:
-            assert all(rank.process.is_alive() for rank in ranks) and time.monotonic() < deadline
-            time.sleep(0.01)
+        ranks[0].wait_until(lambda: len(list(place.glob(".public.npy.parts/*.npz"))) >= parts, 120)
+        assert all(rank.process.is_alive() for rank in ranks)
         return ranks
 
     ranks = disturbed_after(1)

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import REPOSITORY, privimage
+from ranks import TINY, privimage
 
 from privimage.config import Config, load
-
-TINY = REPOSITORY / "tests" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")

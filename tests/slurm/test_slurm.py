@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_sets import save_folder
+from data_sets import linked_folder
 from ranks import REPOSITORY, SMALL, TINY, clean_environment
 
 from privimage.data import store
@@ -340,14 +340,9 @@ def marked(mark: str) -> dict[int, list[str]]:
 
 
 def test_the_main_rank_is_killed_while_images_are_decoded(cluster: Cluster, tmp_path: Path):
-    images = np.random.default_rng(0).integers(0, 256, (30, 300, 400, 3), dtype=np.uint8)
-    different = sorted(save_folder(tmp_path / "some", images, np.arange(30) % 3).rglob("*.png"))
-    for number in range(2000):
-        kind = tmp_path / "set" / "abc"[number % 3]
-        kind.mkdir(parents=True, exist_ok=True)
-        os.link(different[number % 30], kind / f"{number:05d}.png")
     folder, log, mark = tmp_path / "run", tmp_path / "job.out", f"PRIVIMAGE_TRIAL={tmp_path}"
-    data = ("data.public.kind=folder", f"data.public.path={tmp_path}/set", "data.workers=1")
+    images = linked_folder(tmp_path)
+    data = ("data.public.kind=folder", f"data.public.path={images}", "data.workers=1")
     job = cluster.call(
         "sbatch",
         *("--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"),
@@ -374,7 +369,7 @@ def test_the_main_rank_is_killed_while_images_are_decoded(cluster: Cluster, tmp_
     assert cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
     assert "no reason of their own; starting them again" in log.read_text()
     assert not marked(mark)
-    source = open_source("folder", tmp_path / "set", "train")
+    source = open_source("folder", images, "train")
     alone = store.write(source, tmp_path / "alone.npy", Form(8, 1), 2)
     assert store.verify(folder / "prepare" / "public.npy") == alone
 
