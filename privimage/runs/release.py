@@ -55,8 +55,9 @@ class Release:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             raise UserError(f"{file}: damaged, or not the model of a release") from None
-        if "synthesize" not in state:
-            raise UserError(f"{file}: made by another version of privimage, which kept no sampler with it")
+        # What earlier versions left out, or wrote otherwise.
+        if "synthesize" not in state or not isinstance(state.get("classifier", {}), dict):
+            raise UserError(f"{file}: made by another version of privimage; sample with that one")
         return state
 
     @property
