@@ -3,18 +3,19 @@
     python benchmarks/levers.py [CONFIG] [section.key=value ...] [--only NAME ...] [--seeds 1] [--dir DIR]
 
 Public stages of CONFIG (default: configs/quickstart.yaml) run once, in DIR. Then each lever takes the private
-steps that are planned for the promise of CONFIG: the same noise multiplier, sample rate, clipping bound and
-number of gradients, with random numbers that are equal for all levers of a seed. Nothing is charged and no key
-is secret: for public sets only, and for no set that a table of results is about.
+steps that are planned for the promise of CONFIG: the same clipping bound and number of gradients, the noise
+that the promise needs, and random numbers that are equal for all levers of a seed. Nothing is charged and no
+key is secret: for public sets only. Settings are chosen by it, so it is not for a set that results are about.
 
-Printed are EDM losses of the averaged weights on 1,000 held-out images (which `CONFIG` does not train on): over
-all noise levels, over the lower, middle and upper third of them, and "label": by how many percent the loss rises
-where an image is shown with another label, that is what the network has learned of classes. "pixels" is the
-accuracy of logistic regression on the held-out images after 1,000 samples with the labels that were asked for.
+Printed are EDM losses of the averaged weights on 1,000 images of the test set: over all noise levels, and
+over the lower, middle and upper third of them. "label" is by how many percent the loss rises where an image
+is shown with another label: what the network has learned of classes. "pixels" is the accuracy on these images
+of logistic regression that has learned from 1,000 samples with the labels that were asked for.
 """
 
 import argparse
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ def main() -> None:
     config = load(args.config, [*args.overrides, f"run.dir={args.dir}"])
     stages = [name for name in ("prepare", "query", "select", "pretrain") if name in config.stages]
     assert pipeline.run(config, stages) == 0
+    # The pipeline saves its state at a signal; here there is none.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     print("| lever | seed | loss | lower | middle | upper | label | pixels |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     config = settled(config, ALONE, RunDir(args.dir))
@@ -219,7 +223,9 @@ class _Adam:
         self.square = torch.zeros_like(self.first)
         of_labels = {id(p) for name, p in module.named_parameters() if "label" in name}
         rates = [rate * lever.rate * (lever.label_rate if id(p) in of_labels else 1.0) for p in parameters]
-        self.rates = torch.cat([torch.full((p.numel(),), one) for p, one in zip(parameters, rates, strict=True)])
+        self.rates = torch.cat(
+            [torch.full((p.numel(),), one) for p, one in zip(parameters, rates, strict=True)]
+        )
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -231,9 +237,7 @@ class _Adam:
         if self.floor:
             square = (square - self.variance).clamp(min=self.floor)
         change = self.rates * first / (square.sqrt() + 1e-8)
-        for p, part in zip(
-            self.parameters, change.split([p.numel() for p in self.parameters]), strict=True
-        ):
+        for p, part in zip(self.parameters, change.split([p.numel() for p in self.parameters]), strict=True):
             p -= part.view_as(p)
 
 
@@ -249,7 +253,9 @@ def losses(
         noise = torch.randn(images.shape, generator=random)
         quantile = torch.tensor((level + 0.5) / LEVELS)
         sigma = edm.draw_sigma(math.sqrt(2) * torch.erfinv(2 * quantile - 1)).expand(len(images))
-        found.append([float(edm.loss(averaged, images, shown, sigma, noise).mean()) for shown in (labels, others)])
+        found.append(
+            [float(edm.loss(averaged, images, shown, sigma, noise).mean()) for shown in (labels, others)]
+        )
     right, other = torch.tensor(found).T
     third = LEVELS // 3
     thirds = [float(right[start : start + third].mean()) for start in range(0, LEVELS, third)]

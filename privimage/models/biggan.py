@@ -28,6 +28,9 @@ def _orthogonal(module: nn.Module) -> None:
 
 
 def _spectral(module: nn.Module) -> nn.Module:
+    # On the meta device there are shapes and no values, and a power iteration of these takes a second.
+    if module.weight.is_meta:
+        return module
     # Orthogonal before the parametrization: writing to the weight afterwards would go through its right
     # inverse.
     _orthogonal(module)

@@ -4,9 +4,9 @@ Everything is chosen from public facts: N, the number of classes, the shape of t
 promise, the time that the run may take, and the speed of the machine. No pixel and no label is looked at.
 """
 
-from privimage.recipes.choice import Choice
+from privimage.recipes.choice import Choice, automatic
 from privimage.recipes.choose import choose
 from privimage.recipes.facts import Facts, facts_of
-from privimage.recipes.settle import as_begun, automatic, settled
+from privimage.recipes.settle import as_begun, settled
 
 __all__ = ["Choice", "Facts", "as_begun", "automatic", "choose", "facts_of", "settled"]

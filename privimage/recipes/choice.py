@@ -4,6 +4,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from privimage.config import Config, parse
+from privimage.config.stages import ON_REQUEST
+
+# Settings that the rules choose. Others that may be "auto" (precision, workers ...) are resolved by what
+# reads them.
+CHOSEN = {
+    "model": ("width", "multipliers", "attention"),
+    "query": ("network", "batch_size", "steps", "learning_rate"),
+    "select": ("per_image", "per_class", "max_rise"),
+    "pretrain": ("batch_size", "steps", "learning_rate"),
+    "warm": ("max_rise", "steps"),
+    "classify": ("max_rise",),
+    "finetune": ("logical_batch_size", "steps", "noise_copies", "max_grad_norm", "learning_rate"),
+    "synthesize": ("samples",),
+    "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples", "before"),
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,17 @@ Choices = dict[str, Choice]  # by ``section.key``
 def is_auto(value: object) -> bool:
     """Whether a setting is left to be chosen."""
     return value == "auto"
+
+
+def automatic(config: Config) -> list[str]:
+    """The settings that are still to be chosen, by ``section.key``; of stages `ON_REQUEST` if they run."""
+    return [
+        f"{section}.{name}"
+        for section, names in CHOSEN.items()
+        for name in names
+        if is_auto(getattr(getattr(config, section), name))
+        and (section not in ON_REQUEST or section in config.stages)
+    ]
 
 
 def still_open(config: Config, choices: Choices) -> Choices:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 from privimage.config import Config
 from privimage.families import family
-from privimage.recipes.choice import Choice, Choices, applied, is_auto, still_open
+from privimage.recipes.choice import Choice, Choices, applied, automatic, is_auto, still_open
 from privimage.recipes.constants import constants, networks
 from privimage.recipes.facts import Facts
 from privimage.recipes.signal import needed, reach, share
 
 Speeds = dict[str, float]  # seconds per image of a step, by stage; of finetune per noised copy
 BATCH = "finetune.logical_batch_size"
+FROM_STEPS = {"finetune.learning_rate", "evaluate.fidelity_samples"}  # see `rates`
 
 # Of the time that a run may take: the rest is kept for slower moments of the machine, and for the start.
 OF_TIME, START_SECONDS = 0.75, 30.0
@@ -25,13 +26,13 @@ SHARES = {
     "query": 0.08,
     "pretrain": 0.27,
     "warm": 0.15,
-    "finetune": 0.36,
+    "finetune": 0.3,
     "match": 0.4,
-    "synthesize": 0.12,
+    "synthesize": 0.18,  # images are cheap, and classifiers learn from many
     "evaluate": 0.17,
 }
 # Where the signal is rich, private steps are worth more than all else.
-RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.64, "evaluate": 0.12}
+RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.58, "evaluate": 0.12}
 # With starter weights the public stages have little left to do.
 BEGUN_SHARES = {"query": 0.04, "pretrain": 0.12}
 RICH = 0.01  # noise over signal below which less noise brings nothing any more (MNIST at epsilon 10)
@@ -52,10 +53,13 @@ def choose(config: Config, facts: Facts, measure: Callable[[Config], Speeds]) ->
     begun = config.pretrain.start_from is not None
     chosen = still_open(config, {**networks(facts), **constants(facts, begun)})
     config = applied(config, chosen)
-    trial = applied(config, still_open(config, TRIAL | {BATCH: Choice(min(64, facts.count), "")}))
-    speeds = {stage: seconds / facts.speed for stage, seconds in measure(trial).items()}
-    steps = still_open(config, schedule(config, facts, speeds, private_parameters(config, facts.classes)))
-    chosen, config = chosen | steps, applied(config, steps)
+    # Only steps and samples depend on the speed of the machine.
+    if not FROM_STEPS.issuperset(automatic(config)):
+        trial = applied(config, still_open(config, TRIAL | {BATCH: Choice(min(64, facts.count), "")}))
+        speeds = {stage: seconds / facts.speed for stage, seconds in measure(trial).items()}
+        size = private_parameters(config, facts.classes)
+        steps = still_open(config, schedule(config, facts, speeds, size))
+        chosen, config = chosen | steps, applied(config, steps)
     return chosen | still_open(config, rates(config, facts))
 
 
@@ -165,8 +169,10 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
     if "synthesize" in seconds:
         most = min(most, seconds["synthesize"] / speeds["synthesize"])
     judged = seconds["evaluate"] / speeds["evaluate"] if "evaluate" in seconds else math.inf
-    # The images of the pretrained generator are half as many: see `rates`.
-    before = judged > 1500 if is_auto(config.evaluate.before) else config.evaluate.before
+    # The images of the pretrained generator are half as many (see `rates`): they must not cost any others.
+    before = judged * EPOCHS / FEW_EPOCHS > 1.5 * most
+    if not is_auto(config.evaluate.before):
+        before = config.evaluate.before
     factor = 1.5 if before else 1.0
     # More images teach more than more looks at the same ones.
     samples = tidy(max(min(most, judged / factor * EPOCHS / FEW_EPOCHS), 500.0))

@@ -4,43 +4,19 @@ import contextlib
 from typing import Any
 
 from privimage.config import Config
-from privimage.config.stages import ON_REQUEST, STAGES
+from privimage.config.stages import STAGES
 from privimage.data.sources import count_of, sensitive_source
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import ALONE, World, alone
 from privimage.errors import UserError
 from privimage.privacy.plan import plan_without_noise
-from privimage.recipes.choice import Choice, Choices, applied, is_auto
+from privimage.recipes.choice import Choice, Choices, applied, automatic, is_auto
 from privimage.recipes.choose import Speeds, choose
 from privimage.recipes.cost import work_of
 from privimage.recipes.facts import facts_of, stated_size
 from privimage.storage.rundir import RunDir
 
-# Settings that the rules choose. Others that may be "auto" (precision, workers ...) are resolved by what
-# reads them.
-CHOSEN = {
-    "model": ("width", "multipliers", "attention"),
-    "query": ("network", "batch_size", "steps", "learning_rate"),
-    "select": ("per_image", "per_class", "max_rise"),
-    "pretrain": ("batch_size", "steps", "learning_rate"),
-    "warm": ("max_rise", "steps"),
-    "classify": ("max_rise",),
-    "finetune": ("logical_batch_size", "steps", "noise_copies", "max_grad_norm", "learning_rate"),
-    "synthesize": ("samples",),
-    "evaluate": ("cnn_epochs", "cnn_batch_size", "fidelity_samples", "before"),
-}
 ASSUMED = 1000  # images of a set that cannot be opened; the checks before a run then end it
-
-
-def automatic(config: Config) -> list[str]:
-    """The settings that are still to be chosen, by ``section.key``; of stages `ON_REQUEST` if they run."""
-    return [
-        f"{section}.{name}"
-        for section, names in CHOSEN.items()
-        for name in names
-        if is_auto(getattr(getattr(config, section), name))
-        and (section not in ON_REQUEST or section in config.stages)
-    ]
 
 
 def settled(config: Config, world: World = ALONE, run: RunDir | None = None) -> Config:

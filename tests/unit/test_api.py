@@ -106,7 +106,9 @@ def test_mistakes_are_exceptions_of_one_base_class(tmp_path: Path, tiny_config: 
         privimage.open_release(tmp_path)
 
 
-def test_a_release_without_a_model_that_can_be_read_has_nothing_to_sample_from(finished: Path, tmp_path: Path) -> None:
+def test_a_release_without_a_model_that_can_be_read_has_nothing_to_sample_from(
+    finished: Path, tmp_path: Path
+) -> None:
     for name in ("PRIVACY.json", "synthetic.npz"):
         (tmp_path / name).write_bytes((finished / "release" / name).read_bytes())
     release = Release(tmp_path)
@@ -117,7 +119,9 @@ def test_a_release_without_a_model_that_can_be_read_has_nothing_to_sample_from(f
     with pytest.raises(privimage.UserError, match="damaged"):
         Release(tmp_path).sample(1)
     # Until features of the query network came in, a classifier was a matrix alone.
-    earlier = torch.load(finished / "release" / "model.pt", weights_only=True) | {"classifier": torch.ones(2, 3)}
+    earlier = torch.load(finished / "release" / "model.pt", weights_only=True) | {
+        "classifier": torch.ones(2, 3)
+    }
     torch.save(earlier, tmp_path / "model.pt")
     with pytest.raises(privimage.UserError, match=r"model\.pt: made by another version"):
         Release(tmp_path).sample(1)

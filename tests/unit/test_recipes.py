@@ -20,9 +20,8 @@ from privimage.privacy.calibration import training_noise
 from privimage.privacy.mechanisms import ClassMeans, NoisyGradients
 from privimage.privacy.plan import make_plan
 from privimage.recipes import Facts, automatic, choose, settle, settled
-from privimage.recipes.choice import Choice, applied, is_auto
+from privimage.recipes.choice import CHOSEN, Choice, applied, is_auto
 from privimage.recipes.labels import LEAST_OF_A_CLASS, WANTED, can_be_learned, labels_rise
-from privimage.recipes.settle import CHOSEN
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
 from privimage.recipes.usefulness import too_little_pretraining, too_little_signal, too_long
 from privimage.recipes.warm_start import MOST, NOISE, warm_rise
@@ -88,6 +87,19 @@ def test_the_signal_in_closed_form_is_near_that_of_the_accountant(
     most = reach(count, eps, delta)
     assert share(batch * steps**0.5 / most) * most == pytest.approx(steps**0.5 * batch / sigma, rel=0.1)
     assert share(needed(0.5)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("count", [3000, 8000, 200_000])
+def test_the_pretrained_generator_is_judged_only_where_that_costs_no_images(count: int) -> None:
+    found = set()
+    for hours in (0.2, 0.5, 1, 2, 4, 8, 24):
+        config = recipe(count, hours)
+        facts = Facts(count, 2, 32, 3, 200, 10, 1e-6, hours, "cpu")
+        left_out = bare(evaluate={"before": False})
+        alone = applied(left_out, choose(left_out, facts, lambda _: SPEEDS)).synthesize.samples
+        assert config.synthesize.samples == alone
+        found.add(config.evaluate.before)
+    assert found == {True, False}
 
 
 @pytest.mark.parametrize("hours", [0.2, 0.5, 4])
