@@ -1,5 +1,6 @@
 """The short measurement behind `privimage plan`."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -134,3 +135,24 @@ def test_guidance_by_the_classifier_costs_three_passes_of_what_it_sees_at_each_l
     work.label_features_pass.cache_clear()
     assert seconds[0] == pytest.approx(50 * 10 * 1e-3)
     assert seconds[2] == pytest.approx(50 * (10 + 3 * 5) * 1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_that_wait_for_each_other_are_not_taken_for_work(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def run(images: int) -> Tensor:
+        nonlocal now
+        # Of one thread 10 ms an image; two threads wait for a second whatever there is to do.
+        now += 0.01 * images if torch.get_num_threads() == 1 else 1.0
+        return torch.zeros(images)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    torch.set_num_threads(threads)
+    try:
+        assert work.seconds_an_image(run, 8, 64) == pytest.approx(0.01)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
