@@ -32,7 +32,13 @@ SHARES = {
     "evaluate": 0.17,
 }
 # Where the signal is rich, private steps are worth more than all else.
-RICH_SHARES = SHARES | {"query": 0.04, "pretrain": 0.08, "finetune": 0.58, "evaluate": 0.12}
+RICH_SHARES = SHARES | {
+    "query": 0.04,
+    "pretrain": 0.08,
+    "finetune": 0.46,
+    "synthesize": 0.2,
+    "evaluate": 0.22,
+}
 # With starter weights the public stages have little left to do.
 BEGUN_SHARES = {"query": 0.04, "pretrain": 0.12}
 RICH = 0.01  # noise over signal below which less noise brings nothing any more (MNIST at epsilon 10)
