@@ -8,7 +8,7 @@ steps and copies in different ways, and at two widths; beside each the closed fo
 `privimage.recipes.signal`: the share of the signal that the budget can buy, and noise over signal. Query and
 pretraining are shared.
 
-`compare`: CONFIG as it is, then the same data with everything left at `auto` and as many hours as that took,
+`compare`: CONFIG as it is, then the same data as `privimage init` would do it in as many hours as that took,
 or H; times and accuracies side by side. Runs that are finished are not repeated.
 """
 
@@ -22,6 +22,7 @@ from privimage.distributed.world import ALONE
 from privimage.families import family
 from privimage.privacy.plan import default_delta
 from privimage.recipes import automatic, settled
+from privimage.recipes.advised import advised
 from privimage.recipes.settle import size_of
 from privimage.recipes.signal import noise_over_signal, reach, share
 from privimage.runs import pipeline
@@ -102,7 +103,7 @@ def compare(path: Path, hours: float | None, folder: Path) -> None:
         "pretrain": {"flip": hand.pretrain.flip},
     }
     bare["data"]["sensitive"] |= {"count": count, "classes": classes or None}
-    timed("recipe", parse(bare))
+    timed("recipe", advised(parse(bare), count, classes))
 
 
 def timed(name: str, config: Config) -> float:

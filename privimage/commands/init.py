@@ -17,18 +17,13 @@ from privimage.distributed.precision import cpu_multiplies_in_bf16
 from privimage.distributed.world import alone
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
-from privimage.recipes.choice import Choice, Choices, applied
-from privimage.recipes.constants import networks
-from privimage.recipes.facts import Facts, facts_of
-from privimage.recipes.labels import can_be_learned
+from privimage.recipes.advised import CHARACTERS, advised
+from privimage.recipes.choice import Choices, applied
 from privimage.recipes.settle import chosen
 from privimage.recipes.usefulness import busy, too_little_pretraining
-from privimage.recipes.warm_start import stands_out
-from privimage.releases.starter import shipped
 
 SUFFIXES = KINDS | {".npy": "beton"}  # a store without FFCV
 EMBEDDED = ("digits", "glyphs")
-CHARACTERS = ("digits", "glyphs", "mnist", "fashion-mnist")  # kinds whose images must not be mirrored
 RESOLUTIONS = (8, 16, 28, 32, 64)
 
 
@@ -57,20 +52,12 @@ def write(wanted: Wanted) -> None:
 
     Raises UserError for a set that cannot be opened, and where no public set suits.
     """
-    config = _settings(wanted)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count, sensitive = config.data.sensitive.count, config.data.sensitive
-    assert count is not None
+    config, device = _settings(wanted), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sensitive = config.data.sensitive
+    assert sensitive.count is not None
     classes = (sensitive.class_count or 2) if sensitive.labelled else 0
-    facts = facts_of(config, count, classes)
-    if stands_out(facts):
-        config = applied(config, {"warm.starts": Choice(["moments"], WHY["warm.starts"])})
-    if can_be_learned(facts):
-        config = applied(config, {"classify.use": Choice(True, WHY["classify.use"])})
-    if (begun := _starter(config, facts)) is not None:
-        keys = ("query.start_from", "pretrain.start_from")
-        config = applied(config, {key: Choice(str(begun), WHY[key]) for key in keys})
-    choices = chosen(config, count, classes, alone(device))
+    config = advised(config, sensitive.count, classes)
+    choices = chosen(config, sensitive.count, classes, alone(device))
     sys.stdout.write(rendered(config, choices, device))
     whole = applied(config, choices)
     for warning in [*busy(whole, device.type), *too_little_pretraining(whole)]:
@@ -188,16 +175,6 @@ def _public(wanted: Wanted, resolution: int, channels: int) -> dict[str, Any]:
         "folder with a sub-folder for each class (ImageNet, say); the embedded characters suit small grey "
         "images only"
     )
-
-
-def _starter(config: Config, facts: Facts) -> Path | None:
-    """Starter weights that come with PrivImage, if those of some suit the networks and the public set."""
-    if config.spec.generator != "diffusion" or "pretrain" not in config.stages:
-        return None
-    # Photographs have more in common with each other than with characters.
-    if config.data.channels == 1 and config.data.public.kind not in CHARACTERS:
-        return None
-    return shipped(applied(config, networks(facts)))
 
 
 WHY = {
