@@ -17,12 +17,12 @@ import math
 import time
 from pathlib import Path
 
+from privimage.commands.advised import advised
 from privimage.config import Config, load, parse
 from privimage.distributed.world import ALONE
 from privimage.families import family
 from privimage.privacy.plan import default_delta
 from privimage.recipes import automatic, settled
-from privimage.recipes.advised import advised
 from privimage.recipes.settle import size_of
 from privimage.recipes.signal import noise_over_signal, reach, share
 from privimage.runs import pipeline

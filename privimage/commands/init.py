@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from privimage.commands.advised import CHARACTERS, advised
 from privimage.config import Config, parse
 from privimage.config.stages import STAGES
 from privimage.data.folder import KINDS
@@ -17,7 +18,6 @@ from privimage.distributed.precision import cpu_multiplies_in_bf16
 from privimage.distributed.world import alone
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
-from privimage.recipes.advised import CHARACTERS, advised
 from privimage.recipes.choice import Choices, applied
 from privimage.recipes.settle import chosen
 from privimage.recipes.usefulness import busy, too_little_pretraining
