@@ -52,7 +52,7 @@ class Lever:
     label_rate: float = 1.0  # times that rate, of the embedding of labels
     second: float = 0.0  # of the noise's variance, the floor of DP-AdamBC's second moment; 0: Adam
     dropout: float | None = None  # of labels
-    levels: tuple[float, float] = (-1.2, 1.2)  # mean and deviation of ln sigma
+    levels: tuple[float, float] = edm.LEVELS  # mean and deviation of ln sigma
     shift: int = 0  # pixels by which copies of an image are moved at most
     mirror: bool = False  # half of the copies are mirrored
     trained: tuple[str, ...] = ()  # parts of names of parameters that are trained; () is all
@@ -135,8 +135,10 @@ def row(config: Config, lever: Lever, seed: int) -> list[str]:
 def trained(config: Config, lever: Lever, seed: int, run: RunDir, train) -> torch.nn.Module:
     """The averaged network after the private steps of a lever."""
     torch.manual_seed(seed)
-    config = _of(config, lever)
+    config = _of(config, lever, train.count)
     plan = make_plan(config, train.count).the(DPSGD)
+    # A loop of its own: `PrivateSteps` names each step by the weights, so that levers would differ in their
+    # samples and noise too.
     weights, _ = weights_of(config.finetuned_from, run, ALONE)
     training = finetuned_family(config).private_training(config, len(train.classes), ALONE, weights)
     assert isinstance(training, DiffusionPrivate)
@@ -167,11 +169,11 @@ def trained(config: Config, lever: Lever, seed: int, run: RunDir, train) -> torc
     return averaged.eval()
 
 
-def _of(config: Config, lever: Lever) -> Config:
+def _of(config: Config, lever: Lever, count: int) -> Config:
     """The configuration with another number of steps, and batches for as many gradients."""
     given = config.finetune
     steps = round(lever.steps * given.steps)
-    batch = min(given.logical_batch_size * given.steps // steps, config.data.sensitive.count or 0)
+    batch = min(given.logical_batch_size * given.steps // steps, count)
     changed = {"steps": steps, "logical_batch_size": batch}
     return config.model_copy(update={"finetune": given.model_copy(update=changed)})
 
@@ -194,8 +196,8 @@ class _Draws(DenoisingLosses):
 
     def draw(self, images: Tensor, labels: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, ...]:
         shown, labels, sigma, noise = super().draw(images, labels, indices, seed)
-        mean, deviation = self.lever.levels
-        sigma = torch.exp((sigma.log() + 1.2) / 1.2 * deviation + mean)
+        (usual, spread), (mean, deviation) = edm.LEVELS, self.lever.levels
+        sigma = torch.exp((sigma.log() - usual) / spread * deviation + mean)
         if self.lever.shift or self.lever.mirror:
             shown = torch.stack([self._moved(shown[:, copy], copy) for copy in range(shown.shape[1])], 1)
         return shown, labels, sigma, noise

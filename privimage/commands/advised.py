@@ -20,11 +20,11 @@ def advised(config: Config, count: int, classes: int) -> Config:
     """
     facts = facts_of(config, count, classes)
     if stands_out(facts):
-        config = applied(config, {"warm.starts": Choice(["moments"], "its means stand out of the noise")})
+        config = applied(config, {"warm.starts": Choice(["moments"], "")})
     if can_be_learned(facts):
-        config = applied(config, {"classify.use": Choice(True, "its labels can be learned")})
+        config = applied(config, {"classify.use": Choice(True, "")})
     if (begun := _starter(config, facts)) is not None:
-        path = Choice(str(begun), "it suits the networks and the public set")
+        path = Choice(str(begun), "")
         config = applied(config, {"query.start_from": path, "pretrain.start_from": path})
     return config
 

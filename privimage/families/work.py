@@ -88,10 +88,11 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) ->
     if threads == 1 or time.perf_counter() - started < ENOUGH:
         return found
     # On cores that other work has, threads wait for each other far longer than they work
-    # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody.
+    # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody; on a
+    # machine that is idle it is slow, so that it begins with one image.
     torch.set_num_threads(1)
     try:
-        return min(found, _growing(run, images, at_once))
+        return min(found, _growing(run, 1, at_once))
     finally:
         torch.set_num_threads(threads)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 # sensitive set.
 SIGMA_DATA = math.sqrt(1 / 3)
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
+LEVELS = (-1.2, 1.2)  # mean and deviation of ln sigma in training
 Sampler = Literal["dpm++", "euler", "heun"]
 S_CHURN, S_MIN, S_MAX, S_NOISE = 40.0, 0.05, 50.0, 1.003
 
@@ -34,7 +35,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def draw_sigma(normal: Tensor) -> Tensor:
     """Standard normal draws (B,) -> noise levels of training (B,), ln sigma ~ N(-1.2, 1.2^2) (table 1)."""
-    return torch.exp(1.2 * normal - 1.2)
+    mean, deviation = LEVELS
+    return torch.exp(deviation * normal + mean)
 
 
 class Denoiser(nn.Module):

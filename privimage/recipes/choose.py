@@ -176,12 +176,10 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
         most = min(most, seconds["synthesize"] / speeds["synthesize"])
     judged = seconds["evaluate"] / speeds["evaluate"] if "evaluate" in seconds else math.inf
     # The images of the pretrained generator are half as many (see `rates`): they must not cost any others.
-    before = judged * EPOCHS / FEW_EPOCHS > 1.5 * most
-    if not is_auto(config.evaluate.before):
-        before = config.evaluate.before
+    looked_at = judged * EPOCHS / FEW_EPOCHS  # with few looks at each: more images teach more than more looks
+    before = looked_at > 1.5 * most if is_auto(config.evaluate.before) else config.evaluate.before
     factor = 1.5 if before else 1.0
-    # More images teach more than more looks at the same ones.
-    samples = tidy(max(min(most, judged / factor * EPOCHS / FEW_EPOCHS), 500.0))
+    samples = tidy(max(min(most, looked_at / factor), 500.0))
     epochs = EPOCHS * min(judged / (samples * factor), 2.5)
     return {
         "synthesize.samples": Choice(samples, "as many as there is time to draw and to judge"),
