@@ -37,11 +37,11 @@ class Synthesize(Section):
     )
     sampler_steps: int = Field(18, ge=2, le=1000, description="diffusion: noise levels from 80 to 0.002")
     guidance: float = Field(0.0, ge=0, description="diffusion: classifier-free guidance scale; 0 is off")
-    classifier_guidance: float = Field(
-        2.0,
-        ge=0,
+    classifier_guidance: Auto[Annotated[float, Field(ge=0)]] = Field(
+        AUTO,
         description="diffusion, where `classify.use`: by how much images are led to what the private "
-        "classifier takes for their class; 0 is off",
+        "classifier takes for their class; 0 is off; auto: 2 where it contradicts most labels of a few "
+        "images without guidance, else 0",
     )
     batch_size: int = Field(500, ge=1, description="images per rank that go through the network at once")
     formats: tuple[Literal["parquet", "png", "webdataset", "beton"], ...] = Field(

@@ -25,6 +25,7 @@ from privimage.privacy.statement import statement
 from privimage.releases.assemble import assemble, whole
 from privimage.releases.synthetic import SyntheticSet
 from privimage.stages.classifier import Trained, trained_classifier
+from privimage.stages.guidance import with_guidance
 from privimage.stages.label_counts import label_counts, labels_by, labels_in_turn
 from privimage.stages.noisy_statistic import Sensitive
 from privimage.storage.files import write_array, write_arrays
@@ -51,6 +52,7 @@ def run(config: Config, run_dir: RunDir, world: World) -> dict:
     if trained is not None:
         # Part of the released model: what is drawn from it later is led and labelled by it too.
         weights["classifier"] = trained.state
+        config = with_guidance(config, run_dir, world, weights)
     generator, classifier = restored(config, weights, world.device)
     _sample_blocks(config, run_dir, world, generator, weights["n_classes"], asked, "after")
     if (pretrained := _pretrained(config, run_dir, world)) is not None:

@@ -44,7 +44,7 @@ from privimage.privacy.plan import make_plan
 from privimage.privacy.relation import Relation
 from privimage.runs import pipeline
 from privimage.runs.release import Release
-from privimage.stages import classifier
+from privimage.stages import classifier, guidance
 from privimage.storage.files import read_json
 from privimage.storage.rundir import RunDir
 
@@ -215,6 +215,27 @@ def test_images_are_led_to_the_class_that_they_are_drawn_for(tmp_path: Path) -> 
         _, labels = Release(folder).sample(400, seed=3)
         later[weight] = (labels != np.arange(400) % 10).mean()
     assert changed[9] < changed[0] - 0.05 and later[9] < later[0] - 0.05, (changed, later)
+
+
+@pytest.mark.parametrize(("limit", "weight"), [(0.0, guidance.WEIGHT), (2.0, 0.0)])
+def test_guidance_depends_on_how_often_labels_are_contradicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, weight: float
+) -> None:
+    """The images, and those drawn later, are made with what is chosen; a run that goes on keeps it."""
+    given, left = tmp_path / "given", tmp_path / "left"
+    assert pipeline.run(settings_of(given), ["classify", "finetune"]) == 0
+    shutil.copytree(given, left)
+    assert pipeline.run(settings_of(given, f"synthesize.classifier_guidance={weight}"), ["synthesize"]) == 0
+    monkeypatch.setattr(guidance, "MOSTLY_WRONG", limit)
+    assert pipeline.run(settings_of(left), ["synthesize"]) == 0
+    assert read_json(left / "synthesize" / "guidance.json")["classifier_guidance"] == weight
+    images = [np.load(folder / "release" / "synthetic.npz")["images"] for folder in (given, left)]
+    assert np.array_equal(*images)
+    assert np.array_equal(*(Release(folder).sample(20, seed=3)[0] for folder in (given, left)))
+    monkeypatch.setattr(guidance, "MOSTLY_WRONG", 2.0 - limit)
+    (left / "synthesize" / "done.json").unlink()
+    assert pipeline.run(settings_of(left), ["synthesize"]) == 0
+    assert np.array_equal(images[0], np.load(left / "release" / "synthetic.npz")["images"])
 
 
 def test_a_step_adds_the_noise_of_the_plan(tmp_path: Path, fixed_noise: None) -> None:

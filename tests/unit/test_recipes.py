@@ -185,7 +185,7 @@ def test_what_is_given_is_kept_and_the_rest_suits_it() -> None:
 
 def test_every_setting_that_may_be_auto_is_chosen() -> None:
     tree = bare().model_dump(mode="json")
-    resolved_where_read = {"physical_batch_size", "precision", "features"}
+    resolved_where_read = {"physical_batch_size", "precision", "features", "classifier_guidance"}
     left = {
         f"{section}.{name}"
         for section, names in CHOSEN.items()
