@@ -183,8 +183,9 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
         ]
 
     def _of_guidance(self, config: Config, device: torch.device) -> float:
-        """Seconds per image of guidance by a private classifier: its features and their gradient. What is left
-        to be chosen counts as guidance.
+        """Seconds per image of guidance by a private classifier: its features and their gradient.
+
+        A weight that is left to be chosen counts as guidance.
         """
         settings = config.synthesize
         if "classify" not in config.stages or not settings.classifier_guidance:
