@@ -238,6 +238,25 @@ def test_guidance_depends_on_how_often_labels_are_contradicted(
     assert np.array_equal(images[0], np.load(left / "release" / "synthetic.npz")["images"])
 
 
+def test_two_ranks_choose_the_guidance_and_draw_the_images_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert pipeline.run(settings_of(one), ["classify", "finetune"]) == 0
+    shutil.copytree(one.parent, two.parent)
+    assert pipeline.run(settings_of(one), ["synthesize"]) == 0
+    rank = f"""
+import sys
+from privimage.config import load
+from privimage.runs import pipeline
+sys.exit(pipeline.run(load({str(TINY)!r}, [*{CLASSIFY!r}, "run.dir=" + sys.argv[1]]), ["synthesize"]))
+"""
+    ended = run_ranks(rank, 2, str(two))
+    assert [one.status for one in ended] == [0, 0], ended
+    chosen = [read_json(folder / "synthesize" / "guidance.json") for folder in (one, two)]
+    assert chosen[0] == chosen[1]
+    images = [np.load(folder / "release" / "synthetic.npz")["images"] for folder in (one, two)]
+    assert np.array_equal(*images)
+
+
 def test_a_step_adds_the_noise_of_the_plan(tmp_path: Path, fixed_noise: None) -> None:
     """The first step begins at zero, where the gradient is known. Kolmogorov-Smirnov, false-alarm rate 1e-3,
     fixed key.
