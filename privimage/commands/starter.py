@@ -1,5 +1,6 @@
 """`privimage starter`: weights for other runs to begin with, made from all of a public set."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,14 @@ def _write(config: Config, out: Path, licence: str, data: str, run_dir: RunDir, 
     trained: dict[starter.Network, dict[str, Any]] = {}
     for network, stage in starter.STAGES.items():
         settings = config.query if network == "query" else config.pretrain
+        before = _before(settings.start_from, network)
         trained[network] = common | {
             "architecture": starter.architecture(config, network),
             "steps": settings.steps,
             "batch_size": settings.batch_size,
             "learning_rate": settings.learning_rate,
-            "images_seen": run_dir.require(stage)["images"],
+            "begun_with": before and before.described,
+            "images_seen": run_dir.require(stage)["images"] + (before.stated["images_seen"] if before else 0),
         }
     trained["query"] |= {
         "validation_accuracy": states["query"]["accuracy"],
@@ -102,6 +105,15 @@ def _write(config: Config, out: Path, licence: str, data: str, run_dir: RunDir, 
     for file in out.iterdir():
         file.chmod(0o644)
     say(f"starter: {out}, {measured['name']} {measured['distance']:.4g} of {measured['samples']} samples")
+
+
+def _before(path: Path | None, network: starter.Network) -> starter.Starter | None:
+    """The starter that a network began with."""
+    if path is None:
+        return None
+    found = starter.read(path, network, "start_from")
+    # No place on this machine is told: the folder has the name of the starter.
+    return replace(found, path=Path(starter.file_of(path, network).resolve().parent.name))
 
 
 def _named(config: Config) -> str:

@@ -66,6 +66,19 @@ def test_each_file_and_the_card_state_what_the_weights_were_trained_on(made: Pat
     assert "secret" not in page and "nowhere" not in page
 
 
+def test_a_starter_that_begins_with_another_counts_its_images(made: Path, tmp_path: Path) -> None:
+    both = [f"{stage}.start_from={made}" for stage in ("query", "pretrain")]
+    settings = config(tmp_path, *SHAPE, "data.sensitive.count=100", "data.sensitive.classes=3", *both)
+    assert command.run(settings, tmp_path / "longer", "apache-2.0", "") == 0
+    assert read(tmp_path / "longer", "query").stated["images_seen"] == 2 * 6 * 64
+    assert read(tmp_path / "longer", "diffusion").stated["images_seen"] == 2 * 6 * 32
+    page = (tmp_path / "longer" / "README.md").read_text()
+    assert (
+        "begun with starter, trained on printed characters (192 images seen): 384 images seen in all" in page
+    )
+    assert str(tmp_path) not in page and str(made.parent) not in page
+
+
 def test_a_run_begins_with_the_starter_and_its_classes_with_the_mean_of_their_public_images(
     made: Path, tmp_path: Path
 ) -> None:
