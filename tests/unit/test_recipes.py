@@ -102,6 +102,13 @@ def test_the_pretrained_generator_is_judged_only_where_that_costs_no_images(coun
     assert found == {True, False}
 
 
+def test_the_more_images_the_cnn_has_the_fewer_looks_it_takes_at_each() -> None:
+    """However much time there is: 25,000 images seen 16 times taught less than seen 4 times."""
+    small, large = recipe(2000, 24), recipe(200_000, 24)
+    assert small.evaluate.cnn_epochs == 50
+    assert large.synthesize.samples == 50_000 and large.evaluate.cnn_epochs == 4
+
+
 @pytest.mark.parametrize("hours", [0.2, 0.5, 4])
 @pytest.mark.parametrize("count", [300, 3000, 200_000])
 def test_a_recipe_fills_the_time_and_not_more(count: int, hours: float) -> None:
