@@ -48,7 +48,7 @@ FEWEST, MOST, COPIES = 60, 1600, 8  # private steps; noised copies of an image
 WITHOUT_COPIES = 240
 LARGEST = 0.6  # of the set in a batch: more buys hardly any signal
 EPOCHS, FEW_EPOCHS = 20.0, 8.0  # of the CNN of the evaluation: what is measured with, and at least
-# Images that it sees in all: from more it learns what is wrong with synthetic ones (docs/results.md).
+# Images that it sees in all: more looks bring nothing (docs/results.md, MNIST).
 SEEN = 150_000
 
 
