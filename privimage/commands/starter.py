@@ -78,9 +78,10 @@ def _write(config: Config, out: Path, licence: str, data: str, run_dir: RunDir, 
         "diffusion": checkpoint.required(run_dir.stage("pretrain") / "weights.pt", "pretrain", alone(device)),
     }
     trained: dict[starter.Network, dict[str, Any]] = {}
+    wanted = starter.wanted(config)
     for network, stage in starter.STAGES.items():
         settings = config.query if network == "query" else config.pretrain
-        before = _before(settings.start_from, network)
+        before = _before(wanted[network], network) if network in wanted else None
         trained[network] = common | {
             "architecture": starter.architecture(config, network),
             "steps": settings.steps,
@@ -107,11 +108,9 @@ def _write(config: Config, out: Path, licence: str, data: str, run_dir: RunDir, 
     say(f"starter: {out}, {measured['name']} {measured['distance']:.4g} of {measured['samples']} samples")
 
 
-def _before(path: Path | None, network: starter.Network) -> starter.Starter | None:
+def _before(path: Path, network: starter.Network) -> starter.Starter:
     """The starter that a network began with."""
-    if path is None:
-        return None
-    found = starter.read(path, network, "start_from")
+    found = starter.read(path, network, f"{starter.STAGES[network]}.start_from")
     # No place on this machine is told: the folder has the name of the starter.
     return replace(found, path=Path(starter.file_of(path, network).resolve().parent.name))
 

@@ -182,7 +182,7 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
     before = looked_at > 1.5 * most if is_auto(config.evaluate.before) else config.evaluate.before
     factor = 1.5 if before else 1.0
     samples = tidy(max(min(most, looked_at / factor), 500.0))
-    epochs = min(EPOCHS * min(judged / (samples * factor), 2.5), SEEN / samples)
+    epochs = min(EPOCHS * judged / (samples * factor), SEEN / samples)
     return {
         "synthesize.samples": Choice(samples, "as many as there is time to draw and to judge"),
         "evaluate.cnn_epochs": Choice(

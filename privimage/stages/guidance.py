@@ -26,12 +26,10 @@ def with_guidance(config: Config, run_dir: RunDir, world: World, weights: dict) 
     """
     if not is_auto(config.synthesize.classifier_guidance):
         return config
-    path, found = run_dir.stage("synthesize") / "guidance.json", None
-    if world.is_main:
-        if not path.exists():
-            write_json(path, _chosen(config, weights, world.device))
-        found = read_json(path)
-    found = world.broadcast_object(found)
+    path = run_dir.stage("synthesize") / "guidance.json"
+    if world.is_main and not path.exists():
+        write_json(path, _chosen(config, weights, world.device))
+    found = world.broadcast_object(read_json(path) if world.is_main else None)
     return _with(config, found["classifier_guidance"])
 
 
@@ -52,13 +50,11 @@ def _contradicted(config: Config, weights: dict, device: torch.device) -> int:
     """In how many of the first images the classifier sees another class than the one asked for."""
     generator, classifier = restored(config, weights, device)
     assert classifier is not None
-    asked, size = labels_in_turn(TRIED, weights["n_classes"]), config.synthesize.batch_size
+    asked, size = torch.from_numpy(labels_in_turn(TRIED, weights["n_classes"])), config.synthesize.batch_size
     draws, count = ImageDraws(device), 0
-    for start in range(0, TRIED, size):
-        labels = asked[start : start + size]
-        indices = torch.arange(start, start + len(labels), device=device)
-        images = sampled(config, generator, torch.from_numpy(labels).to(device), indices, draws)
-        count += int((classifier.labels(images) != labels).sum())
+    for indices, labels in zip(torch.arange(TRIED).split(size), asked.split(size), strict=True):
+        images = sampled(config, generator, labels.to(device), indices.to(device), draws)
+        count += int((classifier.labels(images) != labels.numpy()).sum())
     return count
 
 

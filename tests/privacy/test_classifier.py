@@ -49,6 +49,12 @@ from privimage.storage.files import read_json
 from privimage.storage.rundir import RunDir
 
 CLASSIFY = ("classify.use=true", "method=dpdm", "classify.steps=4", "privacy.insecure_fixed_key=7")
+STAGE = f"""
+import sys
+from privimage.config import load
+from privimage.runs import pipeline
+sys.exit(pipeline.run(load({str(TINY)!r}, sys.argv[2:]), sys.argv[1:2]))
+"""
 
 
 def settings_of(folder: Path, *overrides: str) -> Config:
@@ -243,13 +249,7 @@ def test_two_ranks_choose_the_guidance_and_draw_the_images_of_one(tmp_path: Path
     assert pipeline.run(settings_of(one), ["classify", "finetune"]) == 0
     shutil.copytree(one.parent, two.parent)
     assert pipeline.run(settings_of(one), ["synthesize"]) == 0
-    rank = f"""
-import sys
-from privimage.config import load
-from privimage.runs import pipeline
-sys.exit(pipeline.run(load({str(TINY)!r}, [*{CLASSIFY!r}, "run.dir=" + sys.argv[1]]), ["synthesize"]))
-"""
-    ended = run_ranks(rank, 2, str(two))
+    ended = run_ranks(STAGE, 2, "synthesize", *CLASSIFY, f"run.dir={two}")
     assert [one.status for one in ended] == [0, 0], ended
     chosen = [read_json(folder / "synthesize" / "guidance.json") for folder in (one, two)]
     assert chosen[0] == chosen[1]
@@ -292,13 +292,7 @@ def test_two_ranks_train_the_classifier_of_one_to_the_bit(tmp_path: Path, method
         assert pipeline.run(load(TINY, [*words, f"run.dir={one}"]), public) == 0
         shutil.copytree(one.parent, two.parent)
     assert pipeline.run(load(TINY, [*words, f"run.dir={one}"]), ["classify"]) == 0
-    rank = f"""
-import sys
-from privimage.config import load
-from privimage.runs import pipeline
-sys.exit(pipeline.run(load({str(TINY)!r}, [*{words!r}, "run.dir=" + sys.argv[1]]), ["classify"]))
-"""
-    ended = run_ranks(rank, 2, str(two))
+    ended = run_ranks(STAGE, 2, "classify", *words, f"run.dir={two}")
     assert [one.status for one in ended] == [0, 0], ended
     assert np.array_equal(weights(two), weights(one))
     of_network = LabelFeatures.count((1, 8, 8), "resnet-small") - LabelFeatures.count((1, 8, 8), None)
