@@ -105,7 +105,7 @@ def _settings(wanted: Wanted) -> Config:
         },
         "finetune": {"precision": precision},
         "runtime": {"precision": precision},
-        # Its time grows with N and is not shared out by the rules.
+        # A short run has hardly enough time for the classifiers that learn from synthetic images.
         "evaluate": {"ceiling": wanted.hours >= 2},
     }
     if None in (wanted.count, wanted.classes, wanted.resolution, wanted.channels):
@@ -204,7 +204,7 @@ WHY = {
     "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
     "classify.use": "a private classifier labels the synthetic images",
     "finetune.precision": "auto: bf16 on GPUs; bf16 on CPUs that multiply in it",
-    "evaluate.ceiling": "whether classifiers learn from the real images too, to compare with; takes time",
+    "evaluate.ceiling": "whether classifiers learn from as many real images too, to compare with; takes time",
     "runtime.precision": "auto: bf16 on GPUs; bf16 on CPUs that multiply in it",
 }
 

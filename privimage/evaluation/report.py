@@ -148,9 +148,8 @@ def write(run: RunDir, config: Config, results: dict) -> None:
 
 def read(path: Path) -> dict:
     """report.json, also of an older version: what that did not measure is None. Raises UserError."""
-    report = dict.fromkeys(
-        ("accuracy_ceiling", "accuracy_chance", "agreement", "classes", "fidelity_vision", "ledger")
-    ) | read_json(path)
+    later = ("accuracy_ceiling", "accuracy_ceiling_images", "accuracy_chance", "agreement", "classes")
+    report = dict.fromkeys((*later, "fidelity_vision", "ledger")) | read_json(path)
     for section, keys in (("accuracy", SCORES), ("fidelity", FIDELITY)):
         for name in (section, f"{section}_before", f"{section}_ceiling", f"{section}_vision"):
             if report.get(name):

@@ -179,8 +179,12 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
     judged = seconds["evaluate"] / speeds["evaluate"] if "evaluate" in seconds else math.inf
     # The images of the pretrained generator are half as many (see `rates`): they must not cost any others.
     looked_at = judged * EPOCHS / FEW_EPOCHS  # with few looks at each: more images teach more than more looks
-    before = looked_at > 1.5 * most if is_auto(config.evaluate.before) else config.evaluate.before
-    factor = 1.5 if before else 1.0
+    before = (
+        looked_at > (1.5 + config.evaluate.ceiling) * most
+        if is_auto(config.evaluate.before)
+        else config.evaluate.before
+    )
+    factor = 1.0 + 0.5 * before + 1.0 * config.evaluate.ceiling  # as many real images
     samples = tidy(max(min(most, looked_at / factor), 500.0))
     epochs = min(EPOCHS * judged / (samples * factor), SEEN / samples)
     return {

@@ -27,7 +27,7 @@ def work_of(config: Config, plan: PrivacyPlan, count: int, classes: int, device:
     """
     found = [*_query(config, count, device), *_classify(config, count, classes, device)]
     found += family(config).work(config, plan, classes, device)
-    return [*found, *_evaluate(config, classes, device)]
+    return [*found, *_evaluate(config, count, classes, device)]
 
 
 def _query(config: Config, count: int, device: torch.device) -> list[Work]:
@@ -66,12 +66,15 @@ def _classify(config: Config, count: int, classes: int, device: torch.device) ->
     return [Work("classify", steps, count, count * seconds, 2.0 * count * d)]
 
 
-def _evaluate(config: Config, classes: int, device: torch.device) -> list[Work]:
-    """Training of the classifiers on the synthetic images, and on those from before fine-tuning."""
+def _evaluate(config: Config, count: int, classes: int, device: torch.device) -> list[Work]:
+    """Training of the classifiers on the synthetic images, on those from before fine-tuning, and on as many
+    real ones.
+    """
     if classes < 2 or config.spec.generator == "none":
         return []
     settings, samples = config.evaluate, config.synthesize.samples
     images = samples + (settings.fidelity_samples if settings.before else 0)
+    images += min(samples, count * config.per_unit) if settings.ceiling else 0
     channels, height, width = image_shape(config)
     pixels, seconds = channels * height * width, 0.0
     if "cnn" in settings.classifiers:

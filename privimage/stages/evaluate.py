@@ -76,7 +76,8 @@ def _subject(config: Config, run_dir: RunDir, world: World) -> Subject:
     figures = run_dir.stage("evaluate") / "figures"
     partial = run_dir.private / "evaluate_partial.json"
     finished = Finished(partial, figures, _key(config, train, after, before), world)
-    ceiling = Finished(run_dir.private / "ceiling.json", run_dir.private, _real(config, train, test), world)
+    real = _real(config, train, test, len(after or ()))
+    ceiling = Finished(run_dir.private / "ceiling.json", run_dir.private, real, world)
     if world.is_main:
         figures.mkdir(exist_ok=True)
     sets = (train, test, after, before)
@@ -108,11 +109,11 @@ def _read(path: Path, train: ImageSet, n_classes: int, world: World, lowest: int
     return Labelled(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
 
 
-def _real(config: Config, train: ImageSet, test: ImageSet | None) -> str:
-    """What the accuracy of classifiers that are trained on the sensitive images depends on."""
+def _real(config: Config, train: ImageSet, test: ImageSet | None, count: int) -> str:
+    """What the accuracy of classifiers that are trained on `count` sensitive images depends on."""
     digest = hashlib.sha256(train.content + (test.content if test else b""))
     settings = config.evaluate
-    chosen: list[Any] = [settings.cnn_epochs, settings.cnn_batch_size, config.pretrain.flip]
+    chosen: list[Any] = [count, settings.cnn_epochs, settings.cnn_batch_size, config.pretrain.flip]
     chosen += [config.runtime.seed, settings.benchmark, settings.benchmark_epochs]
     digest.update(json.dumps(chosen).encode())
     return digest.hexdigest()

@@ -189,6 +189,7 @@ def test_the_three_accuracies_stand_side_by_side(run: RunDir, tiny_config: Confi
 
 CEILING = {
     "accuracy_ceiling": {"lr": 96.0, "mlp": 97.0, "cnn": 98.5},
+    "accuracy_ceiling_images": 70,
     "accuracy_chance": 51.0,
     "classes": {
         "classifier": "cnn",
@@ -209,7 +210,8 @@ def test_the_ceiling_stands_beside_each_accuracy_and_class(run: RunDir, tiny_con
         assert number in part
     assert "Class by class" in part and "&lt;cat&gt;" in part and "dog" not in part
     told = json.loads((run.path / "evaluate" / "report.json").read_text())
-    sensitive = {"accuracy_ceiling", "accuracy_chance", "classes", "ledger"}
+    assert "70 images of the sensitive set" in part
+    sensitive = {"accuracy_ceiling", "accuracy_ceiling_images", "accuracy_chance", "classes", "ledger"}
     assert sensitive <= set(told["not_covered_by_the_promise"])
     assert "agreement" not in told["not_covered_by_the_promise"]  # from the synthetic set alone
     assert 'class="warned"' not in page(run)
@@ -233,8 +235,9 @@ def test_a_set_of_groups_has_its_ceiling_and_its_warnings_too(run: RunDir, tiny_
     """How many images it has is private, and not in the report."""
     groups = {"sensitive": {"images": None, "groups": 75, "test_images": 50}, "parameters": 10**9}
     low = {"accuracy": {"lr": 52.0, "mlp": 55.0, "cnn": 54.0}}
-    report.write(run, tiny_config, results(**CEILING | low | groups))
-    assert "the images of 75 groups; a private set" in sections(page(run))["How useful"]
+    before = CEILING | {"accuracy_ceiling_images": None}  # of a report that did not say
+    report.write(run, tiny_config, results(**before | low | groups))
+    assert "the images of 75 groups; as many private" in sections(page(run))["How useful"]
     assert "The noise drowns the signal" in page(run)
 
 

@@ -146,21 +146,30 @@ def test_the_ceiling_is_of_real_images_and_measured_once(
     assert total == pytest.approx(first["accuracy"]["lr"])
     assert {path.name for path in run.private.iterdir()} >= {"ceiling.json"}
 
-    # Another synthetic set of the same run: the real images are not learnt from again.
-    real = utility.SHALLOW["lr"]
+    # As many real images as synthetic ones, of which only the synthetic ones are learnt from again.
+    assert first["accuracy_ceiling_images"] == 600
+    real, learnt = utility.SHALLOW["lr"], []
 
-    def without_real(training: utility.Labelled, tests: utility.Labelled, seed: int) -> np.ndarray:
-        assert len(training) < 1437
+    def counted(training: utility.Labelled, tests: utility.Labelled, seed: int) -> np.ndarray:
+        learnt.append(training)
         return real(training, tests, seed)
 
-    monkeypatch.setitem(utility.SHALLOW, "lr", without_real)
+    monkeypatch.setitem(utility.SHALLOW, "lr", counted)
     release(settings, *noisy_digits(settings, noise=10))
     evaluate.run(settings, run, ALONE)
     assert told(run)["accuracy_ceiling"] == first["accuracy_ceiling"]
     assert told(run)["accuracy"]["lr"] > first["accuracy"]["lr"]
+    of_synthetic = len(learnt)
+
+    # With more synthetic images than there are real ones, all real ones.
+    more = noisy_digits(settings, noise=10)
+    release(settings, np.concatenate([more[0]] * 3), np.concatenate([more[1]] * 3))
+    evaluate.run(settings, run, ALONE)
+    assert len(learnt) == 2 * of_synthetic + 1
+    assert told(run)["accuracy_ceiling_images"] == 1437
     settings = config(tmp_path, "evaluate.ceiling=false")
     evaluate.run(settings, run, ALONE)
-    assert told(run)["accuracy_ceiling"] is None
+    assert told(run)["accuracy_ceiling"] is None and told(run)["accuracy_ceiling_images"] == 0
 
 
 def test_the_three_of_the_benchmark_with_their_best_and_mean(

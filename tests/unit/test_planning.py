@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY, TINY
 
-from privimage.commands.plan import show
+from privimage.commands.plan import plan_run, show
 from privimage.config import load, parse
 from privimage.errors import UserError
 from privimage.recipes.usefulness import busy
@@ -75,6 +75,18 @@ def test_a_machine_that_other_work_keeps_busy_is_told(
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     config = parse({**TREE, "runtime": {"threads": threads}})
     assert [line[:16] for line in busy(config, "cpu")] == ["runtime.threads:"] * told
+
+
+def test_classifiers_that_learn_from_real_images_are_counted(tmp_path: Path) -> None:
+    """As many as there are synthetic ones, of the 1,437 that the set has."""
+    for samples, real in ((1000, 1000), (3000, 1437)):
+        found = []
+        for ceiling in (False, True):
+            given = {"evaluate.ceiling": ceiling, "synthesize.samples": samples, "run.dir": tmp_path / "run"}
+            config = load(TINY, ["method=dpdm", *(f"{key}={value}" for key, value in given.items())])
+            found.append(next(one for one in plan_run(config).work if one.stage == "evaluate"))
+        assert [one.images for one in found] == [samples, samples + real]
+        assert found[1].seconds / found[0].seconds == pytest.approx((samples + real) / samples)
 
 
 def test_a_delta_of_more_than_one_in_n_is_told(capsys: pytest.CaptureFixture):

@@ -64,7 +64,7 @@ def seconds(config: Config) -> float:
         + pretrain.steps * pretrain.batch_size * SPEEDS["pretrain"]
         + samples * SPEEDS["synthesize"]
         + samples
-        * (1.5 if config.evaluate.before else 1)
+        * (1 + 0.5 * config.evaluate.before + config.evaluate.ceiling)
         * config.evaluate.cnn_epochs
         / 20
         * SPEEDS["evaluate"]

@@ -8,7 +8,7 @@ import numpy as np
 from privimage.evaluation import report, utility
 from privimage.evaluation.utility import Labelled
 from privimage.stages.measures.classify import predicted, seed, strongest, trained_network
-from privimage.stages.measures.subject import Measure, Subject
+from privimage.stages.measures.subject import Finished, Measure, Subject
 from privimage.telemetry.progress import say
 
 EMBEDDED = 1000  # images of each kind in the t-SNE figure
@@ -24,7 +24,8 @@ def _take(subject: Subject) -> dict:
     """
     empty: Scores = dict.fromkeys(report.SCORES)
     nothing: dict = dict.fromkeys(("accuracy_before", "accuracy_ceiling", "accuracy_chance"))
-    nothing |= {"accuracy": empty, "accuracy_before_images": 0, "accuracy_note": "", "classes": None}
+    nothing |= dict.fromkeys(("accuracy_before_images", "accuracy_ceiling_images"), 0)
+    nothing |= {"accuracy": empty, "accuracy_note": "", "classes": None}
     if subject.test is None:
         why = "data.sensitive.test_path names no held-out images to test on"
         return nothing | {"accuracy_note": f"Not measured: {why}."}
@@ -35,11 +36,12 @@ def _take(subject: Subject) -> dict:
     # public classes teach nothing about the sensitive ones.
     source = subject.after or Labelled(subject.train.images[:], subject.train.labels)
     before = subject.before if subject.before and subject.before.labels.min() >= 0 else None
-    after = _all(subject, source, "after")
-    earlier = _all(subject, before, "before") if before else None
-    ceiling = (
-        _all(subject, None, "real images") if subject.after and subject.config.evaluate.ceiling else None
+    after = _all(subject, source, "after", subject.finished)
+    earlier = _all(subject, before, "before", subject.finished) if before else None
+    real = (
+        _as_many(subject, len(subject.after)) if subject.after and subject.config.evaluate.ceiling else None
     )
+    ceiling = _all(subject, real, "real images", subject.ceiling) if real else None
 
     scores = {name: _scores(judged) for name, judged in (("after", after), ("before", earlier))}
     if subject.world.is_main:
@@ -58,30 +60,39 @@ def _take(subject: Subject) -> dict:
         "accuracy_before": scores["before"] if earlier else None,
         "accuracy_before_images": len(before) if before else 0,
         "accuracy_ceiling": _scores(ceiling) if ceiling else None,
+        "accuracy_ceiling_images": len(real) if real else 0,
         "accuracy_chance": float(100 * counts.max() / counts.sum()),
         "classes": _by_class(subject, after, ceiling, counts) if subject.world.is_main else None,
     }
 
 
-def _all(subject: Subject, training: Labelled | None, name: str) -> Judged:
-    """Each classifier of the settings; trained on the sensitive images where `training` is None."""
+def _as_many(subject: Subject, count: int) -> Labelled:
+    """Sensitive images to learn from in place of `count` synthetic ones: as many, of all if there are more.
+
+    More would take longer than all other classifiers together, and no synthetic set of `count` images could
+    be expected to teach as much.
+    """
+    labels = subject.train.labels
+    chosen = np.sort(np.random.default_rng(seed(subject)).permutation(len(labels))[:count])
+    return Labelled(subject.train.images[chosen], labels[chosen])
+
+
+def _all(subject: Subject, training: Labelled, name: str, kept: Finished) -> Judged:
+    """Each classifier of the settings; those in `kept` are not trained again."""
     found: Judged = {}
-    kept = subject.finished if training else subject.ceiling
     for key in subject.config.evaluate.classifiers:
         found[key] = kept.get(f"{key} ({name})", partial(_judged, subject, key, training, name))
         if subject.world.is_main:
-            count = len(training or subject.train.labels)
             say(
-                f"evaluate: {key} trained on {count} images ({name}): {found[key]['percent']:.1f} % of "
-                f"{len(_held_out(subject))} real test images"
+                f"evaluate: {key} trained on {len(training)} images ({name}): {found[key]['percent']:.1f} % "
+                f"of {len(_held_out(subject))} real test images"
             )
     return found
 
 
-def _judged(subject: Subject, key: str, training: Labelled | None, name: str) -> dict | None:
+def _judged(subject: Subject, key: str, training: Labelled, name: str) -> dict | None:
     """The accuracy of one classifier on the real test images, in percent, of all and of each class."""
     held_out = _held_out(subject)
-    training = training or Labelled(subject.train.images[:], subject.train.labels)
     answer: Callable = _cnn_with_figures if key == "cnn" and name == "after" else predicted
     labels = answer(subject, key, training, held_out, name)
     if labels is None:
@@ -147,6 +158,7 @@ UTILITY = Measure(
         "accuracy_before",
         "accuracy_before_images",
         "accuracy_ceiling",
+        "accuracy_ceiling_images",
         "accuracy_chance",
         "accuracy_note",
         "classes",
