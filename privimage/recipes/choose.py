@@ -47,9 +47,10 @@ FEWEST, MOST, COPIES = 60, 1600, 8  # private steps; noised copies of an image
 # Private steps at least where there is no time for copies: 240 of 250 images taught more than 60 of 1,000.
 WITHOUT_COPIES = 240
 LARGEST = 0.6  # of the set in a batch: more buys hardly any signal
-EPOCHS, FEW_EPOCHS = 20.0, 8.0  # of the CNN of the evaluation: what is measured with, and at least
-# Images that it sees in all: more looks bring nothing (docs/results.md, MNIST).
-SEEN = 150_000
+# Epochs of the CNN of the evaluation: what is measured with, and how few there may be for the sake of more
+# images, which teach more than more looks (docs/results.md, "How many images"); images that it sees in all,
+# beyond which looks bring nothing; and images for a small set, where more than it has teach more too.
+EPOCHS, FEW_EPOCHS, SEEN, OF_SMALL = 20.0, 5.0, 150_000, 8000
 
 
 def choose(config: Config, facts: Facts, measure: Callable[[Config], Speeds]) -> Choices:
@@ -173,7 +174,7 @@ def _public_steps(config: Config, seconds: Speeds, speeds: Speeds) -> Choices:
 
 def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> Choices:
     # As many images as the set has, if there is time to draw them and to train classifiers on them.
-    most = float(min(max(2000, facts.count), 50_000))
+    most = float(min(max(OF_SMALL, facts.count), 50_000))
     if "synthesize" in seconds:
         most = min(most, seconds["synthesize"] / speeds["synthesize"])
     judged = seconds["evaluate"] / speeds["evaluate"] if "evaluate" in seconds else math.inf
@@ -190,7 +191,7 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
     return {
         "synthesize.samples": Choice(samples, "as many as there is time to draw and to judge"),
         "evaluate.cnn_epochs": Choice(
-            _within(epochs, 4, 50), "of the CNN that judges the result; more images need fewer looks at each"
+            _within(epochs, 4, EPOCHS), "of the CNN that judges; more images need fewer looks at each"
         ),
         "evaluate.before": Choice(
             before,
