@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from privimage.distributed.launch import free_port
 from privimage.privacy.accounting import SampledGaussian
@@ -94,10 +95,23 @@ class Rank:
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Wait for something that the rank does."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.is_alive() and time.monotonic() < deadline, (self.folder / "err").read_text()
-            time.sleep(0.02)
+        wait_until(condition, seconds, self.process.is_alive, lambda: (self.folder / "err").read_text())
+
+
+def wait_until(
+    condition: Callable[[], Any],
+    seconds: float,
+    alive: Callable[[], bool] = lambda: True,
+    said: Callable[[], str] = str,
+) -> Any:
+    """What `condition` answers once that is true. AssertionError with what `said` answers after `seconds`, or
+    once what is waited for is not `alive`.
+    """
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert alive() and time.monotonic() < deadline, said()
+        time.sleep(0.02)
+    return found
 
 
 def clean_environment(**more: str) -> dict[str, str]:

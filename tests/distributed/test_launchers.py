@@ -5,14 +5,13 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import REPOSITORY, SMALL, TINY, clean_environment
+from ranks import REPOSITORY, SMALL, TINY, clean_environment, wait_until
 
 from privimage.distributed import checkpoint
 from privimage.storage.files import read_json
@@ -48,10 +47,7 @@ class Running:
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Wait for something that the run does."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+        wait_until(condition, seconds, lambda: self.process.poll() is None, self.log.read_text)
 
 
 def results(folder: Path) -> dict[str, torch.Tensor]:

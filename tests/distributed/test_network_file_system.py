@@ -7,7 +7,6 @@ files for some seconds, as NFS does by default for up to a minute.
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,10 +55,7 @@ def test_ranks_go_on_from_a_checkpoint_that_only_the_main_one_sees(views: Path) 
     run = views / "here" / "run"
     arguments = (str(views), "method=dpdm", "finetune.steps=80", "finetune.checkpoint_every=5")
     ranks = start_ranks(RANK, 2, *arguments)
-    deadline = time.monotonic() + 120
-    while not (run / "finetune" / "checkpoint.pt").exists():
-        assert time.monotonic() < deadline and all(rank.process.is_alive() for rank in ranks)
-        time.sleep(0.05)
+    ranks[0].wait_until((run / "finetune" / "checkpoint.pt").exists, 120)
     os.kill(ranks[0].pid, signal.SIGUSR2)
     assert [rank.status for rank in wait_ranks(ranks)] == [75, 75]
     ended = run_ranks(RANK, 2, *arguments, seconds=300)

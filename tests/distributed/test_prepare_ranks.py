@@ -11,7 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_sets import linked_folder, numbered, save_folder
-from ranks import COMMAND, TINY, Rank, clean_environment, privimage, run_ranks, start_ranks, wait_ranks
+from ranks import (
+    COMMAND,
+    TINY,
+    Rank,
+    clean_environment,
+    privimage,
+    run_ranks,
+    start_ranks,
+    wait_ranks,
+    wait_until,
+)
 
 from privimage.data import store
 
@@ -89,11 +99,9 @@ def test_decoders_end_when_the_process_that_they_work_for_is_killed(tmp_path: Pa
     env = clean_environment(STARTED=str(tmp_path / "started"))
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
     process = subprocess.Popen([sys.executable, "-c", DECODE], env=env)
-    deadline = time.monotonic() + 60
-    while len(started := list((tmp_path / "started").iterdir())) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = [int(path.name) for path in started]
+    started = tmp_path / "started"
+    wait_until(lambda: len(list(started.iterdir())) >= 2, 60, lambda: process.poll() is None)
+    workers = [int(path.name) for path in started.iterdir()]
     # What a batch system sends to all processes of a job is for the rank to act on.
     for pid in workers:
         for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
@@ -102,10 +110,8 @@ def test_decoders_end_when_the_process_that_they_work_for_is_killed(tmp_path: Pa
     assert all(alive(pid) for pid in workers)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "decoders outlive the process that they work for"
-        time.sleep(0.05)
+    told = "decoders outlive the process that they work for"
+    wait_until(lambda: not any(alive(pid) for pid in workers), 10, said=lambda: told)
 
 
 def alive(pid: int) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from data_sets import linked_folder
-from ranks import REPOSITORY, SMALL, TINY, clean_environment
+from ranks import REPOSITORY, SMALL, TINY, clean_environment, wait_until
 
 from privimage.data import store
 from privimage.data.readers import open_source
@@ -60,11 +60,7 @@ class Cluster:
 
     def wait_until(self, condition: Callable, seconds: float = 300):
         """Wait for something that the cluster or a run does, and return it."""
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert time.monotonic() < deadline, self.call("squeue", "--long") + self.logs()
-            time.sleep(0.1)
-        return found
+        return wait_until(condition, seconds, said=lambda: self.call("squeue", "--long") + self.logs())
 
     def logs(self) -> str:
         """All logs of jobs, for a test that fails."""
@@ -301,16 +297,14 @@ def assert_curves_have_each_point_once(folder: Path, undisturbed: Path) -> None:
     )
 
     def ask(path: str) -> list | dict:
-        deadline = time.monotonic() + 90
-        while True:
+        def answer() -> list | dict | None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/{path}") as answer:
-                    if found := json.load(answer):
-                        return found
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/{path}") as answered:
+                    return json.load(answered)
             except OSError:
-                pass
-            assert time.monotonic() < deadline, f"TensorBoard does not answer {path}"
-            time.sleep(0.2)
+                return None
+
+        return wait_until(answer, 90, said=lambda: f"TensorBoard does not answer {path}")
 
     try:
         for run, tag in (
