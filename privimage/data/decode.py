@@ -3,10 +3,11 @@
 import errno
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.context
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -173,9 +175,29 @@ class Workers:
             ) from None
 
 
-def _served() -> multiprocessing.context.ForkServerContext:
+class _Process(multiprocessing.context.ForkServerProcess):
+    """A process that does not import the program it is started by.
+
+    multiprocessing imports it, for functions that are defined there. A user's script that calls
+    `privimage.run` in its last line would begin another run in each process.
+    """
+
+    def start(self) -> None:
+        program = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = program
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process
+
+
+def _served() -> _Context:
     """A context whose processes come from a server process, which is started here if there is none."""
-    context = multiprocessing.get_context("forkserver")
+    context = _Context()
     context.set_forkserver_preload([__name__])
     # What is ignored at its start the server ignores, and so do all processes that come from it.
     if threading.current_thread() is not threading.main_thread():

@@ -1,11 +1,13 @@
 """The Python interface: the same as the command line, with exceptions in place of exit statuses."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import REPOSITORY, SMALL, TINY
+from ranks import REPOSITORY, SMALL, TINY, clean_environment
 
 import privimage
 from privimage.commands import sample
@@ -93,6 +95,22 @@ def test_a_finished_run_is_not_run_again(finished: Path) -> None:
     config = privimage.load_config(finished / "config.yaml")
     privimage.run(config, ["synthesize"])
     assert (finished / "release" / "synthetic.npz").stat().st_mtime_ns == before
+
+
+def test_a_script_may_end_with_a_run(tmp_path: Path) -> None:
+    """Processes that decode do not run the script again, which asks for nothing like `if __name__`."""
+    script = tmp_path / "mine.py"
+    settings = [f"run.dir={tmp_path / 'run'}", "data.workers=1"]
+    script.write_text(
+        f"import privimage\nprint('begun')\n"
+        f"privimage.run(privimage.load_config({str(TINY)!r}, {settings!r}), ['prepare'])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script], env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("begun") == 1
+    assert (tmp_path / "run" / "prepare" / "done.json").exists()
 
 
 def test_mistakes_are_exceptions_of_one_base_class(tmp_path: Path, tiny_config: Config) -> None:
