@@ -71,8 +71,7 @@ class Evaluate(Section):
     cnn_batch_size: Auto[Annotated[int, Field(ge=2)]] = Field(AUTO, description="batch size of the CNN")
     ceiling: bool = Field(
         True,
-        description="also train them on as many sensitive images, once: what the accuracies are to be judged "
-        "by",
+        description="also train them on as many sensitive images, once, to judge the accuracies by",
     )
     before: Auto[bool] = Field(
         AUTO,

@@ -178,14 +178,13 @@ def _samples(config: Config, facts: Facts, seconds: Speeds, speeds: Speeds) -> C
     if "synthesize" in seconds:
         most = min(most, seconds["synthesize"] / speeds["synthesize"])
     judged = seconds["evaluate"] / speeds["evaluate"] if "evaluate" in seconds else math.inf
-    # The images of the pretrained generator are half as many (see `rates`): they must not cost any others.
     looked_at = judged * EPOCHS / FEW_EPOCHS  # with few looks at each: more images teach more than more looks
-    before = (
-        looked_at > (1.5 + config.evaluate.ceiling) * most
-        if is_auto(config.evaluate.before)
-        else config.evaluate.before
-    )
-    factor = 1.0 + 0.5 * before + 1.0 * config.evaluate.ceiling  # as many real images
+    # For each image a real one, and half an image of the pretrained generator (see `rates`), which must not
+    # cost any others.
+    factor = 1.0 + config.evaluate.ceiling
+    with_before = factor + 0.5
+    before = looked_at > with_before * most if is_auto(config.evaluate.before) else config.evaluate.before
+    factor = with_before if before else factor
     samples = tidy(max(min(most, looked_at / factor), 500.0))
     epochs = min(EPOCHS * judged / (samples * factor), SEEN / samples)
     return {

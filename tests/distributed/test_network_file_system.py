@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, TINY, run_ranks, start_ranks, wait_ranks
+from ranks import REPOSITORY, TINY, run_ranks, start_ranks, wait_ranks, wait_until
 
 from privimage.storage.files import read_json
 
@@ -55,7 +55,8 @@ def test_ranks_go_on_from_a_checkpoint_that_only_the_main_one_sees(views: Path) 
     run = views / "here" / "run"
     arguments = (str(views), "method=dpdm", "finetune.steps=80", "finetune.checkpoint_every=5")
     ranks = start_ranks(RANK, 2, *arguments)
-    ranks[0].wait_until((run / "finetune" / "checkpoint.pt").exists, 120)
+    written = (run / "finetune" / "checkpoint.pt").exists
+    wait_until(written, 120, lambda: all(rank.process.is_alive() for rank in ranks))
     os.kill(ranks[0].pid, signal.SIGUSR2)
     assert [rank.status for rank in wait_ranks(ranks)] == [75, 75]
     ended = run_ranks(RANK, 2, *arguments, seconds=300)

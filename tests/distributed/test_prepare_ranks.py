@@ -100,8 +100,12 @@ def test_decoders_end_when_the_process_that_they_work_for_is_killed(tmp_path: Pa
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
     process = subprocess.Popen([sys.executable, "-c", DECODE], env=env)
     started = tmp_path / "started"
-    wait_until(lambda: len(list(started.iterdir())) >= 2, 60, lambda: process.poll() is None)
-    workers = [int(path.name) for path in started.iterdir()]
+
+    def both() -> list[int]:
+        found = [int(path.name) for path in started.iterdir()]
+        return found if len(found) >= 2 else []
+
+    workers = wait_until(both, 60, lambda: process.poll() is None)
     # What a batch system sends to all processes of a job is for the rank to act on.
     for pid in workers:
         for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
