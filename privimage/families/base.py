@@ -12,7 +12,7 @@ from privimage.distributed.world import World, alone
 from privimage.families.work import FEW, Work, seconds_an_image
 from privimage.models import parameters
 from privimage.models.label_features import LabelClassifier
-from privimage.privacy.batching import cpu_batch_size
+from privimage.privacy.batching import bytes_of_an_image, cpu_batch_size
 from privimage.privacy.gradients import GRADIENTS, clip_and_sum_, trained_parameters
 from privimage.privacy.plan import PrivacyPlan
 
@@ -243,7 +243,8 @@ class FineTuned(ABC):
             gradients.backward(losses, *losses.probe(images))
             return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
 
-        at_once = cpu_batch_size(config.finetune)
+        held = bytes_of_an_image(training.module, losses, losses.probe, device)
+        at_once = cpu_batch_size(config.finetune, held)
         return seconds_an_image(step, min(FEW, at_once), at_once)
 
 

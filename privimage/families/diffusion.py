@@ -151,11 +151,11 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
         device: torch.device,
     ) -> list[Work]:
         """See `DiffusionFamily._later_work`."""
-        finetune, settings, images = plan.the(DPSGD), config.synthesize, cpu_batch_size(config.finetune)
+        finetune, settings = plan.the(DPSGD), config.synthesize
         # Per image of a physical batch: activations of its noise copies, and one gradient in fp32.
-        memory = images * (
-            finetune.noise_copies * activations(forward, device, config.finetune.precision) + 4 * passes.size
-        )
+        copies = finetune.noise_copies * activations(forward, device, config.finetune.precision)
+        held = copies + 4 * passes.size
+        memory = cpu_batch_size(config.finetune, held) * held
         images_per_step = finetune.logical_batch_size * finetune.per_group
         seconds = finetune.steps * images_per_step * self._private_seconds(config, n_classes, device)
         # Heun's method evaluates the network twice per step, guidance with and without the label.

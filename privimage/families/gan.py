@@ -93,9 +93,9 @@ class Gan(GeneratorFamily, Pretrained, FineTuned):
         images_per_step = private.logical_batch_size * private.per_group
         seconds = images_per_step * self._private_seconds(config, n_classes, device)
         seconds += finetune.generator_batch_size * 3 * (g_seconds + d_seconds) / finetune.discriminator_steps
+        held = 2 * d_memory + 4 * d_size  # per image: activations of the pair, and one gradient in fp32
         memory = weights + max(
-            # Per image: activations of the pair, and one gradient in fp32.
-            cpu_batch_size(finetune) * (2 * d_memory + 4 * d_size),
+            cpu_batch_size(finetune, held) * held,
             finetune.generator_batch_size * (g_memory + d_memory),
         )
         rows.append(Work("finetune", private.steps, images_per_step, private.steps * seconds, memory))

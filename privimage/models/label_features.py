@@ -92,7 +92,8 @@ class LabelFeatures:
         frequencies = LocalFrequencies.count(shape)
         if network is None:
             return frequencies
-        with torch.device("meta"):
+        # A real pass of one image: what operators need on the meta device takes seconds to load.
+        with torch.random.fork_rng(devices=[]):
             return frequencies + field_means(body_of(network, shape[0]), torch.zeros(1, *shape))[0].numel()
 
     def __call__(self, images: Tensor) -> Tensor:

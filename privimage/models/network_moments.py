@@ -31,7 +31,8 @@ def pooled(network: Classifier, images: Tensor) -> Tensor:
 @lru_cache
 def moments_length(network: str, channels: int, resolution: int) -> int:
     """F, the length of the vector of `NetworkMoments` by the query network of that name."""
-    with torch.device("meta"):
+    # A real pass of one image: what operators need on the meta device takes seconds to load.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         built = classifier(network, channels, 1).eval()
         return 2 * pooled(built, torch.zeros(1, channels, resolution, resolution)).shape[1]
 

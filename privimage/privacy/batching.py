@@ -13,7 +13,10 @@ from privimage.models import parameters
 from privimage.privacy.gradients import GRADIENTS, Losses, clip_and_sum_, trained_parameters
 from privimage.telemetry import memory
 
-CPU_IMAGES = 32  # a larger batch is no faster on a CPU, and harder on its caches
+# Images at once on a CPU: more than the most, or of more bytes, are no faster, since caches no longer hold
+# them; with less than the fewest the overhead of each operator is felt (docs/results.md, "Physical
+# batches on a CPU").
+CPU_FEWEST, CPU_MOST, CPU_BYTES = 32, 128, 600e6
 CPU_UNIT = (
     16  # images: in a multiple of it every place of a batch was rounded alike on the CPUs that were measured
 )
@@ -21,13 +24,34 @@ OF_MEMORY = 0.6  # of a machine, for the private steps of its ranks
 GPU_COPIES = 2048  # noised copies; a larger batch is no faster on a GPU
 
 
-def cpu_batch_size(settings: Finetune) -> int:
+def bytes_of_an_image(
+    module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], device: torch.device
+) -> float:
+    """Bytes that a private step holds of each image in fp32: activations of its noise copies and a gradient.
+
+    `probe(count)` makes a batch of the right shapes without sensitive images.
+    """
+
+    def forward(images: int) -> Tensor:
+        return losses(module, *(tensor.flatten(0, 1) for tensor in probe(images)))
+
+    size = sum(parameter.numel() for parameter in trained_parameters(module))
+    return activations(forward, device, "fp32", images=1) + 4 * size
+
+
+def _cpu_images(held: float) -> int:
+    """Images at once with which a CPU is fastest, where a step holds `held` bytes of each."""
+    return max(CPU_FEWEST, min(CPU_MOST, int(CPU_BYTES / max(held, 1.0)) // CPU_UNIT * CPU_UNIT))
+
+
+def cpu_batch_size(settings: Finetune, held: float) -> int:
     """`finetune.physical_batch_size`.
 
-    For `auto`, the size used on a CPU, and assumed before the memory of a GPU is known.
+    For `auto`, the size used on a CPU where a step holds `held` bytes of each image (see
+    `bytes_of_an_image`), and assumed before the memory of a GPU is known.
     """
     return (
-        min(CPU_IMAGES, settings.logical_batch_size)
+        min(_cpu_images(held), settings.logical_batch_size)
         if settings.physical_batch_size == "auto"
         else settings.physical_batch_size
     )
@@ -51,7 +75,7 @@ def physical_batch_size(
 ) -> int:
     """`finetune.physical_batch_size`, in units with `per_group` images each; a group is never divided.
 
-    For `auto` what fits into 80 % of a GPU's free memory and fills it, or at most 32 on a CPU.
+    For `auto` what fits into 80 % of a GPU's free memory and fills it, or at most 128 on a CPU.
 
     `probe(count)` makes a batch of the right shapes without sensitive images; its gradients are computed and
     clipped twice to measure. Batches are filled up to this size, so it is at most what makes the fewest
@@ -73,27 +97,22 @@ def physical_batch_size(
 def _on_a_cpu(
     module: nn.Module, losses: Losses, probe: Callable[[int], tuple[Tensor, ...]], ranks: int
 ) -> int:
-    """At most 32 images; fewer of large networks or images, and 1 at worst.
+    """As many images as are fastest; fewer where memory has no room for them, and 1 at worst.
 
     By all of the memory, not by what is free: the size is part of what a step is named by, so that another
     one would be charged again. Raises UserError where not even one image has room.
     """
     size = sum(parameter.numel() for parameter in trained_parameters(module))
-
-    def forward(images: int) -> Tensor:
-        return losses(module, *(tensor.flatten(0, 1) for tensor in probe(images)))
-
-    # Gradients in float32, in two copies at the peak, and activations of all noise copies; beside them the
-    # sums in float64.
-    kept = activations(forward, torch.device("cpu"), "fp32", images=1)
+    # Gradients and activations are there twice at the peak; beside them the sums in float64.
+    held = bytes_of_an_image(module, losses, probe, torch.device("cpu"))
     room = OF_MEMORY * memory.total() / ranks - 5 * 8 * size
-    most = int(room / max(2 * 4 * size + 2 * kept, 1.0))
+    most = int(room / max(2 * held, 1.0))
     if most < 1:
         raise UserError(
             f"finetune: a gradient of {size:,} numbers and the activations of an image have no room for "
             f"{ranks} ranks in {memory.total() / 2**30:.0f} GiB; use fewer ranks, or a smaller model"
         )
-    return CPU_IMAGES if most >= CPU_IMAGES else CPU_UNIT if most >= CPU_UNIT else 1
+    return max(1, min(_cpu_images(held), most // CPU_UNIT * CPU_UNIT))
 
 
 def _fitting(

@@ -23,10 +23,11 @@ def size(device: str, ranks: int, **settings) -> int:
 
 
 @pytest.mark.parametrize(
-    ("logical", "ranks", "expected"), [(16_384, 1, 32), (862, 2, 32), (20, 1, 32), (4, 1, 16), (64, 32, 16)]
+    ("logical", "ranks", "expected"),
+    [(16_384, 1, 128), (862, 2, 128), (240, 1, 96), (20, 1, 48), (4, 1, 16), (64, 32, 16)],
 )
 def test_on_a_cpu_it_is_small_and_a_multiple_of_16(logical: int, ranks: int, expected: int) -> None:
-    """With 20 images expected, one batch of 32 is enough 199 times in 200."""
+    """With 20 images expected, one batch of 48 is enough 999 times in 1,000."""
     assert size("cpu", ranks, logical_batch_size=logical, physical_batch_size="auto") == expected
 
 
@@ -42,7 +43,14 @@ def test_on_a_cpu_it_is_at_most_the_next_multiple_of_what_was_asked_for(
 
 @pytest.mark.parametrize(
     ("numbers", "ranks", "expected"),
-    [(1_750_000, 1, 32), (80_000_000, 1, 16), (300_000_000, 1, 1), (80_000_000, 3, 1)],
+    [
+        (100_000, 1, 128),
+        (1_750_000, 1, 80),
+        (8_000_000, 1, 32),
+        (80_000_000, 1, 16),
+        (300_000_000, 1, 1),
+        (80_000_000, 3, 1),
+    ],
 )
 def test_on_a_cpu_the_gradients_of_large_networks_have_room(
     monkeypatch: pytest.MonkeyPatch, numbers: int, ranks: int, expected: int
