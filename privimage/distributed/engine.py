@@ -86,8 +86,9 @@ class Engine(ABC):
 def adam(
     module: nn.Module, learning_rate: float, betas: tuple[float, float] = BETAS
 ) -> torch.optim.Optimizer:
-    """Adam without weight decay, in one kernel for all parameters, on a CPU too."""
-    return torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas, fused=True)
+    """Adam without weight decay, in one kernel where the module is on a GPU."""
+    fused = next(module.parameters()).is_cuda
+    return torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas, fused=fused or None)
 
 
 class DDPEngine(Engine):

@@ -16,7 +16,7 @@ from privimage.telemetry import memory
 # Images at once on a CPU: more than the most, or of more bytes, are no faster, since caches no longer hold
 # them; with less than the fewest the overhead of each operator is felt (docs/results.md, "Physical
 # batches on a CPU").
-CPU_FEWEST, CPU_MOST, CPU_BYTES = 32, 128, 600e6
+CPU_FEWEST, CPU_MOST, CPU_BYTES = 32, 128, 375e6
 CPU_UNIT = (
     16  # images: in a multiple of it every place of a batch was rounded alike on the CPUs that were measured
 )
