@@ -17,8 +17,9 @@ import torch
 from privimage.config import load
 from privimage.distributed.world import alone
 from privimage.families import family
+from privimage.families.base import step_on_grey
+from privimage.models import parameters
 from privimage.privacy.batching import bytes_of_an_image, physical_batch_size
-from privimage.privacy.gradients import GRADIENTS, clip_and_sum_, trained_parameters
 from privimage.telemetry import memory
 
 IMAGES = 128  # in each measurement, at least
@@ -41,15 +42,12 @@ def main() -> None:
     stated = ["finetune.learning_rate=1e-3", "finetune.max_grad_norm=1"]
     config = load(args.config, [*stated, *args.overrides])
     training = family(config).private_training(config, 10, alone(device), None)
-    gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
-    trained = trained_parameters(training.module)
-    total = torch.zeros(sum(parameter.numel() for parameter in trained), dtype=torch.float64)
+    losses, step = training.losses, step_on_grey(config, training)
 
     def seconds(images: int) -> float:
         times, started = max(1, IMAGES // images), time.process_time()
         for _ in range(times):
-            gradients.backward(losses, *losses.probe(images))
-            clip_and_sum_(total, trained, config.finetune.max_grad_norm)
+            step(images)
         return (time.process_time() - started) / times / images
 
     for images in args.sizes:
@@ -59,7 +57,9 @@ def main() -> None:
     settings = config.finetune.model_copy(update={"physical_batch_size": "auto", "logical_batch_size": 16384})
     chosen = physical_batch_size(settings, training.module, losses, losses.probe, device, 1)
     held = bytes_of_an_image(training.module, losses, losses.probe, device)
-    print(f"{len(total):,} parameters, {held / 1e6:.1f} MB of each image; auto takes {chosen}")
+    print(
+        f"{parameters(training.module):,} parameters, {held / 1e6:.1f} MB of each image; auto takes {chosen}"
+    )
     for images in args.sizes:
         print(f"{images:4} images at once: {1e3 * statistics.median(r[images] for r in rounds):.2f} ms each")
 

@@ -1,6 +1,7 @@
 """The interface of a family of generators: training in public and in private, and sampling."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -232,20 +233,28 @@ class FineTuned(ABC):
 
     def _private_seconds(self, config: Config, n_classes: int, device: torch.device) -> float:
         """Seconds per image of a private step on `device`, without noise and update, measured briefly."""
-        # The real step on grey images: rules, clipping and summation included.
         training = self.private_training(config, n_classes, alone(device), None)
-        gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
-        trained = trained_parameters(training.module)
-        size = sum(parameter.numel() for parameter in trained)
-        gradient_sum = torch.zeros(size, device=device, dtype=torch.float64)
-
-        def step(images: int) -> Tensor:
-            gradients.backward(losses, *losses.probe(images))
-            return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
-
+        losses = training.losses
         held = bytes_of_an_image(training.module, losses, losses.probe, device)
         at_once = cpu_batch_size(config.finetune, held)
-        return seconds_an_image(step, min(FEW, at_once), at_once)
+        return seconds_an_image(step_on_grey(config, training), min(FEW, at_once), at_once)
+
+
+def step_on_grey(config: Config, training: PrivateTraining) -> Callable[[int], Tensor]:
+    """A function of n: a private step on n grey images, without noise and update, to time.
+
+    Its gradients are computed, clipped and summed as those of sensitive images are.
+    """
+    gradients, losses = GRADIENTS[config.finetune.gradients](training.module), training.losses
+    trained = trained_parameters(training.module)
+    size = sum(parameter.numel() for parameter in trained)
+    gradient_sum = torch.zeros(size, device=losses.device, dtype=torch.float64)
+
+    def step(images: int) -> Tensor:
+        gradients.backward(losses, *losses.probe(images))
+        return clip_and_sum_(gradient_sum, trained, config.finetune.max_grad_norm)[0]
+
+    return step
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
