@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,13 @@ class PrivateTraining(ABC):
 
     module: nn.Module  # the only network that sees sensitive images
     losses: ImageLosses
-    optimizer: torch.optim.Optimizer  # of `module`
+
+    @cached_property
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """That of `module`, built when it is asked for: `plan`, which takes no step, would wait a second for
+        what it imports.
+        """
 
     def seen(self) -> list[Tensor]:
         """All tensors that per-image gradients depend on: `module`, and other networks in the losses."""
@@ -177,8 +184,8 @@ class Family(ABC):
 
     def sizes(self, config: Config, n_classes: int) -> dict[str, int]:
         """The number of parameters of each network, by name."""
-        # On the meta device: shapes without memory.
-        with torch.device("meta"):
+        # Real weights, soon forgotten: what an embedding needs on the meta device takes seconds to load.
+        with torch.random.fork_rng(devices=[]):
             return {name: parameters(network) for name, network in self.networks(config, n_classes).items()}
 
 

@@ -1,6 +1,7 @@
 """Training of a denoiser by EDM's loss, in public and in private."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -202,8 +203,13 @@ class DiffusionPrivate(PrivateTraining):
             fresh = None if config.finetuned_from == "warm" else _fresh_label(config)
             load_pretrained(self.module, pretrained[config.finetune.start_from], fresh)
         self.losses = DenoisingLosses(config, world, n_classes)
-        self.optimizer = torch.optim.Adam(trained_parameters(self.module), lr=config.finetune.learning_rate)
+        self._learning_rate = config.finetune.learning_rate
         self.ema = EMA(self.module, config.finetune.ema_decay)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(trained_parameters(self.module), lr=self._learning_rate)
 
     def after_step(self, step: int) -> dict[str, float]:
         """Take the weights into the average."""

@@ -1,5 +1,6 @@
 """GANs: BigGAN with hinge losses. Only the discriminator is trained on sensitive images, by DP-SGD."""
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -213,10 +214,7 @@ class GanPrivate(PrivateTraining):
             fresh = LABEL if config.spec.pretraining == "all" else None
             load_pretrained(self.module, pretrained["discriminator"], fresh)
             load_pretrained(network, pretrained[settings.start_from], fresh)
-        # No weight decay: the private optimizer's update must be a function of the noised gradient alone.
-        self.optimizer = torch.optim.Adam(
-            trained_parameters(self.module), lr=settings.learning_rate, betas=BETAS
-        )
+        self._learning_rate = settings.learning_rate
         self.ratio, bf16 = settings.discriminator_steps, settings.precision == "bf16"
         self.generator = Adversary(
             config,
@@ -232,6 +230,11 @@ class GanPrivate(PrivateTraining):
         self.losses: AdversarialLosses = AdversarialLosses(
             config, world, n_classes, self.generator.frozen(averaged=False)
         )
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam, without weight decay: a private update must be a function of the noised gradient alone."""
+        return torch.optim.Adam(trained_parameters(self.module), lr=self._learning_rate, betas=BETAS)
 
     def after_step(self, step: int) -> dict[str, float]:
         """The generator's step, if it is its turn."""

@@ -15,7 +15,7 @@ from privimage.models.resnet import classifier, resnet9
 
 FEW = 8  # images to begin with: a large network is slow enough with them
 PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
-ENOUGH = 1.5  # seconds of a measurement; the overhead of calls is small beside its last part
+ENOUGH = 1.0  # seconds of a measurement; the overhead of calls is small beside its last part
 
 
 @dataclass(frozen=True)
@@ -82,29 +82,31 @@ def label_features_pass(
 
 
 def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
-    """Seconds of `run(n)` divided by n; n grows from `images` to `at_once`, or until enough time is spent."""
-    started = time.perf_counter()
-    found, threads = _growing(run, images, at_once), torch.get_num_threads()
-    if threads == 1 or time.perf_counter() - started < ENOUGH:
+    """Seconds of `run(n)` divided by n; n grows from `images` to `at_once`, as far as there is time."""
+    found, largest = _growing(run, images, at_once)
+    threads = torch.get_num_threads()
+    if threads == 1 or largest == at_once:
         return found
     # On cores that other work has, threads wait for each other far longer than they work
     # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody; on a
     # machine that is idle it is slow, so that it begins with one image.
     torch.set_num_threads(1)
     try:
-        return min(found, _growing(run, 1, at_once))
+        return min(found, _growing(run, 1, at_once)[0])
     finally:
         torch.set_num_threads(threads)
 
 
-def _growing(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
+def _growing(run: Callable[[int], Tensor], images: int, at_once: int) -> tuple[float, int]:
+    """Seconds of an image, and how many there were of them in the last call."""
     started = time.perf_counter()
     while True:
         # The better of two: the first call sets things up, and other work on the machine only adds time.
         best = min(_seconds(run, images) for _ in range(2))
-        if images >= at_once or time.perf_counter() - started > ENOUGH:
-            return best / images
-        images = min(2 * images, at_once)
+        more = min(2 * images, at_once)
+        if more == images or time.perf_counter() - started + 2 * best * more / images > ENOUGH:
+            return best / images, images
+        images = more
 
 
 def _seconds(run: Callable[[int], Tensor], images: int) -> float:

@@ -55,7 +55,7 @@ def _smallest_noise(
     def excess(sigma: float) -> float:
         return epsilon(compose(sigma), delta, accountant, interval) - target
 
-    noise_multiplier = _round_up(_search(excess, guess, 4e-3, tolerance) * (1 - tolerance))
+    noise_multiplier = _round_up(_search(excess, guess, 4e-3, tolerance))
     while epsilon(compose(noise_multiplier), delta, accountant, None if stated else interval) > target:
         noise_multiplier = _round_up(noise_multiplier * (1 + tolerance / 2))
     return noise_multiplier

@@ -98,7 +98,18 @@ def test_a_large_epsilon_is_kept_and_hardly_more_noise_than_it_needs(target: flo
     assert spent < epsilon((replace(training, noise_multiplier=sigma),), 1e-4, "rdp") < 1.6 * target
 
 
-def test_a_wider_discretisation_is_an_upper_bound_and_hardly_more() -> None:
-    mechanisms = (SampledGaussian(0.5, 862 / 1437, 60),)
-    fine, stated = epsilon(mechanisms, 1e-4, interval=1e-4), epsilon(mechanisms, 1e-4)
-    assert fine < stated < fine * (1 + 1e-5)
+@pytest.mark.parametrize(
+    ("training", "wider"),
+    [
+        (SampledGaussian(0.5, 862 / 1437, 60), True),  # epsilon above 100
+        (SampledGaussian(7.2, 0.33, 1600), True),  # 10
+        (SampledGaussian(55.8, 0.33, 1600), False),  # 1: a thousand roundings cost more beside it
+        (SampledGaussian(0.47, 1e-3, 20_000), False),  # 10
+    ],
+)
+def test_a_wider_discretisation_is_an_upper_bound_and_hardly_more(
+    training: SampledGaussian, wider: bool
+) -> None:
+    fine, stated = epsilon((training,), 1e-6, interval=1e-4), epsilon((training,), 1e-6)
+    assert (stated > fine) == wider
+    assert fine <= stated < fine * (1 + 1e-4)

@@ -1,6 +1,8 @@
 """`privimage plan`: figures of the paper's configurations, and its warnings."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,14 @@ def test_a_method_without_pretraining_is_planned_where_its_steps_are_left_to_be_
 def test_a_set_of_unknown_size_is_a_mistake_in_one_line():
     with pytest.raises(UserError, match=r"^data\.sensitive\.count: "):
         show(load(TINY, ["data.sensitive.kind=folder", "data.sensitive.path=nowhere"]))
+
+
+def test_a_plan_does_not_load_the_compiler_of_torch() -> None:
+    """It takes more than a second of `plan`; optimizers, and embeddings on the meta device, load it."""
+    configuration = str(REPOSITORY / "configs/quickstart.yaml")
+    code = (
+        "import sys\nfrom privimage.commands.plan import plan_run\nfrom privimage.config import load\n"
+        f"plan_run(load({configuration!r}))\nprint('torch._dynamo' in sys.modules)"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.splitlines()[-1] == "False"
