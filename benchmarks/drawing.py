@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", default=[""])
     parser.add_argument("--judge", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=11)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     config = load(given.run / "config.yaml")
     train = open_sensitive(config, "train", ALONE, RunDir(given.run).sensitive)
     chosen = np.sort(np.random.default_rng(0).permutation(len(train.labels))[: given.judge])

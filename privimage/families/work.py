@@ -88,11 +88,11 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) ->
     if threads == 1 or largest == at_once:
         return found
     # On cores that other work has, threads wait for each other far longer than they work
-    # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody; on a
-    # machine that is idle it is slow, so that it begins with one image.
+    # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody. It gets
+    # its share of the images: on a machine that is idle it takes as long for them as all threads for all.
     torch.set_num_threads(1)
     try:
-        return min(found, _growing(run, 1, at_once)[0])
+        return min(found, _best(run, max(1, largest // threads)))
     finally:
         torch.set_num_threads(threads)
 
@@ -101,12 +101,16 @@ def _growing(run: Callable[[int], Tensor], images: int, at_once: int) -> tuple[f
     """Seconds of an image, and how many there were of them in the last call."""
     started = time.perf_counter()
     while True:
-        # The better of two: the first call sets things up, and other work on the machine only adds time.
-        best = min(_seconds(run, images) for _ in range(2))
+        found = _best(run, images)
         more = min(2 * images, at_once)
-        if more == images or time.perf_counter() - started + 2 * best * more / images > ENOUGH:
-            return best / images, images
+        if more == images or time.perf_counter() - started + 2 * found * more > ENOUGH:
+            return found, images
         images = more
+
+
+def _best(run: Callable[[int], Tensor], images: int) -> float:
+    """The better of two: the first call sets things up, and other work on the machine only adds time."""
+    return min(_seconds(run, images) for _ in range(2)) / images
 
 
 def _seconds(run: Callable[[int], Tensor], images: int) -> float:
