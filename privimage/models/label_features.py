@@ -127,16 +127,21 @@ class LabelClassifier:
         ]
         return torch.cat(parts).numpy()
 
-    def slope(self, images: Tensor, labels: Tensor) -> Tensor:
+    def slope(self, images: Tensor, labels: Tensor, moved: tuple[int, int] = (0, 0)) -> Tensor:
         """The gradient (B, C, H, W) of the logarithm of the probability that it gives to `labels` int64 (B,).
 
-        It is by images (B, C, H, W) in [-1, 1].
+        It is by images (B, C, H, W) in [-1, 1], which it sees `moved` down and to the right by so many
+        pixels, their border repeated.
         """
         parts = zip(images.split(self.at_once), labels.split(self.at_once), strict=True)
-        return torch.cat([self._slope(*part) for part in parts])
+        return torch.cat([self._slope(*part, moved) for part in parts])
 
     @torch.enable_grad()
-    def _slope(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _slope(self, images: Tensor, labels: Tensor, moved: tuple[int, int]) -> Tensor:
         images = images.detach().float().requires_grad_()
-        logits = TEMPERATURE * F.normalize(self.features(images).to(self.weights.dtype)) @ self.weights.T
+        (down, right), (height, width) = moved, images.shape[2:]
+        around = max(abs(down), abs(right))
+        seen = F.pad(images, (around,) * 4, mode="replicate")
+        seen = seen[..., around - down : around - down + height, around - right : around - right + width]
+        logits = TEMPERATURE * F.normalize(self.features(seen).to(self.weights.dtype)) @ self.weights.T
         return torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), images)[0]

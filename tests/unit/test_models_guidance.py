@@ -60,6 +60,43 @@ def test_the_slope_is_that_of_the_probability(shape: tuple[int, int, int], netwo
     assert torch.allclose(differences, expected, rtol=0.05)
 
 
+def test_the_slope_of_a_moved_image_is_by_the_image_as_it_was() -> None:
+    seen = classifier((1, 16, 16))
+    images = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+    labels = torch.tensor([0, 1, 2, 1])
+
+    def shown(images: Tensor) -> Tensor:
+        """Two pixels down and one to the left, written out: rows and columns at the border are repeated."""
+        rows, columns = (torch.arange(16) - 2).clamp(min=0), (torch.arange(16) + 1).clamp(max=15)
+        return images[:, :, rows][..., columns]
+
+    slope = seen.slope(images, labels, (2, -1))
+    step = 1e-3 * slope / slope.flatten(1).norm(dim=1)[:, None, None, None]
+    with torch.no_grad():
+        ahead, behind = (said(seen, shown(images + sign * step), labels) for sign in (1, -1))
+    expected = 2e-3 * slope.flatten(1).norm(dim=1).double()
+    assert torch.allclose(ahead - behind, expected, rtol=0.05)
+    assert not torch.allclose(slope, seen.slope(images, labels), rtol=0.1)
+
+
+def test_all_images_are_moved_alike_and_each_level_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, asked = classifier((1, 32, 32)), []
+
+    def slope(images: Tensor, labels: Tensor, moved: tuple[int, int]) -> Tensor:
+        asked.append(moved)
+        return torch.zeros_like(images)
+
+    monkeypatch.setattr(seen, "slope", slope)
+    guided = ClassifierGuided(Gaussian(), seen, 1.0)
+    levels = [level for level in edm.noise_levels(18) if LOWEST <= level <= HIGHEST]
+    for count in (1, 3):
+        for level in levels:
+            guided(torch.zeros(count, 1, 32, 32), torch.full((count,), level), torch.zeros(count).long())
+    assert asked[: len(levels)] == asked[len(levels) :]
+    assert len(set(asked)) > len(levels) / 2
+    assert {abs(pixels) for moved in asked for pixels in moved} == {0, 1, 2, 3}
+
+
 def test_a_flat_image_has_a_finite_slope() -> None:
     flat = torch.full((2, 1, 8, 8), -1.0)
     assert torch.isfinite(classifier((1, 8, 8)).slope(flat, torch.tensor([0, 1]))).all()
