@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -98,7 +97,7 @@ class PrivateTraining(ABC):
     module: nn.Module  # the only network that sees sensitive images
     losses: ImageLosses
 
-    @cached_property
+    @property
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
         """That of `module`, built when it is asked for: `plan`, which takes no step, would wait a second for

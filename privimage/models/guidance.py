@@ -33,11 +33,11 @@ class ClassifierGuided(nn.Module):
     def forward(self, images: Tensor, sigma: Tensor, labels: Tensor, guidance: float = 0.0) -> Tensor:
         """See `edm.Denoiser.forward`; noise levels sigma (B,) are equal."""
         denoised = self.denoiser(images, sigma, labels, guidance)
-        if not LOWEST <= float(sigma[0]) <= HIGHEST:
+        if not LOWEST <= (at := float(sigma[0])) <= HIGHEST:
             return denoised
         level = sigma.float()[:, None, None, None]
         unknown = level**2 * SIGMA_DATA**2 / (level**2 + SIGMA_DATA**2)
-        slope = self.classifier.slope(denoised, labels, _moved(float(sigma[0]), images.shape[-1]))
+        slope = self.classifier.slope(denoised, labels, _moved(at, images.shape[-1]))
         return denoised + self.weight * unknown * slope
 
 
