@@ -15,7 +15,7 @@ from privimage.models.resnet import classifier, resnet9
 
 FEW = 8  # images to begin with: a large network is slow enough with them
 PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
-ENOUGH = 1.0  # seconds of a measurement; the overhead of calls is small beside its last part
+ENOUGH = 0.4  # seconds of a measurement; the overhead of calls is small beside its last part
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ def label_features_pass(
     return seconds_of_a_pass(forward, device, precision, 128)
 
 
-def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) -> float:
-    """Seconds of `run(n)` divided by n; n grows from `images` to `at_once`, as far as there is time."""
-    found, largest = _growing(run, images, at_once)
+def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int, patience: float = 1.0) -> float:
+    """Seconds of `run(n)` divided by n; n grows from `images` to `at_once`, as far as it can be measured in
+    `patience` times `ENOUGH`.
+    """
+    found, largest = _growing(run, images, at_once, patience * ENOUGH)
     threads = torch.get_num_threads()
     if threads == 1 or largest == at_once:
         return found
@@ -97,13 +99,15 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int) ->
         torch.set_num_threads(threads)
 
 
-def _growing(run: Callable[[int], Tensor], images: int, at_once: int) -> tuple[float, int]:
+def _growing(run: Callable[[int], Tensor], images: int, at_once: int, enough: float) -> tuple[float, int]:
     """Seconds of an image, and how many there were of them in the last call."""
     started = time.perf_counter()
     while True:
         found = _best(run, images)
-        more = min(2 * images, at_once)
-        if more == images or time.perf_counter() - started + 2 * found * more > ENOUGH:
+        # As many as there is time for; a part that is little larger would say the same again.
+        left = enough - (time.perf_counter() - started)
+        more = min(at_once, int(left / max(2 * found, 1e-9)))
+        if more < min(2 * images, at_once) or more == images:
             return found, images
         images = more
 

@@ -76,7 +76,7 @@ def make_plan(config: Config, count: int) -> PrivacyPlan:
 
     shares = _shares(config)
 
-    def noise(guess: float | None) -> float:
+    def noise(guess: float | None = None) -> float:
         others = tuple(one.composition for one in beside)
         last = len(beside) == len(shares)  # what is found before only leads to the numbers that are stated
         return calibration.training_noise(
@@ -85,7 +85,7 @@ def make_plan(config: Config, count: int) -> PrivacyPlan:
 
     try:
         # Noise of the training alone, then of each mechanism beside it in turn, and again of the training.
-        training = training.with_noise(noise(None))
+        training = training.with_noise(noise())
         for kind, share in shares:
             sigma = share.noise_multiplier or calibration.noise_beside(
                 privacy.epsilon,
@@ -96,7 +96,10 @@ def make_plan(config: Config, count: int) -> PrivacyPlan:
                 accountant,
             )
             beside.append(_draft(kind, config, count).with_noise(sigma))
-            training = training.with_noise(noise(training.noise_multiplier * (1 + share.max_rise)))
+            risen = training.noise_multiplier * (1 + share.max_rise)
+            # Where the noise beside was derived, that is what it leaves to the training.
+            derived = share.noise_multiplier is None and len(beside) < len(shares)
+            training = training.with_noise(risen if derived else noise(risen))
     except ValueError:
         raise UserError(
             f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; "

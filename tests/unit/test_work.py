@@ -37,7 +37,7 @@ def test_a_fast_pass_is_measured_with_the_images_that_it_will_have(monkeypatch: 
     monkeypatch.setattr(work, "_seconds", lambda forward, images: 1e-3 * len(forward(images)) ** 0.5)
     forward = Pass()
     seconds = work.seconds_of_a_pass(forward, CPU, "fp32", 50)
-    assert sorted(set(forward.sizes)) == [8, 16, 32, 50]
+    assert sorted(set(forward.sizes)) == [8, 50]
     assert seconds == pytest.approx(1e-3 * 50**-0.5)  # of the last size: overhead is shared by 50 images
     assert forward.dtypes == {torch.float32}
 
@@ -68,7 +68,7 @@ def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyP
     )
     norms: list[Tensor] = []
 
-    def measured(run: Callable[[int], Tensor], images: int, most: int) -> float:
+    def measured(run: Callable[[int], Tensor], images: int, most: int, patience: float) -> float:
         norms.append(run(3))
         assert (images, most) == (5, 5)
         return 1000.0
@@ -135,6 +135,26 @@ def test_guidance_by_the_classifier_costs_three_passes_of_what_it_sees_at_each_l
     work.label_features_pass.cache_clear()
     assert seconds[0] == pytest.approx(50 * 10 * 1e-3)
     assert seconds[2] == pytest.approx(50 * (10 + 3 * 5) * 1e-3)
+
+
+@pytest.mark.parametrize(("patience", "sizes"), [(1.0, [8, 17]), (2.5, [8, 56])])
+def test_a_measurement_ends_in_time_with_as_many_images_as_it_allows(
+    patience: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = 0.0, []
+
+    def run(images: int) -> Tensor:
+        nonlocal now
+        now += images / 128
+        seen.append(images)
+        return torch.zeros(images)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert work.seconds_an_image(run, 8, 1000, patience) == 1 / 128
+    # Twice each: an eighth of a second, which leaves 0.275 of 0.4 for two times 17.
+    assert sorted(set(seen)) == sizes
+    assert now <= work.ENOUGH * patience
 
 
 @pytest.mark.parametrize("threads", [1, 2])
