@@ -19,13 +19,14 @@ def advised(config: Config, count: int, classes: int) -> Config:
     `count` is N, `classes` their number, 0 if unlabelled.
     """
     facts = facts_of(config, count, classes)
-    if stands_out(facts):
-        config = applied(config, {"warm.starts": Choice(["moments"], "")})
     if can_be_learned(facts):
         config = applied(config, {"classify.use": Choice(True, "")})
     if (begun := _starter(config, facts)) is not None:
         path = Choice(str(begun), "")
-        config = applied(config, {"query.start_from": path, "pretrain.start_from": path})
+        return applied(config, {"query.start_from": path, "pretrain.start_from": path})
+    # A network that knows images already is worse at all noise levels after a start by moments.
+    if stands_out(facts):
+        config = applied(config, {"warm.starts": Choice(["moments"], "")})
     return config
 
 

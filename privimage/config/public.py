@@ -111,7 +111,7 @@ class Pretrain(Section):
     flip: bool = Field(
         True,
         description="random horizontal flips; off for characters",
-        json_schema_extra=on("pretrain", "warm", "evaluate"),
+        json_schema_extra=on("pretrain", "warm", "classify", "evaluate"),
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints", json_schema_extra=on())
     log_every: int = Field(

@@ -193,7 +193,9 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
         levels = guided_levels(edm.noise_levels(settings.sampler_steps))
         twice = 2 if settings.sampler == "heun" else 1
         shape, precision = image_shape(config), config.runtime.precision
-        return 3 * twice * levels * label_features_pass(config.label_network, shape, device, precision)
+        # There and back, and there once more for the mirror image.
+        passes = twice * levels * (3 + config.pretrain.flip)
+        return passes * label_features_pass(config.label_network, shape, device, precision)
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,19 @@ class ClassifierGuided(nn.Module):
             return denoised
         level = sigma.float()[:, None, None, None]
         unknown = level**2 * SIGMA_DATA**2 / (level**2 + SIGMA_DATA**2)
-        slope = self.classifier.slope(denoised, labels, _moved(at, images.shape[-1]))
+        moved, over = _view(at, images.shape[-1])
+        if over and self.classifier.features.mirrored:
+            slope = self.classifier.slope(denoised.flip(3), labels, moved).flip(3)
+        else:
+            slope = self.classifier.slope(denoised, labels, moved)
         return denoised + self.weight * unknown * slope
 
 
-def _moved(level: float, width: int) -> tuple[int, int]:
-    """Pixels down and to the right, at random, the same for all images at a noise level: an image does not
-    depend on those that are drawn beside it.
+def _view(level: float, width: int) -> tuple[tuple[int, int], bool]:
+    """Pixels down and to the right, and whether images are turned over first, at random; the same for all
+    images at a noise level: an image does not depend on those that are drawn beside it.
     """
     most = int(MOVED * width)
     rng = np.random.default_rng(int(level * 2**20))
     down, right = rng.integers(-most, most + 1, 2).tolist()
-    return down, right
+    return (down, right), bool(rng.integers(2))

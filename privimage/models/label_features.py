@@ -74,10 +74,18 @@ class LabelFeatures:
     """Features of images of one shape: float32 (B, `count`), in no particular range."""
 
     def __init__(
-        self, shape: tuple[int, int, int], device: torch.device, public: PublicFeatures | None = None
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        public: PublicFeatures | None = None,
+        mirrored: bool = False,
     ) -> None:
-        """For images of `shape` (C, H, W), square; without `public` the frequencies alone."""
-        self.frequencies, self.body = LocalFrequencies(shape, device), None
+        """For images of `shape` (C, H, W), square; without `public` the frequencies alone.
+
+        `mirrored`: those of an image and of its mirror image are the same, the mean of both. What tells them
+        apart tells nothing of a class, and without it the rest is louder than the noise by more.
+        """
+        self.frequencies, self.body, self.mirrored = LocalFrequencies(shape, device), None, mirrored
         if public is not None:
             self.body = body_of(public.network, shape[0]).to(device)
             self.body.load_state_dict(public.state)
@@ -97,22 +105,40 @@ class LabelFeatures:
             return frequencies + field_means(body_of(network, shape[0]), torch.zeros(1, *shape))[0].numel()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, d) of images (B, C, H, W) in [-1, 1]; they can be differentiated."""
-        frequencies = self.frequencies(images)
+        """Features (B, d) of images (B, C, H, W) in [-1, 1].
+
+        They can be differentiated. The derivative of `mirrored` ones is by the images as they stand, twice,
+        to save the pass back through their mirror images: whoever follows it turns them over now and then.
+        """
+        parts = self._parts(images)
+        if self.mirrored:
+            with torch.no_grad():
+                others = self._parts(images.flip(3))
+            parts = [one + ((other - one) / 2).detach() for one, other in zip(parts, others, strict=True)]
         if self.body is None:
-            return frequencies
-        of_network = (field_means(self.body, images) - self.mean) / self.deviation
-        parts = ((frequencies, 1 - OF_NETWORK), (of_network.flatten(1), OF_NETWORK))
-        return torch.cat([share**0.5 * F.normalize(part) for part, share in parts], 1)
+            return parts[0]
+        shares = (1 - OF_NETWORK, OF_NETWORK)
+        lengths = zip(parts, shares, strict=True)
+        return torch.cat([share**0.5 * F.normalize(part) for part, share in lengths], 1)
+
+    def _parts(self, images: Tensor) -> list[Tensor]:
+        """Frequencies (B, d), and what the network sees (B, d)."""
+        found = [self.frequencies(images)]
+        if self.body is not None:
+            found.append(((field_means(self.body, images) - self.mean) / self.deviation).flatten(1))
+        return found
 
 
 class LabelClassifier:
     """A linear classifier of images by `LabelFeatures`, from what a release holds of it."""
 
     def __init__(self, state: Mapping[str, Any], shape: tuple[int, int, int], device: torch.device) -> None:
-        """`state`: `weights` (classes, d), and `public`, the `PublicFeatures.to_dict` of it or None."""
+        """`state`: `weights` (classes, d), `public`, the `PublicFeatures.to_dict` of it or None, and whether
+        features are `mirrored`.
+        """
         public = None if state["public"] is None else PublicFeatures(**state["public"])
-        self.features, self.weights = LabelFeatures(shape, device, public), state["weights"].to(device)
+        self.features = LabelFeatures(shape, device, public, state["mirrored"])
+        self.weights = state["weights"].to(device)
         self.at_once = max(1, AT_ONCE * 32 * 32 // max(32 * 32, shape[1] * shape[2]))
 
     @torch.no_grad()
@@ -131,7 +157,7 @@ class LabelClassifier:
         """The gradient (B, C, H, W) of the logarithm of the probability that it gives to `labels` int64 (B,).
 
         It is by images (B, C, H, W) in [-1, 1], which it sees `moved` down and to the right by so many
-        pixels, their border repeated.
+        pixels, their border repeated. Of mirrored features see `LabelFeatures`.
         """
         parts = zip(images.split(self.at_once), labels.split(self.at_once), strict=True)
         return torch.cat([self._slope(*part, moved) for part in parts])

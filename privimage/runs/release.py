@@ -56,7 +56,9 @@ class Release:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             raise UserError(f"{file}: damaged, or not the model of a release") from None
         # What earlier versions left out, or wrote otherwise.
-        if "synthesize" not in state or not isinstance(state.get("classifier", {}), dict):
+        classifier = state.get("classifier", {"mirrored": False})
+        known = isinstance(classifier, dict) and "mirrored" in classifier
+        if "synthesize" not in state or not known:
             raise UserError(f"{file}: made by another version of privimage; sample with that one")
         return state
 

@@ -64,7 +64,8 @@ def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive:
     """
     plan = sensitive.account.plan.the(NoisyGradients)
     public = label_features(config, run_dir, world)
-    features = LabelFeatures(image_shape(config), world.device, public)
+    # Where public images may be mirrored, sensitive ones may.
+    features = LabelFeatures(image_shape(config), world.device, public, config.pretrain.flip)
     if public is not None and world.is_main:
         checkpoint.save(_features_file(run_dir), public.to_dict())
 
@@ -96,7 +97,9 @@ def trained_classifier(config: Config, run_dir: RunDir, world: World) -> Trained
     drawn, public = kept(_file(run_dir), world), None
     if config.label_network is not None:
         public = PublicFeatures(**checkpoint.required(_features_file(run_dir), "classify", world)).to_dict()
-    return Trained({"weights": torch.from_numpy(drawn.values), "public": public}, drawn.charge)
+    weights = torch.from_numpy(drawn.values)
+    state = {"weights": weights, "public": public, "mirrored": config.pretrain.flip}
+    return Trained(state, drawn.charge)
 
 
 def _file(run_dir: RunDir) -> Path:

@@ -136,13 +136,12 @@ def test_a_release_without_a_model_that_can_be_read_has_nothing_to_sample_from(
     (tmp_path / "model.pt").write_bytes(b"damaged")
     with pytest.raises(privimage.UserError, match="damaged"):
         Release(tmp_path).sample(1)
-    # Until features of the query network came in, a classifier was a matrix alone.
-    earlier = torch.load(finished / "release" / "model.pt", weights_only=True) | {
-        "classifier": torch.ones(2, 3)
-    }
-    torch.save(earlier, tmp_path / "model.pt")
-    with pytest.raises(privimage.UserError, match=r"model\.pt: made by another version"):
-        Release(tmp_path).sample(1)
+    # A classifier was a matrix alone once, and did not say whether it sees mirror images too.
+    for earlier in (torch.ones(2, 3), {"weights": torch.ones(2, 3), "public": None}):
+        state = torch.load(finished / "release" / "model.pt", weights_only=True) | {"classifier": earlier}
+        torch.save(state, tmp_path / "model.pt")
+        with pytest.raises(privimage.UserError, match=r"model\.pt: made by another version"):
+            Release(tmp_path).sample(1)
 
 
 def test_a_plan_is_an_object_that_prints_itself() -> None:

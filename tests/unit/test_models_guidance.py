@@ -25,7 +25,9 @@ class Gaussian(nn.Module):
         return images / (1 + 3 * sigma[:, None, None, None] ** 2)
 
 
-def classifier(shape: tuple[int, int, int], network: str | None = None) -> LabelClassifier:
+def classifier(
+    shape: tuple[int, int, int], network: str | None = None, mirrored: bool = False
+) -> LabelClassifier:
     """Three classes with weights at random; with `network`, on features of one with fresh weights too."""
     torch.manual_seed(0)
     public = None
@@ -34,7 +36,7 @@ def classifier(shape: tuple[int, int, int], network: str | None = None) -> Label
         state = {name: value.clone() for name, value in body.state_dict().items()}
         public = PublicFeatures(network, state, torch.zeros(128), torch.ones(128)).to_dict()
     weights = torch.randn(3, LabelFeatures.count(shape, network), dtype=torch.float64) / 5
-    return LabelClassifier({"weights": weights, "public": public}, shape, HERE)
+    return LabelClassifier({"weights": weights, "public": public, "mirrored": mirrored}, shape, HERE)
 
 
 def said(seen: LabelClassifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -77,6 +79,39 @@ def test_the_slope_of_a_moved_image_is_by_the_image_as_it_was() -> None:
     expected = 2e-3 * slope.flatten(1).norm(dim=1).double()
     assert torch.allclose(ahead - behind, expected, rtol=0.05)
     assert not torch.allclose(slope, seen.slope(images, labels), rtol=0.1)
+
+
+@pytest.mark.parametrize(("shape", "network"), [((1, 8, 8), None), ((3, 16, 16), "resnet-small")])
+def test_slopes_by_both_sides_of_an_image_are_together_that_of_mirrored_features(
+    shape: tuple[int, int, int], network: str | None
+) -> None:
+    seen = classifier(shape, network, mirrored=True)
+    images = torch.rand(5, *shape, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    assert torch.allclose(seen.features(images), seen.features(images.flip(3)), atol=1e-5)
+    assert not torch.allclose(classifier(shape, network).features(images), seen.features(images), atol=1e-2)
+    slope = (seen.slope(images, labels) + seen.slope(images.flip(3), labels).flip(3)) / 2
+    step = 1e-3 * slope / slope.flatten(1).norm(dim=1)[:, None, None, None]
+    with torch.no_grad():
+        differences = said(seen, images + step, labels) - said(seen, images - step, labels)
+    expected = 2e-3 * slope.flatten(1).norm(dim=1).double()
+    assert torch.allclose(differences, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_images_are_turned_over_at_some_levels_where_features_are_mirrored(mirrored: bool) -> None:
+    seen = classifier((1, 8, 8), mirrored=mirrored)
+    images, labels, over = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2]), set()
+    guided, plain = ClassifierGuided(Gaussian(), seen, 1.0), Gaussian()
+    for level in (level for level in edm.noise_levels(18) if LOWEST <= level <= HIGHEST):
+        sigma = torch.full((3,), level)
+        denoised = plain(images, sigma, labels)
+        change = (guided(images, sigma, labels) - denoised) * (3 + 1 / level**2)
+        sides = seen.slope(denoised, labels), seen.slope(denoised.flip(3), labels).flip(3)
+        followed = [torch.allclose(change, side, rtol=1e-3, atol=1e-4) for side in sides]
+        assert any(followed)
+        over.add(followed.index(True))
+    assert over == ({0, 1} if mirrored else {0})
 
 
 def test_all_images_are_moved_alike_and_each_level_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,14 +319,16 @@ def test_init_begins_with_the_starter_that_suits(
     tmp_path: Path,
     not_measured: None,
 ) -> None:
-    """Where one has the networks that are chosen for a CPU, and knows images of the kind."""
+    """Where one has the networks that are chosen for a CPU, and knows images of the kind; a start by moments
+    is for networks without one.
+    """
     (tmp_path / "photographs" / "a").mkdir(parents=True)
     (tmp_path / "sealed").mkdir()
     wanted = init.Wanted(
         str(tmp_path / "sealed"),
         public=str(tmp_path / public) if public else None,
         hours=0.1,
-        count=1000,
+        count=20_000,
         classes="no,yes",
         resolution=resolution,
         channels=channels,
@@ -334,6 +336,7 @@ def test_init_begins_with_the_starter_that_suits(
     )
     init.write(wanted)
     config = parse(yaml.safe_load(capsys.readouterr().out))
+    assert config.warm_starts == (() if starter or method == "privimage+g" else ("moments",))
     assert config.query.start_from == config.pretrain.start_from
     begun = config.pretrain.start_from
     assert (begun and begun.name) == starter

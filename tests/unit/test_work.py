@@ -117,12 +117,15 @@ def test_blocks_of_large_images_are_smaller_multiples_of_16() -> None:
 def test_guidance_by_the_classifier_costs_three_passes_of_what_it_sees_at_each_level(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Forward and backward, at 5 of the 10 noise levels here; each of the 10 has one pass more."""
+    """Forward and backward, at 5 of the 10 noise levels here; each of the 10 has one pass more. Where images
+    may be mirrored, what it sees of the mirror image is one pass more.
+    """
     monkeypatch.setattr(work, "seconds_an_image", lambda run, images, at_once: 1e-3)
     work.label_features_pass.cache_clear()
     seconds = {}
-    for weight in (0, 2):
+    for weight, flip in ((0, False), (2, False), (2, True)):
         words = [
+            f"pretrain.flip={flip}",
             "method=dpdm",
             "classify.use=true",
             "classify.max_rise=0.1",
@@ -131,10 +134,11 @@ def test_guidance_by_the_classifier_costs_three_passes_of_what_it_sees_at_each_l
         words += ["synthesize.sampler_steps=10", "synthesize.samples=50", "synthesize.guidance=0"]
         config = resolved(load(TINY, words), World(0, 0, 1, 1, CPU))
         done = family(config).work(config, make_plan(config, 1000), 10, CPU)
-        (seconds[weight],) = (one.seconds for one in done if one.stage == "synthesize")
+        (seconds[weight, flip],) = (one.seconds for one in done if one.stage == "synthesize")
     work.label_features_pass.cache_clear()
-    assert seconds[0] == pytest.approx(50 * 10 * 1e-3)
-    assert seconds[2] == pytest.approx(50 * (10 + 3 * 5) * 1e-3)
+    assert seconds[0, False] == pytest.approx(50 * 10 * 1e-3)
+    assert seconds[2, False] == pytest.approx(50 * (10 + 3 * 5) * 1e-3)
+    assert seconds[2, True] == pytest.approx(50 * (10 + 4 * 5) * 1e-3)
 
 
 @pytest.mark.parametrize(("patience", "sizes"), [(1.0, [8, 17]), (2.5, [8, 56])])
