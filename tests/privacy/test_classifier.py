@@ -300,13 +300,14 @@ def test_two_ranks_train_the_classifier_of_one_to_the_bit(tmp_path: Path, method
     assert weights(one).shape[1] == LabelFeatures.count((1, 8, 8), None) + len(public[1:]) * of_network
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(
     ("shape", "network"),
     [((1, 8, 8), "resnet-small"), ((3, 32, 32), "resnet-small"), ((1, 28, 28), "resnet-small"),
      ((3, 32, 32), "resnet50")],
 )  # fmt: skip
 def test_what_the_classifier_sees_of_an_image_depends_on_that_image_alone(
-    shape: tuple[int, int, int], network: str
+    shape: tuple[int, int, int], network: str, mirrored: bool
 ) -> None:
     """To the bit, in blocks of one size: what stands beside an image must not change what it adds."""
     torch.manual_seed(0)
@@ -314,7 +315,7 @@ def test_what_the_classifier_sees_of_an_image_depends_on_that_image_alone(
     rng = np.random.default_rng(0)
     images = to_unit(torch.from_numpy(rng.integers(0, 256, (8, *shape), dtype=np.uint8)))
     public = PublicFeatures.of(network, body, field_means(body, images))
-    features = LabelFeatures(shape, here, PublicFeatures(**public.to_dict()))
+    features = LabelFeatures(shape, here, PublicFeatures(**public.to_dict()), mirrored)
     found = features(images)
     assert found.shape == (8, LabelFeatures.count(shape, network)) and torch.isfinite(found).all()
     others = images.roll(3, 0).clone()
