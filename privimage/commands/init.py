@@ -200,7 +200,7 @@ WHY = {
     "query.start_from": "weights from public images, which come with PrivImage",
     "query.semantics": "no labels to choose by",
     "pretrain.start_from": "weights from public images, which come with PrivImage",
-    "pretrain.flip": "characters must not be mirrored",
+    "pretrain.flip": "whether a mirror image is of the same class; not of characters, nor of left hands",
     "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
     "classify.use": "a private classifier labels the synthetic images",
     "finetune.precision": "auto: bf16 on GPUs; bf16 on CPUs that multiply in it",
@@ -237,15 +237,13 @@ def _given(config: Config) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         found[key] = value
-    flips = not config.pretrain.flip
     of_groups = config.privacy.unit == "group"
     hidden = {
         "data.sensitive.per_group": of_groups,
         "privacy.unit": of_groups,
         "warm.starts": bool(config.warm.starts),
         "classify.use": config.classify.use,
-        "query.flip": flips,
-        "pretrain.flip": flips,
+        "query.flip": not config.query.flip,
         "query.semantics": not config.data.public.labelled,
     }
     hidden["data.public.labelled"] = not config.data.public.labelled

@@ -110,7 +110,8 @@ class Pretrain(Section):
     )
     flip: bool = Field(
         True,
-        description="random horizontal flips; off for characters",
+        description="random horizontal flips, also of what classifiers learn from; a private one sees an "
+        "image and its mirror image as one. Off for characters, and where left and right tell classes apart",
         json_schema_extra=on("pretrain", "warm", "classify", "evaluate"),
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints", json_schema_extra=on())

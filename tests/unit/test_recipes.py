@@ -335,8 +335,11 @@ def test_init_begins_with_the_starter_that_suits(
         method=method,
     )
     init.write(wanted)
-    config = parse(yaml.safe_load(capsys.readouterr().out))
+    config = parse(yaml.safe_load(out := capsys.readouterr().out))
     assert config.warm_starts == (() if starter or method == "privimage+g" else ("moments",))
+    # Whether images are mirrored is for the owner to see: who knows that left and right tell classes apart?
+    assert f"flip: {str(config.pretrain.flip).lower()} " in out
+    assert config.pretrain.flip == (public is not None)
     assert config.query.start_from == config.pretrain.start_from
     begun = config.pretrain.start_from
     assert (begun and begun.name) == starter
