@@ -37,11 +37,23 @@ def warnings(report: dict[str, Any]) -> list[Warned]:
             "A classifier that learnt from one half of the synthetic set names only "
             f"{agreement['percent']:.1f} % of the other half as it is labelled (guessing: "
             f"{agreement['chance']:.1f} %). Either the images do not show their classes, or the labels are "
-            "not theirs: whoever trains on them learns little. Stronger guidance (synthesize.guidance) costs "
-            "no privacy; the labels themselves are learnt in the private steps."
+            "not theirs: whoever trains on them learns little. "
+        )
+        text += (
+            "The labels are those of the private classifier, which sees more in an image than so few images "
+            "can teach. More of them cost no privacy (`privimage sample`, synthesize.samples); better ones "
+            "take more pretraining and private steps."
+            if _by_classifier(agreement)
+            else "Stronger guidance (synthesize.guidance) costs no privacy; the labels themselves are learnt "
+            "in the private steps."
         )
         found.append(Warned("Labels and images disagree", text))
     return found
+
+
+def _by_classifier(agreement: dict[str, Any]) -> bool:
+    """Whether a private classifier gave the labels."""
+    return agreement.get("relabelled") is not None
 
 
 def _best(scores: dict[str, float | None] | None) -> float | None:
@@ -108,17 +120,21 @@ def _disagree(report: dict[str, Any]) -> str | None:
     agreement = report.get("agreement")
     if not agreement or _agrees(agreement) >= DISAGREE:
         return None
-    return "The synthetic images do not show their labels (see below): guidance, or more private steps."
+    more = "more images" if _by_classifier(agreement) else "guidance"
+    return f"The synthetic images do not show their labels (see below): {more}, or more private steps."
 
 
 def _wrong_labels(report: dict[str, Any]) -> str | None:
     agreement = report.get("agreement")
     if not agreement or _agrees(agreement) < DISAGREE:
         return None
-    return (
-        f"Images and labels agree among themselves ({agreement['percent']:.0f} %), but the classes are "
-        "not the real ones: those of the public images stayed. The private steps did not reach the labels."
+    why = (
+        "what the private classifier sees in these images is not in real ones: they are still too rough."
+        if _by_classifier(agreement)
+        else "the classes are not the real ones: those of the public images stayed. The private steps did "
+        "not reach the labels."
     )
+    return f"Images and labels agree among themselves ({agreement['percent']:.0f} %), but {why}"
 
 
 def _foreign(report: dict[str, Any]) -> str | None:

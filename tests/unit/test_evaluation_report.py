@@ -187,6 +187,7 @@ def test_the_three_accuracies_stand_side_by_side(run: RunDir, tiny_config: Confi
     assert "best of" in part  # why none of them is singled out
 
 
+AGREEMENT = {"classifier": "cnn", "percent": 91.4, "images": 20, "chance": 50.0, "relabelled": 0.105}
 CEILING = {
     "accuracy_ceiling": {"lr": 96.0, "mlp": 97.0, "cnn": 98.5},
     "accuracy_ceiling_images": 70,
@@ -198,7 +199,7 @@ CEILING = {
             {"name": "dog", "accuracy": None, "ceiling": None, "test_images": 0},
         ],
     },
-    "agreement": {"classifier": "cnn", "percent": 91.4, "images": 20, "chance": 50.0, "relabelled": 0.105},
+    "agreement": AGREEMENT,
     "ledger": {"runs": 3, "not_private": 1, "epsilon": 17.25, "delta": 1e-4},
 }
 
@@ -227,7 +228,7 @@ def test_a_result_near_chance_is_told_first_with_three_reasons(run: RunDir, tiny
     assert "The result is near chance" in box.group(1) and "55.0 %" in box.group(1)
     reasons = re.findall(r"<li>(.*?)</li>", box.group(1))
     assert len(reasons) == 3
-    assert "do not resemble" in reasons[0] and "classes are not the real ones" in reasons[1]
+    assert "do not resemble" in reasons[0] and "what the private classifier sees" in reasons[1]
     assert "made it worse (before: 56.0 %)" in reasons[2]
 
 
@@ -241,12 +242,18 @@ def test_a_set_of_groups_has_its_ceiling_and_its_warnings_too(run: RunDir, tiny_
     assert "The noise drowns the signal" in page(run)
 
 
+AS_ASKED = {"relabelled": None}  # the labels; otherwise those of a private classifier
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"parameters": 10**9}, "The noise drowns the signal"),
         ({"accuracy_ceiling": {"lr": 70.0, "mlp": 67.0, "cnn": 68.0}}, "The task is hard"),
-        ({"agreement": CEILING["agreement"] | {"percent": 55.0}}, "do not show their labels"),  # type: ignore[operator]
+        ({"agreement": AGREEMENT | AS_ASKED | {"percent": 55.0}}, "labels (see below): guidance"),
+        ({"agreement": AGREEMENT | {"percent": 55.0}}, "labels (see below): more images"),
+        ({"agreement": AGREEMENT | AS_ASKED}, "those of the public images stayed"),
+        ({"agreement": AGREEMENT}, "what the private classifier sees"),
         ({"synthetic": {"images": 40, "classes": ["a", "b"]}}, "20 synthetic images of a class"),
         ({}, "finetune.steps"),
     ],
@@ -264,11 +271,15 @@ def test_reasons_are_those_that_the_numbers_name(changes: dict, told: str) -> No
     assert told in found[0].reasons[0]
 
 
-def test_labels_that_do_not_fit_their_images_are_told() -> None:
+@pytest.mark.parametrize(
+    ("labels", "advised"), [(AS_ASKED, "synthesize.guidance"), ({}, "synthesize.samples")]
+)
+def test_labels_that_do_not_fit_their_images_are_told(labels: dict, advised: str) -> None:
     for percent, wanted in ((91.4, []), (60.0, ["Labels and images disagree"])):
-        agreement = {"agreement": {"classifier": "cnn", "percent": percent, "images": 20, "chance": 50.0}}
-        found = advice.warnings(results(**CEILING | agreement))
+        agreement = AGREEMENT | labels | {"percent": percent}
+        found = advice.warnings(results(**CEILING | {"agreement": agreement}))
         assert [box.title for box in found] == wanted
+        assert all(advised in box.text for box in found)
 
 
 def test_what_to_do_before_publishing(run: RunDir, tiny_config: Config) -> None:
