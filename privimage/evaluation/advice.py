@@ -41,7 +41,7 @@ def warnings(report: dict[str, Any]) -> list[Warned]:
         )
         text += (
             "The labels are those of the private classifier, which sees more in an image than so few images "
-            "can teach. More of them cost no privacy (`privimage sample`, synthesize.samples); better ones "
+            "can teach. More of them cost no privacy (privimage sample, synthesize.samples); better ones "
             "take more pretraining and private steps."
             if _by_classifier(agreement)
             else "Stronger guidance (synthesize.guidance) costs no privacy; the labels themselves are learnt "
@@ -164,5 +164,5 @@ def _few(report: dict[str, Any]) -> str | None:
         return None
     return (
         f"There are {of_class:.0f} synthetic images of a class to learn from: more of them cost no privacy "
-        "(`privimage sample`, synthesize.samples)."
+        "(privimage sample, synthesize.samples)."
     )
