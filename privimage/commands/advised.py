@@ -24,7 +24,7 @@ def advised(config: Config, count: int, classes: int) -> Config:
     if (begun := _starter(config, facts)) is not None:
         path = Choice(str(begun), "")
         return applied(config, {"query.start_from": path, "pretrain.start_from": path})
-    # A network that knows images already learns nothing from moments (docs/results.md).
+    # A network that knows images already gains little by moments (docs/results.md).
     if stands_out(facts):
         config = applied(config, {"warm.starts": Choice(["moments"], "")})
     return config
