@@ -217,7 +217,8 @@ def rendered(config: Config, choices: Choices, device: torch.device) -> str:
     section = ""
     for key, (value, why) in sorted(lines.items(), key=lambda one: _place(one[0])):
         parts = key.split(".")
-        if parts[0] in STAGES and parts[0] not in config.stages:
+        # Whether images may be mirrored says something of the images: classifiers ask in every method.
+        if parts[0] in STAGES and parts[0] not in config.stages and key != "pretrain.flip":
             continue
         for depth in range(1, len(parts)):
             head = ".".join(parts[:depth])

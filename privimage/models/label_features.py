@@ -117,9 +117,8 @@ class LabelFeatures:
             parts = [one + ((other - one) / 2).detach() for one, other in zip(parts, others, strict=True)]
         if self.body is None:
             return parts[0]
-        shares = (1 - OF_NETWORK, OF_NETWORK)
-        lengths = zip(parts, shares, strict=True)
-        return torch.cat([share**0.5 * F.normalize(part) for part, share in lengths], 1)
+        shared = zip(parts, (1 - OF_NETWORK, OF_NETWORK), strict=True)
+        return torch.cat([share**0.5 * F.normalize(part) for part, share in shared], 1)
 
     def _parts(self, images: Tensor) -> list[Tensor]:
         """Frequencies (B, d), and what the network sees (B, d)."""

@@ -364,6 +364,15 @@ def test_init_computes_in_what_the_cpu_is_fast_in(
     assert (config.runtime.precision, config.finetune.precision) == (precision, precision)
 
 
+@pytest.mark.parametrize("method", ["privimage+d", "dpdm", "dp-merf"])
+def test_characters_are_mirrored_for_no_method(
+    method: str, capsys: pytest.CaptureFixture, not_measured: None
+) -> None:
+    """Classifiers ask for it where there is no pretraining too."""
+    init.write(init.Wanted("digits", hours=0.1, method=method))
+    assert not parse(yaml.safe_load(capsys.readouterr().out)).pretrain.flip
+
+
 @pytest.mark.parametrize(("count", "starts"), [(100, ()), (60_000, ("moments",))])
 def test_init_looks_at_nothing_where_all_is_stated(
     count: int, starts: tuple[str, ...], capsys: pytest.CaptureFixture, tmp_path: Path
