@@ -63,7 +63,7 @@ def draw(run: Path, changes: dict[str, str], seed: int) -> Labelled:
 def judged(config: Config, drawn: Labelled, tests: Labelled, epochs: int) -> list[str]:
     """LR, MLP and CNN that learn from the images, in percent."""
     scores = [utility.percent(fit(drawn, tests, 0), tests.labels) for fit in utility.SHALLOW.values()]
-    how = Training(epochs, config.evaluate.cnn_batch_size, config.pretrain.flip, 0, ALONE)
+    how = Training(epochs, config.evaluate.cnn_batch_size, config.data.flip, 0, ALONE)
     network = utility.train_cnn(drawn, int(tests.labels.max()) + 1, how)
     seen = utility.predict(network, tests.images, ALONE.device).labels
     return [f"{score:.1f}" for score in (*scores, utility.percent(seen, tests.labels))]

@@ -100,8 +100,6 @@ def compare(path: Path, hours: float | None, folder: Path) -> None:
         "privacy": tree["privacy"],
         "finetune": {"precision": "auto"},
         "runtime": {"precision": "auto"},
-        "query": {"flip": hand.query.flip},
-        "pretrain": {"flip": hand.pretrain.flip},
         "evaluate": {"ceiling": False},
     }
     bare["data"]["sensitive"] |= {"count": count, "classes": classes or None}

@@ -114,7 +114,7 @@ def _settings(wanted: Wanted) -> Config:
     data["public"] = _public(wanted, data["resolution"], data["channels"])
     tree["privacy"]["delta"] = wanted.delta or float(f"{default_delta(stated['count']):.1g}")
     if kind in CHARACTERS or data["public"]["kind"] in CHARACTERS:
-        tree["query"], tree["pretrain"] = {"flip": False}, {"flip": False}
+        data["flip"] = False
     return parse(tree, "init")
 
 
@@ -183,6 +183,7 @@ WHY = {
     "run.hours": "what all else was chosen to fit into",
     "data.resolution": "images are cropped and resized to it",
     "data.channels": "1 grey, 3 colour",
+    "data.flip": "whether a mirror image is of the same class; not of characters, nor of left hands",
     "data.public.kind": "how to read it",
     "data.public.path": "anyone may see these images",
     "data.public.labelled": "without class folders images are grouped into clusters",
@@ -196,11 +197,9 @@ WHY = {
     "privacy.unit": "neighbouring sets differ by all images of a group",
     "privacy.epsilon": "of the whole run, query and training together",
     "privacy.delta": "below 1 / N",
-    "query.flip": "characters must not be mirrored",
     "query.start_from": "weights from public images, which come with PrivImage",
     "query.semantics": "no labels to choose by",
     "pretrain.start_from": "weights from public images, which come with PrivImage",
-    "pretrain.flip": "whether a mirror image is of the same class; not of characters, nor of left hands",
     "warm.starts": "classes and coarse shapes from a few noisy numbers, before the private steps",
     "classify.use": "a private classifier labels the synthetic images",
     "finetune.precision": "auto: bf16 on GPUs; bf16 on CPUs that multiply in it",
@@ -217,8 +216,7 @@ def rendered(config: Config, choices: Choices, device: torch.device) -> str:
     section = ""
     for key, (value, why) in sorted(lines.items(), key=lambda one: _place(one[0])):
         parts = key.split(".")
-        # Whether images may be mirrored says something of the images: classifiers ask in every method.
-        if parts[0] in STAGES and parts[0] not in config.stages and key != "pretrain.flip":
+        if parts[0] in STAGES and parts[0] not in config.stages:
             continue
         for depth in range(1, len(parts)):
             head = ".".join(parts[:depth])
@@ -244,7 +242,6 @@ def _given(config: Config) -> dict[str, Any]:
         "privacy.unit": of_groups,
         "warm.starts": bool(config.warm.starts),
         "classify.use": config.classify.use,
-        "query.flip": not config.query.flip,
         "query.semantics": not config.data.public.labelled,
     }
     hidden["data.public.labelled"] = not config.data.public.labelled
@@ -255,7 +252,7 @@ def _place(key: str) -> tuple[int, ...]:
     """Sections in the order of the settings; the lines of one stay in the order in which they were given."""
     order = list(Config.model_fields)
     first, *rest = key.split(".")
-    nested = ("resolution", "channels", "public", "sensitive")
+    nested = ("resolution", "channels", "flip", "public", "sensitive")
     return order.index(first), nested.index(rest[0]) if rest and rest[0] in nested else 0
 
 

@@ -181,6 +181,13 @@ class Data(Section):
             "of their type; 8-bit images need none"
         ),
     )
+    flip: bool = Field(
+        True,
+        description="whether a mirror image is of the same class: public training, and the classifiers of an "
+        "evaluation, see images mirrored at random, a private classifier sees both as one. Off for "
+        "characters, and where left and right tell classes apart",
+        json_schema_extra=on(*(stage for stage in STAGES if stage not in ("prepare", "finetune"))),
+    )
     public: PublicData
     sensitive: SensitiveData
     store: Literal["auto", "beton", "npy"] = Field(

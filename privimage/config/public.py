@@ -58,11 +58,6 @@ class Query(Section):
     validation_fraction: float = Field(
         0.05, gt=0, lt=0.5, description="part of the public set held out to choose the checkpoint"
     )
-    flip: bool = Field(
-        True,
-        description="random horizontal flips; off for characters",
-        json_schema_extra=on("query", "select", "warm", "classify", "match", "evolve"),
-    )
     checkpoint_every: int = Field(500, ge=1, description="steps between validations and checkpoints")
 
 
@@ -107,12 +102,6 @@ class Pretrain(Section):
         False,
         description="diffusion: compile the network (torch.compile), which takes minutes at the start; for "
         "long trainings on GPUs",
-    )
-    flip: bool = Field(
-        True,
-        description="random horizontal flips, also of what classifiers learn from; a private one sees an "
-        "image and its mirror image as one. Off for characters, and where left and right tell classes apart",
-        json_schema_extra=on("pretrain", "warm", "classify", "evaluate"),
     )
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints", json_schema_extra=on())
     log_every: int = Field(

@@ -110,7 +110,7 @@ class DiffusionPublic(PublicTraining):
         # The order of these draws is part of a repeatable step.
         x = edm.to_unit(images)
         count = len(x)
-        if self.config.pretrain.flip:
+        if self.config.data.flip:
             flipped = torch.rand(count, generator=generator, device=device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(3), x)
         sigma = edm.draw_sigma(torch.randn(count, generator=generator, device=device))

@@ -194,7 +194,7 @@ class Diffusion(DiffusionFamily, FineTuned, Warmed):
         twice = 2 if settings.sampler == "heun" else 1
         shape, precision = image_shape(config), config.runtime.precision
         # There and back, and there once more for the mirror image.
-        passes = twice * levels * (3 + config.pretrain.flip)
+        passes = twice * levels * (3 + config.data.flip)
         return passes * label_features_pass(config.label_network, shape, device, precision)
 
 

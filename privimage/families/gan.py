@@ -147,7 +147,7 @@ class GanPublic(PublicTraining):
         )
         # Real and generated images of the same labels, in one pass of the discriminator.
         real = edm.to_unit(images)
-        if self.config.pretrain.flip:
+        if self.config.data.flip:
             real = torch.where((normal[:, -1] < 0)[:, None, None, None], real.flip(3), real)
         with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16, enabled=self.bf16):
             fake = network(normal[:, :-1], labels).float()

@@ -74,7 +74,7 @@ class Labels(Task):
 
     def loss(self, network: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of images (B, C, H, W) with labels (B,); each is flipped with probability 0.5."""
-        # Characters and digits are not flipped (`query.flip`): a mirrored letter is another one.
+        # Characters and digits are not flipped (`data.flip`): a mirrored letter is another one.
         if self.flip:
             flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)

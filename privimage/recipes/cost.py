@@ -61,7 +61,7 @@ def _classify(config: Config, count: int, classes: int, device: torch.device) ->
         return []
     shape, steps = image_shape(config), config.classify.steps
     d = LabelFeatures.count(shape, config.label_network)
-    views = 1 + config.pretrain.flip  # an image and its mirror image
+    views = 1 + config.data.flip  # an image and its mirror image
     seconds = views * label_features_pass(config.label_network, shape, device, "fp32")
     seconds += steps * 2 * d * (classes * MULTIPLY + CONVERT)
     return [Work("classify", steps, count, count * seconds, 2.0 * count * d)]

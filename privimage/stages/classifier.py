@@ -65,7 +65,7 @@ def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive:
     plan = sensitive.account.plan.the(NoisyGradients)
     public = label_features(config, run_dir, world)
     # Where public images may be mirrored, sensitive ones may.
-    features = LabelFeatures(image_shape(config), world.device, public, config.pretrain.flip)
+    features = LabelFeatures(image_shape(config), world.device, public, config.data.flip)
     if public is not None and world.is_main:
         checkpoint.save(_features_file(run_dir), public.to_dict())
 
@@ -98,7 +98,7 @@ def trained_classifier(config: Config, run_dir: RunDir, world: World) -> Trained
     if config.label_network is not None:
         public = PublicFeatures(**checkpoint.required(_features_file(run_dir), "classify", world)).to_dict()
     weights = torch.from_numpy(drawn.values)
-    state = {"weights": weights, "public": public, "mirrored": config.pretrain.flip}
+    state = {"weights": weights, "public": public, "mirrored": config.data.flip}
     return Trained(state, drawn.charge)
 
 

@@ -113,7 +113,7 @@ def _real(config: Config, train: ImageSet, test: ImageSet | None, count: int) ->
     """What the accuracy of classifiers that are trained on `count` sensitive images depends on."""
     digest = hashlib.sha256(train.content + (test.content if test else b""))
     settings = config.evaluate
-    chosen: list[Any] = [count, settings.cnn_epochs, settings.cnn_batch_size, config.pretrain.flip]
+    chosen: list[Any] = [count, settings.cnn_epochs, settings.cnn_batch_size, config.data.flip]
     chosen += [config.runtime.seed, settings.benchmark, settings.benchmark_epochs]
     digest.update(json.dumps(chosen).encode())
     return digest.hexdigest()

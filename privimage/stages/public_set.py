@@ -106,7 +106,7 @@ def query_task(config: Config, public: Semantics) -> Task:
     """The training task of the query function: the public labels, or contrastive views where there is one
     class.
     """
-    return Labels(config.query.flip, len(public.names)) if len(public.names) > 1 else Views(config.query.flip)
+    return Labels(config.data.flip, len(public.names)) if len(public.names) > 1 else Views(config.data.flip)
 
 
 def query_network(config: Config, public: Semantics) -> Classifier:

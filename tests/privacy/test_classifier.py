@@ -331,14 +331,14 @@ def test_what_the_classifier_sees_of_an_image_depends_on_that_image_alone(
 def test_where_images_may_be_mirrored_the_classifier_knows_no_left_from_right(
     mirrored: bool, tmp_path: Path
 ) -> None:
-    config = settings_of(tmp_path / "run", f"pretrain.flip={mirrored}")
+    config = settings_of(tmp_path / "run", f"data.flip={mirrored}")
     assert pipeline.run(config, ["classify"]) == 0
     seen = seen_by(config)
     assert seen.features.mirrored == mirrored
     images = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
     same = seen.labels(images) == seen.labels(images[:, :, ::-1].copy())
     # Trained on the features that it is asked by: those of the other kind are other weights.
-    other = settings_of(tmp_path / "other", f"pretrain.flip={not mirrored}")
+    other = settings_of(tmp_path / "other", f"data.flip={not mirrored}")
     assert pipeline.run(other, ["classify"]) == 0
     assert not np.allclose(weights(tmp_path / "run"), weights(tmp_path / "other"))
     assert same.all() if mirrored else not same.all()

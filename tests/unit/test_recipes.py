@@ -338,8 +338,8 @@ def test_init_begins_with_the_starter_that_suits(
     config = parse(yaml.safe_load(out := capsys.readouterr().out))
     assert config.warm_starts == (() if starter or method == "privimage+g" else ("moments",))
     # Whether images are mirrored is for the owner to see: who knows that left and right tell classes apart?
-    assert f"flip: {str(config.pretrain.flip).lower()} " in out
-    assert config.pretrain.flip == (public is not None)
+    assert f"flip: {str(config.data.flip).lower()} " in out
+    assert config.data.flip == (public is not None)
     assert config.query.start_from == config.pretrain.start_from
     begun = config.pretrain.start_from
     assert (begun and begun.name) == starter
@@ -370,7 +370,7 @@ def test_characters_are_mirrored_for_no_method(
 ) -> None:
     """Classifiers ask for it where there is no pretraining too."""
     init.write(init.Wanted("digits", hours=0.1, method=method))
-    assert not parse(yaml.safe_load(capsys.readouterr().out)).pretrain.flip
+    assert not parse(yaml.safe_load(capsys.readouterr().out)).data.flip
 
 
 @pytest.mark.parametrize(("count", "starts"), [(100, ()), (60_000, ("moments",))])

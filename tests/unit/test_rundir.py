@@ -201,8 +201,8 @@ def test_a_setting_that_is_younger_than_the_run_had_its_default_in_it(tiny_confi
     path, line = run.path / "config.yaml", "  flip: false\n"
     assert line in path.read_text()
     path.write_text(path.read_text().replace(line, ""))
-    run.reconcile(changed(tiny_config, "query", flip=True))
-    with pytest.raises(UserError, match=r"query\.flip was True, now False"):
+    run.reconcile(changed(tiny_config, "data", flip=True))
+    with pytest.raises(UserError, match=r"data\.flip was True, now False"):
         run.reconcile(tiny_config)
 
 

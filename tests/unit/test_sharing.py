@@ -101,7 +101,7 @@ def test_every_setting_that_a_stage_reads_is_declared_for_it(tmp_path: Path, mor
         assert not undeclared, name
     assert "data.resolution" in reads["evaluate"]  # the watching works
     if "query" in reads:
-        assert {"query.learning_rate", "query.flip", "runtime.seed"} <= reads["query"]
+        assert {"query.learning_rate", "data.flip", "runtime.seed"} <= reads["query"]
         assert {"data.public.kind", "data.public.images_per_class"} <= reads["prepare"]
 
 

@@ -125,7 +125,7 @@ def test_guidance_by_the_classifier_costs_three_passes_of_what_it_sees_at_each_l
     seconds = {}
     for weight, flip in ((0, False), (2, False), (2, True)):
         words = [
-            f"pretrain.flip={flip}",
+            f"data.flip={flip}",
             "method=dpdm",
             "classify.use=true",
             "classify.max_rise=0.1",

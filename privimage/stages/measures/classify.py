@@ -25,7 +25,7 @@ def trained_network(subject: Subject, key: str, training: Labelled, name: str) -
             world=world,
             label=label,
         )
-    flip = subject.config.pretrain.flip
+    flip = subject.config.data.flip
     precision = subject.config.runtime.precision
     how = utility.Training(
         settings.cnn_epochs, settings.cnn_batch_size, flip, seed(subject), world, label, precision
