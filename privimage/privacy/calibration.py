@@ -62,8 +62,9 @@ def _smallest_noise(
 
 
 def _coarse(target: float, accountant: str, stated: bool) -> float:
-    # Rounding then costs about 1e-5 of the target, or 1e-4 where a number only leads to another.
-    return min(max(FINE, (1e-4 if stated else 3e-4) * target), ROUGH) if accountant == "pld" else FINE
+    # Rounding then costs about 1e-5 of the target, or 1e-3 where a number only leads to another: of two such
+    # that are compared both pay it.
+    return min(max(FINE, (1e-4 if stated else 1e-3) * target), ROUGH) if accountant == "pld" else FINE
 
 
 def _first_look(compose: Compose, target: float, delta: float, accountant: str) -> float:
