@@ -244,7 +244,7 @@ class FineTuned(ABC):
         held = bytes_of_an_image(training.module, losses, losses.probe, device)
         at_once = cpu_batch_size(config.finetune, held)
         # Longer than other parts: most of the time of a run is theirs, and few at once take longer each.
-        return seconds_an_image(step_on_grey(config, training), min(FEW, at_once), at_once, patience=2.5)
+        return seconds_an_image(step_on_grey(config, training), min(FEW, at_once), at_once, patience=3.3)
 
 
 def step_on_grey(config: Config, training: PrivateTraining) -> Callable[[int], Tensor]:

@@ -15,7 +15,7 @@ from privimage.models.resnet import classifier, resnet9
 
 FEW = 8  # images to begin with: a large network is slow enough with them
 PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
-ENOUGH = 0.4  # seconds of a measurement; the overhead of calls is small beside its last part
+ENOUGH = 0.3  # seconds of a measurement; the overhead of calls is small beside its last part
 
 
 @dataclass(frozen=True)
