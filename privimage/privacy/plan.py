@@ -76,17 +76,17 @@ def make_plan(config: Config, count: int) -> PrivacyPlan:
 
     shares = _shares(config)
 
-    def noise(guess: float | None = None) -> float:
+    def noise(stated: bool, guess: float | None = None) -> float:
         others = tuple(one.composition for one in beside)
-        last = len(beside) == len(shares)  # what is found before only leads to the numbers that are stated
         return calibration.training_noise(
-            privacy.epsilon, delta, training.composition, others, accountant, stated=last, guess=guess
+            privacy.epsilon, delta, training.composition, others, accountant, stated, guess
         )
 
     try:
         # Noise of the training alone, then of each mechanism beside it in turn, and again of the training.
-        training = training.with_noise(noise())
-        for kind, share in shares:
+        # What is found before the last only leads to the numbers that are stated.
+        training = training.with_noise(noise(stated=not shares))
+        for place, (kind, share) in enumerate(shares, 1):
             sigma = share.noise_multiplier or calibration.noise_beside(
                 privacy.epsilon,
                 delta,
@@ -96,10 +96,11 @@ def make_plan(config: Config, count: int) -> PrivacyPlan:
                 accountant,
             )
             beside.append(_draft(kind, config, count).with_noise(sigma))
-            risen = training.noise_multiplier * (1 + share.max_rise)
+            risen, last = training.noise_multiplier * (1 + share.max_rise), place == len(shares)
             # Where the noise beside was derived, that is what it leaves to the training.
-            derived = share.noise_multiplier is None and len(beside) < len(shares)
-            training = training.with_noise(risen if derived else noise(risen))
+            if last or share.noise_multiplier is not None:
+                risen = noise(stated=last, guess=risen)
+            training = training.with_noise(risen)
     except ValueError:
         raise UserError(
             f"privacy.epsilon: {privacy.epsilon} at delta {delta:g} cannot be kept; "
