@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from privimage.commands.promise import Promise, beginning
 from privimage.config import Config
 from privimage.distributed.precision import resolved
 from privimage.distributed.world import alone
@@ -16,10 +17,8 @@ from privimage.families import family
 from privimage.families.base import image_shape
 from privimage.families.work import Work
 from privimage.privacy.accounting import SampledGaussian
-from privimage.privacy.calibration import training_noise
 from privimage.privacy.mechanisms import SemanticHistogram, WarmEmbedding
-from privimage.privacy.plan import PrivacyPlan, make_plan, plan_without_noise
-from privimage.privacy.relation import Relation
+from privimage.privacy.plan import PrivacyPlan, plan_without_noise
 from privimage.recipes import settled
 from privimage.recipes.cost import work_of
 from privimage.recipes.facts import public_size
@@ -38,8 +37,7 @@ class RunPlan:
     config: Config
     count: int  # N
     classes: int  # 0 if unlabelled
-    privacy: PrivacyPlan
-    other: float | None  # epsilon of the same plan by the other accountant; None where that has no bound
+    promise: Promise | None  # None: the method adds no noise
     parameters: dict[str, int]  # of each network
     work: list[Work]  # of each stage, from a short measurement on `device`
     device: str
@@ -54,17 +52,18 @@ class RunPlan:
         """What may make the result useless or the promise weak, one line each."""
         time = [*too_little_pretraining(self.config), *too_long(self.config, self.work)]
         time += busy(self.config, self.device)
-        if not self.config.spec.private:
+        if self.promise is None:
             return time
-        useless = too_little_signal(self.config, self.count, self.classes)
-        return [*useless, *_noise_of_query(self), *_noise_of_embedding(self), *_large_delta(self), *time]
+        privacy = self.promise.plan
+        found = [*too_little_signal(self.config, self.count, self.classes), *_noise_of_query(self, privacy)]
+        return [*found, *_noise_of_embedding(self, privacy), *_large_delta(self, privacy), *time]
 
     def render(self, console: Console) -> None:
         """Print it on a console of rich."""
-        if not self.config.spec.private:
+        if self.promise is None:
             console.print(f"{self.config.spec.title} adds no noise: its output is [bold]not private[/].")
         else:
-            _show_privacy(console, self.count, self.privacy, self.other)
+            _show_privacy(console, self.count, self.promise)
         for warning in self.warnings:
             console.print(f"[yellow]warning:[/] {warning}")
         if self.work:
@@ -85,22 +84,27 @@ def plan_run(config: Config) -> RunPlan:
     # Time is measured where this runs, which should be the kind of machine that will train.
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
     # What a run would choose here for settings that are left at `auto`, or has chosen.
-    world = alone(device)
-    config = settled(config, world, RunDir(config.run.dir))
-    other = None
-    # The other accountant is shown beside the one that is used: a check, and the price of the choice.
-    if config.spec.private:
-        privacy = make_plan(config, count)
-        if not Relation.of(config).replacement:
-            other = privacy.spent(_other(privacy))
-    else:
-        privacy = plan_without_noise(config, count)
+    config = settled(config, alone(device), RunDir(config.run.dir))
+    if not config.spec.private:
+        return RunPlan(config, count, classes, None, *_cost(config, count, classes, device), device.type)
+    # Accounting and measurements take about as long as each other. What is measured so beside other work
+    # is what one core does on its own (`seconds_an_image`).
+    with beginning(config, count) as found:
+        cost = _cost(config, count, classes, device)
+        return RunPlan(config, count, classes, found(), *cost, device.type)
+
+
+def _cost(
+    config: Config, count: int, classes: int, device: torch.device
+) -> tuple[dict[str, int], list[Work]]:
+    """The parameters of each network, and the work of each stage."""
     if config.spec.generator == "none":
-        return RunPlan(config, count, classes, privacy, other, {}, [], device.type)
-    # `auto` settings of the precision are resolved for the machine at hand, as a run would.
-    work = work_of(resolved(config, world), privacy, count, classes, device)
-    sizes = family(config).sizes(config, classes)
-    return RunPlan(config, count, classes, privacy, other, sizes, work, device.type)
+        return {}, []
+    # `auto` settings of the precision are resolved for the machine at hand, as a run would. Noise takes no
+    # time, steps and batches do.
+    steps = plan_without_noise(config, count)
+    work = work_of(resolved(config, alone(device)), steps, count, classes, device)
+    return family(config).sizes(config, classes), work
 
 
 def show(config: Config) -> None:
@@ -108,10 +112,10 @@ def show(config: Config) -> None:
     plan_run(config).render(Console(highlight=False))
 
 
-def _noise_of_query(plan: RunPlan) -> Iterator[str]:
+def _noise_of_query(plan: RunPlan, privacy: PrivacyPlan) -> Iterator[str]:
     if plan.config.spec.pretraining != "selected":
         return
-    query = plan.privacy.the(SemanticHistogram)
+    query = privacy.the(SemanticHistogram)
     votes = plan.count * query.per_image / max(plan.classes, 1)
     # About the largest of many bins' noise against half of the votes of a class.
     if 8 * query.standard_deviation > votes:
@@ -122,10 +126,10 @@ def _noise_of_query(plan: RunPlan) -> Iterator[str]:
         )
 
 
-def _noise_of_embedding(plan: RunPlan) -> Iterator[str]:
+def _noise_of_embedding(plan: RunPlan, privacy: PrivacyPlan) -> Iterator[str]:
     if "embedding" not in plan.config.warm_starts:
         return
-    embedding, rows = plan.privacy.the(WarmEmbedding), max(plan.classes, 1)
+    embedding, rows = privacy.the(WarmEmbedding), max(plan.classes, 1)
     # Squared lengths: of the noise on every number, and of the means of classes times their share of the set.
     noise = rows * embedding.features * (embedding.standard_deviation / plan.count) ** 2
     ratio = noise * rows / ALIKE
@@ -137,19 +141,16 @@ def _noise_of_embedding(plan: RunPlan) -> Iterator[str]:
         )
 
 
-def _large_delta(plan: RunPlan) -> Iterator[str]:
-    if plan.privacy.delta >= 1 / plan.count:
+def _large_delta(plan: RunPlan, privacy: PrivacyPlan) -> Iterator[str]:
+    if privacy.delta >= 1 / plan.count:
         yield (
-            f"delta {plan.privacy.delta:g} is not below 1/N = {1 / plan.count:.2g}: revealing one whole "
+            f"delta {privacy.delta:g} is not below 1/N = {1 / plan.count:.2g}: revealing one whole "
             f"{plan.config.privacy.unit} would be within the promise"
         )
 
 
-def _other(plan: PrivacyPlan) -> str:
-    return "rdp" if plan.accountant == "pld" else "pld"
-
-
-def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: float | None) -> None:
+def _show_privacy(console: Console, count: int, promise: Promise) -> None:
+    plan = promise.plan
     units = f"{plan.training.relation}; N = {count:,} {plan.training.relation.unit}s"
     title = f"epsilon {plan.epsilon:g}, delta {plan.delta:.3g}, {units}; used: {plan.accountant.upper()}"
     table = Table(title=title, title_justify="left")
@@ -163,15 +164,12 @@ def _show_privacy(console: Console, count: int, plan: PrivacyPlan, other: float 
     # One row per mechanism, then the training's noise if the others were free.
     for used in plan.mechanisms:
         row(used.name, used.composition, used.noise_multiplier)
-    spent, training = f"spent by {plan.accountant.upper()}: epsilon {plan.spent():.4f}", plan.training
-    if other is not None:
-        spent += f" (the same noise by {_other(plan).upper()}: {other:.4f})"
+    spent, training = f"spent by {plan.accountant.upper()}: epsilon {promise.spent:.4f}", plan.training
+    if promise.other is not None:
+        spent += f" (the same noise by {promise.other_accountant.upper()}: {promise.other:.4f})"
     if len(plan.mechanisms) > 1:
-        alone = training_noise(
-            plan.epsilon, plan.delta, training.composition, (), plan.accountant, stated=False
-        )
-        row("(the same alone)", training.composition, alone, "dim")
-        rise = 100 * (training.noise_multiplier / alone - 1)
+        row("(the same alone)", training.composition, promise.alone, "dim")
+        rise = 100 * (training.noise_multiplier / promise.alone - 1)
         spent += f"; the others raise the noise of the training by {rise:.2f} %"
     console.print(table)
     console.print(spent)

@@ -146,7 +146,7 @@ def test_a_release_without_a_model_that_can_be_read_has_nothing_to_sample_from(
 
 def test_a_plan_is_an_object_that_prints_itself() -> None:
     plan = privimage.plan(privimage.load_config(TINY, ["method=dp-merf", "privacy.delta=0.01"]))
-    assert plan.privacy.epsilon == 10 and plan.count == 1437 and plan.classes == 10
+    assert plan.promise.plan.epsilon == 10 and plan.count == 1437 and plan.classes == 10
     assert plan.parameters["generator"] > 0 and [row.stage for row in plan.work] == [
         "match",
         "synthesize",

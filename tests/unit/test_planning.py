@@ -1,5 +1,6 @@
 """`privimage plan`: figures of the paper's configurations, and its warnings."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 from ranks import REPOSITORY, TINY
 
 from privimage.commands.plan import plan_run, show
-from privimage.config import load, parse
+from privimage.commands.promise import beginning, promise
+from privimage.config import Config, load, parse
 from privimage.errors import UserError
 from privimage.recipes.usefulness import busy
 
@@ -133,3 +135,18 @@ def test_a_plan_does_not_load_the_compiler_of_torch() -> None:
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.splitlines()[-1] == "False"
+
+
+def test_a_promise_is_found_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured meanwhile. What comes back is what would be found here, or the mistake."""
+    config = load(TINY, ["method=dpdm", "privacy.accountant=pld"])
+    with beginning(config, 1437) as found:
+        assert found() == promise(config, 1437)
+
+    def mistaken(config: Config, count: int) -> None:
+        raise UserError(f"process {os.getpid()}")
+
+    monkeypatch.setattr("privimage.commands.promise.make_plan", mistaken)
+    with pytest.raises(UserError, match=r"^process \d+$") as raised:
+        plan_run(config)
+    assert str(os.getpid()) not in str(raised.value)

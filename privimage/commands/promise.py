@@ -1,0 +1,55 @@
+"""What a run promises, found in a process of its own while `privimage plan` measures the machine."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from privimage.config import Config
+from privimage.privacy.calibration import training_noise
+from privimage.privacy.plan import PrivacyPlan, make_plan
+from privimage.privacy.relation import Relation
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A privacy plan, and what it costs by other counts."""
+
+    plan: PrivacyPlan
+    spent: float  # epsilon, by the accountant of the plan
+    other: float | None  # epsilon of the same noise by the other accountant; None where that has no bound
+    alone: float  # noise multiplier of the training if the mechanisms beside it were free
+
+    @property
+    def other_accountant(self) -> str:
+        """`rdp` or `pld`, the one that the plan does not use."""
+        return "rdp" if self.plan.accountant == "pld" else "pld"
+
+
+def promise(config: Config, count: int) -> Promise:
+    """That of a run on `count` sensitive images. Raises UserError if it cannot be kept."""
+    plan = make_plan(config, count)
+    training = plan.training.composition
+    alone = training_noise(plan.epsilon, plan.delta, training, (), plan.accountant, stated=False)
+    found = Promise(plan, plan.spent(), None, alone)
+    # The other accountant is shown beside the one that is used: a check, and the price of the choice.
+    other = None if Relation.of(config).replacement else plan.spent(found.other_accountant)
+    return Promise(plan, found.spent, other, alone)
+
+
+@contextmanager
+def beginning(config: Config, count: int) -> Iterator[Callable[[], Promise]]:
+    """Begin to find the promise; what this yields waits for it, and raises what `promise` does."""
+    if sys.platform != "linux":  # where a fork may meet libraries that do not bear it
+        yield lambda: promise(config, count)
+        return
+    # A fork has loaded torch already. An interrupt is for the process that it belongs to.
+    with ProcessPoolExecutor(1, get_context("fork"), _deaf) as process:
+        yield process.submit(promise, config, count).result
+
+
+def _deaf() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
