@@ -104,7 +104,12 @@ def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> C
     shares = RICH_SHARES if least < RICH / 2 else SHARES
     if config.pretrain.start_from is not None:
         shares = shares | {stage: min(share, shares[stage]) for stage, share in BEGUN_SHARES.items()}
-    stages = [stage for stage in shares if stage in config.stages and speeds.get(stage)]
+    # Weights that know all public classes are not made better in the time that there is (docs/results.md).
+    known: Choices = {}
+    if facts.known and "query" in config.stages:
+        shares = shares | {"query": 0.0}
+        known["query.steps"] = Choice(1, "the weights that it begins with know all of its classes")
+    stages = [stage for stage in shares if shares[stage] and stage in config.stages and speeds.get(stage)]
     whole = sum(shares[stage] for stage in stages)
     total = max(OF_TIME * 3600 * facts.hours - START_SECONDS, 30.0)
     seconds = {stage: total * shares[stage] / whole for stage in stages}
@@ -117,7 +122,7 @@ def schedule(config: Config, facts: Facts, speeds: Speeds, parameters: int) -> C
         # What the private steps do not need makes pretraining longer.
         if "pretrain" in stages:
             seconds["pretrain"] += max(0.0, seconds["finetune"] - spent)
-    return private | _public_steps(config, seconds, speeds) | _samples(config, facts, seconds, speeds)
+    return known | private | _public_steps(config, seconds, speeds) | _samples(config, facts, seconds, speeds)
 
 
 def private_steps(config: Config, facts: Facts, budget: float, parameters: int) -> Choices:

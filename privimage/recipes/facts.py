@@ -1,8 +1,8 @@
 """The public facts that a recipe is chosen by."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -10,6 +10,7 @@ from privimage.config import Config
 from privimage.data.glyphs import character_classes
 from privimage.errors import UserError
 from privimage.privacy.plan import default_delta
+from privimage.releases.starter import read
 
 # (images, classes) of the training splits that are read by kind: public facts.
 KNOWN = {
@@ -38,6 +39,7 @@ class Facts:
     hours: float  # that the run may take
     device: str  # "cpu" or "cuda"
     speed: float = 1.0  # of that device over the one that is measured
+    known: bool = False  # whether the query network begins with weights that know all public classes
 
     @property
     def rows(self) -> int:
@@ -92,27 +94,39 @@ def facts_of(config: Config, count: int, classes: int) -> Facts:
         config.run.hours,
         device,
         speed,
+        _known(config),
     )
 
 
 def _public_classes(config: Config) -> int:
-    """How many classes images vote for, from the names of folders at most."""
+    """How many classes images vote for."""
     public = config.data.public
     if config.query.semantics == "clusters":
         return config.query.clusters
-    if public.kind == "glyphs":
-        return len(character_classes())
     if public.kind in KNOWN:
         return KNOWN[public.kind][1]
-    if public.kind == "folder" and public.path is not None:
-        inside = public.path / "train" if (public.path / "train").is_dir() else public.path
-        return max(_folders(inside), 1)
-    return GENERIC
+    names = _public_names(config)
+    return GENERIC if names is None else max(len(names), 1)
 
 
-def _folders(path: Path) -> int:
+def _known(config: Config) -> bool:
+    """Whether `query.start_from` knows each of the public classes by its name. Raises UserError."""
+    begun, names = config.query.start_from, _public_names(config)
+    if begun is None or not names or not config.data.public.labelled:
+        return False
+    return set(names) <= set(read(begun, "query", "query.start_from").classes)
+
+
+def _public_names(config: Config) -> Sequence[str] | None:
+    """The names of the public classes, from those of folders at most; None where only images would tell."""
+    public = config.data.public
+    if public.kind == "glyphs":
+        return character_classes()
+    if public.kind != "folder" or public.path is None:
+        return None
+    inside = public.path / "train" if (public.path / "train").is_dir() else public.path
     try:
-        with os.scandir(path) as entries:
-            return sum(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+        with os.scandir(inside) as entries:
+            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
-        return GENERIC  # the checks before a run say what is wrong with it
+        return None  # the checks before a run say what is wrong with it

@@ -303,6 +303,7 @@ def test_init_for_persons_counts_persons_and_promises_for_them(
     ("resolution", "channels", "public", "method", "starter"),
     [
         (32, 3, "photographs", "privimage+d", "photos32"),
+        (32, 3, "known", "privimage+d", "photos32"),
         (28, 1, None, "privimage+d", "glyphs28"),
         (28, 1, "photographs", "privimage+d", None),  # characters would be a strange beginning for them
         (16, 3, "photographs", "privimage+d", None),  # no networks of that size
@@ -320,9 +321,10 @@ def test_init_begins_with_the_starter_that_suits(
     not_measured: None,
 ) -> None:
     """Where one has the networks that are chosen for a CPU, and knows images of the kind; a start by moments
-    is for networks without one.
+    is for networks without one. Weights that know all public classes are not trained on.
     """
     (tmp_path / "photographs" / "a").mkdir(parents=True)
+    (tmp_path / "known" / "n01443537").mkdir(parents=True)  # a goldfish
     (tmp_path / "sealed").mkdir()
     wanted = init.Wanted(
         str(tmp_path / "sealed"),
@@ -341,6 +343,7 @@ def test_init_begins_with_the_starter_that_suits(
     assert f"flip: {str(config.data.flip).lower()} " in out
     assert config.data.flip == (public is not None)
     assert config.query.start_from == config.pretrain.start_from
+    assert (config.query.steps == 1) == (starter == "glyphs28" or public == "known")
     begun = config.pretrain.start_from
     assert (begun and begun.name) == starter
     for network in (begun and STAGES) or ():
