@@ -87,14 +87,16 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int, pa
     """
     found, largest = _growing(run, images, at_once, patience * ENOUGH)
     threads = torch.get_num_threads()
-    if threads == 1 or largest == at_once:
+    if threads == 1:
         return found
     # On cores that other work has, threads wait for each other far longer than they work
     # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody. It gets
     # its share of the images: on a machine that is idle it takes as long for them as all threads for all.
+    # Once: all is set up.
+    own = max(1, largest // threads)
     torch.set_num_threads(1)
     try:
-        return min(found, _best(run, max(1, largest // threads)))
+        return min(found, _seconds(run, own) / own)
     finally:
         torch.set_num_threads(threads)
 
