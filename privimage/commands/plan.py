@@ -165,9 +165,9 @@ def _show_privacy(console: Console, count: int, promise: Promise) -> None:
     for used in plan.mechanisms:
         row(used.name, used.composition, used.noise_multiplier)
     spent, training = f"spent by {plan.accountant.upper()}: epsilon {promise.spent:.4f}", plan.training
-    if promise.other is not None:
-        spent += f" (the same noise by {promise.other_accountant.upper()}: {promise.other:.4f})"
-    if len(plan.mechanisms) > 1:
+    for name, other in promise.others.items():
+        spent += f" (the same noise by {name.upper()}: {other:.4f})"
+    if promise.alone is not None:
         row("(the same alone)", training.composition, promise.alone, "dim")
         rise = 100 * (training.noise_multiplier / promise.alone - 1)
         spent += f"; the others raise the noise of the training by {rise:.2f} %"

@@ -20,24 +20,19 @@ class Promise:
 
     plan: PrivacyPlan
     spent: float  # epsilon, by the accountant of the plan
-    other: float | None  # epsilon of the same noise by the other accountant; None where that has no bound
-    alone: float  # noise multiplier of the training if the mechanisms beside it were free
-
-    @property
-    def other_accountant(self) -> str:
-        """`rdp` or `pld`, the one that the plan does not use."""
-        return "rdp" if self.plan.accountant == "pld" else "pld"
+    others: dict[str, float]  # epsilon of the same noise by the accountants that have a bound beside it
+    alone: float | None  # noise multiplier of the training if the mechanisms beside it, if any, were free
 
 
 def promise(config: Config, count: int) -> Promise:
     """That of a run on `count` sensitive images. Raises UserError if it cannot be kept."""
     plan = make_plan(config, count)
-    training = plan.training.composition
-    alone = training_noise(plan.epsilon, plan.delta, training, (), plan.accountant, stated=False)
-    found = Promise(plan, plan.spent(), None, alone)
     # The other accountant is shown beside the one that is used: a check, and the price of the choice.
-    other = None if Relation.of(config).replacement else plan.spent(found.other_accountant)
-    return Promise(plan, found.spent, other, alone)
+    others = () if Relation.of(config).replacement else {"rdp", "pld"} - {plan.accountant}
+    alone, training = None, plan.training.composition
+    if len(plan.mechanisms) > 1:
+        alone = training_noise(plan.epsilon, plan.delta, training, (), plan.accountant, stated=False)
+    return Promise(plan, plan.spent(), {name: plan.spent(name) for name in others}, alone)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def noise_beside(
     accountant: str = "pld",
 ) -> float:
     """About the smallest noise multiplier of one more Gaussian mechanism that raises the noise of `training`
-    by at most `max_rise`; to about half a percent.
+    by at most `max_rise`; to about a percent.
 
     `training` is the mechanism that would use up `target` together with `others` alone.
     """

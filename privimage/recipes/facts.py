@@ -83,35 +83,35 @@ def facts_of(config: Config, count: int, classes: int) -> Facts:
     gpus = config.slurm.of("finetune").gpus
     if gpus and device == "cpu" and config.runtime.device != "cpu":
         device, speed = "cuda", gpus * GPU_OVER_CORE / torch.get_num_threads()
+    names = _public_names(config)
     return Facts(
         count,
         classes,
         config.data.resolution,
         config.data.channels,
-        _public_classes(config),
+        _public_classes(config, names),
         config.privacy.epsilon,
         config.privacy.delta or default_delta(count),
         config.run.hours,
         device,
         speed,
-        _known(config),
+        _known(config, names),
     )
 
 
-def _public_classes(config: Config) -> int:
+def _public_classes(config: Config, names: Sequence[str] | None) -> int:
     """How many classes images vote for."""
     public = config.data.public
     if config.query.semantics == "clusters":
         return config.query.clusters
     if public.kind in KNOWN:
         return KNOWN[public.kind][1]
-    names = _public_names(config)
     return GENERIC if names is None else max(len(names), 1)
 
 
-def _known(config: Config) -> bool:
+def _known(config: Config, names: Sequence[str] | None) -> bool:
     """Whether `query.start_from` knows each of the public classes by its name. Raises UserError."""
-    begun, names = config.query.start_from, _public_names(config)
+    begun = config.query.start_from
     if begun is None or not names or not config.data.public.labelled:
         return False
     return set(names) <= set(read(begun, "query", "query.start_from").classes)

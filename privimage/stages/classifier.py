@@ -64,7 +64,6 @@ def private_classifier(config: Config, run_dir: RunDir, world: World, sensitive:
     """
     plan = sensitive.account.plan.the(NoisyGradients)
     public = label_features(config, run_dir, world)
-    # Where public images may be mirrored, sensitive ones may.
     features = LabelFeatures(image_shape(config), world.device, public, config.data.flip)
     if public is not None and world.is_main:
         checkpoint.save(_features_file(run_dir), public.to_dict())
