@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from privimage.config import Config
+from privimage.families.starter import shipped
 from privimage.recipes.choice import Choice, applied
 from privimage.recipes.constants import networks
 from privimage.recipes.facts import Facts, facts_of
 from privimage.recipes.labels import can_be_learned
 from privimage.recipes.warm_start import stands_out
-from privimage.releases.starter import shipped
 
 CHARACTERS = ("digits", "glyphs", "mnist", "fashion-mnist")  # kinds whose images must not be mirrored
 

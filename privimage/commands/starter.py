@@ -19,12 +19,12 @@ from privimage.errors import UserError
 from privimage.evaluation import extractor, fidelity
 from privimage.evaluation.figures import sample_grid
 from privimage.evaluation.report import versions
-from privimage.families import family
+from privimage.families import family, starter
 from privimage.models import build_diffusion, parameters
 from privimage.models.resnet import classifier
 from privimage.recipes import settled
 from privimage.recipes.facts import public_size
-from privimage.releases import starter
+from privimage.releases.card import card_of_starter
 from privimage.runs import pipeline
 from privimage.stages.public_set import public_labels, query_network
 from privimage.storage.files import write_whole
@@ -100,7 +100,7 @@ def _write(config: Config, out: Path, licence: str, data: str, run_dir: RunDir, 
     measured = _measured(config, run_dir, out, model, alone(device))
     trained["diffusion"] |= {"distance": measured, "parameters": parameters(model)}
     starter.write(out, "diffusion", model.state_dict(), trained["diffusion"])
-    page = starter.card(trained["query"], trained["diffusion"], out.name)
+    page = card_of_starter(trained["query"], trained["diffusion"], out.name)
     write_whole(out / "README.md", page.encode())
     out.chmod(0o755)  # nothing in it is sensitive
     for file in out.iterdir():

@@ -9,8 +9,8 @@ import torch
 from privimage.config import Config
 from privimage.data.glyphs import character_classes
 from privimage.errors import UserError
+from privimage.families.starter import read
 from privimage.privacy.plan import default_delta
-from privimage.releases.starter import read
 
 # (images, classes) of the training splits that are read by kind: public facts.
 KNOWN = {

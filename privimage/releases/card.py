@@ -110,3 +110,21 @@ def _header(synthetic: SyntheticSet, about: About) -> dict[str, Any]:
 def _plain(name: str) -> str:
     """The name of a class as text in Markdown, whatever is in it."""
     return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", " ".join(name.split()))
+
+
+def card_of_starter(query: dict[str, Any], diffusion: dict[str, Any], folder: str) -> str:
+    """README.md of the starter `folder`, from what its two files state."""
+    header = {
+        "license": query["licence"],
+        "library_name": "privimage",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusion", "differential-privacy"],
+    }
+    return page(
+        "starter.md.j2",
+        header,
+        query=query | {"file": "`query.safetensors`"},
+        diffusion=diffusion | {"file": "`diffusion.safetensors`"},
+        shape=query["architecture"],
+        folder=f"starter/{folder}",
+    )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from privimage.config import Config
 from privimage.config.stages import upstream
-from privimage.releases import starter
+from privimage.families import starter
 from privimage.runs.visit import Visit
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from privimage.config import Config
 from privimage.distributed import checkpoint
 from privimage.distributed.world import World
-from privimage.families import pretrained_family
+from privimage.families import pretrained_family, starter
 from privimage.privacy.account import Behind, merged
-from privimage.releases import starter
 from privimage.stages.public_set import pretraining_set, public_labels, public_stream
 from privimage.stages.training import Schedule, Watched, train
 from privimage.storage.files import read_json, write_json

@@ -19,10 +19,10 @@ from privimage.distributed.blocks import in_blocks
 from privimage.distributed.engine import DDPEngine
 from privimage.distributed.microbatch import block_size, fitting_images
 from privimage.distributed.world import World
+from privimage.families import starter
 from privimage.families.base import image_shape
 from privimage.models.edm import to_unit
 from privimage.models.semantic import FITTED, Task, centroids_of
-from privimage.releases import starter
 from privimage.stages.public_set import (
     Semantics,
     clusters_path,

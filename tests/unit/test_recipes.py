@@ -14,6 +14,7 @@ from privimage.commands import init
 from privimage.config import Config, load, parse
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
+from privimage.families.starter import STAGES, architecture, read
 from privimage.families.work import Work
 from privimage.privacy.accounting import SampledGaussian, epsilon
 from privimage.privacy.calibration import training_noise
@@ -25,7 +26,6 @@ from privimage.recipes.labels import LEAST_OF_A_CLASS, WANTED, can_be_learned, l
 from privimage.recipes.signal import gaussian_mu, needed, noise_over_signal, reach, share
 from privimage.recipes.usefulness import too_little_pretraining, too_little_signal, too_long
 from privimage.recipes.warm_start import MOST, NOISE, warm_rise
-from privimage.releases.starter import STAGES, architecture, read
 from privimage.runs import pipeline
 from privimage.storage.rundir import RunDir
 

@@ -16,9 +16,9 @@ from privimage.config import Config, load
 from privimage.distributed import checkpoint
 from privimage.distributed.world import ALONE
 from privimage.errors import UserError
+from privimage.families import starter
 from privimage.models import build_diffusion
 from privimage.models.resnet import classifier
-from privimage.releases import starter
 from privimage.runs import pipeline, sharing
 from privimage.storage.rundir import RunDir
 

@@ -24,7 +24,6 @@ from privimage.distributed.world import ALONE, World
 from privimage.errors import UserError
 from privimage.families.denoising import LABEL
 from privimage.models import diffusion_arguments
-from privimage.releases.card import page
 from privimage.storage.files import write_whole
 
 Network = Literal["query", "diffusion"]
@@ -170,24 +169,6 @@ def denoiser_weights(starter: Starter, shares: np.ndarray) -> dict[str, Tensor]:
         return weights | {LABEL: torch.cat([torch.where(known > 0, means, no_label), no_label[None]])}
     weights[f"{FIRST}.bias"] = weights[f"{FIRST}.bias"] + weights[f"{FIRST}.weight"] @ no_label
     return weights
-
-
-def card(query: dict[str, Any], diffusion: dict[str, Any], folder: str) -> str:
-    """README.md of the starter `folder`, from what its two files state."""
-    header = {
-        "license": query["licence"],
-        "library_name": "privimage",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["diffusion", "differential-privacy"],
-    }
-    return page(
-        "starter.md.j2",
-        header,
-        query=query | {"file": "`query.safetensors`"},
-        diffusion=diffusion | {"file": "`diffusion.safetensors`"},
-        shape=query["architecture"],
-        folder=f"starter/{folder}",
-    )
 
 
 def classifier_weights(starter: Starter, fresh: nn.Module, classes: Sequence[str]) -> dict[str, Tensor]:
