@@ -15,7 +15,7 @@ from privimage.distributed.precision import resolved
 from privimage.distributed.world import alone
 from privimage.families import family
 from privimage.families.base import image_shape
-from privimage.families.work import Work
+from privimage.families.work import Work, threads, threads_help
 from privimage.privacy.accounting import SampledGaussian
 from privimage.privacy.mechanisms import SemanticHistogram, WarmEmbedding
 from privimage.privacy.plan import PrivacyPlan, plan_without_noise
@@ -79,16 +79,20 @@ def plan_run(config: Config) -> RunPlan:
     """The plan of a run, without touching data. Raises UserError if the promise cannot be kept."""
     # N and classes come from the configuration or from what is known of a public set.
     count, classes = public_size(config)
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
+    # One thread measures sooner where threads wait, and what it measures is what a run has there.
+    most = config.runtime.threads or (torch.get_num_threads() if threads_help() else 1)
+    with threads(most):
+        return _planned(config, count, classes)
+
+
+def _planned(config: Config, count: int, classes: int) -> RunPlan:
     # Time is measured where this runs, which should be the kind of machine that will train.
     device = torch.device("cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu")
     # What a run would choose here for settings that are left at `auto`, or has chosen.
     config = settled(config, alone(device), RunDir(config.run.dir))
     if not config.spec.private:
         return RunPlan(config, count, classes, None, *_cost(config, count, classes, device), device.type)
-    # Accounting and measurements take about as long as each other. What is measured so beside other work
-    # is what one core does on its own (`seconds_an_image`).
+    # Accounting and measurements take about as long as each other, and the latter take one core at first.
     with beginning(config, count) as found:
         cost = _cost(config, count, classes, device)
         return RunPlan(config, count, classes, found(), *cost, device.type)

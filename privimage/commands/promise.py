@@ -1,5 +1,6 @@
 """What a run promises, found in a process of its own while `privimage plan` measures the machine."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
+
+import torch
 
 from privimage.config import Config
 from privimage.privacy.calibration import training_noise
@@ -38,13 +41,16 @@ def promise(config: Config, count: int) -> Promise:
 @contextmanager
 def beginning(config: Config, count: int) -> Iterator[Callable[[], Promise]]:
     """Begin to find the promise; what this yields waits for it, and raises what `promise` does."""
-    if sys.platform != "linux":  # where a fork may meet libraries that do not bear it
+    # Elsewhere a fork may meet libraries that do not bear it; on one core it takes from what is measured.
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) == 1:
         yield lambda: promise(config, count)
         return
     # A fork has loaded torch already. An interrupt is for the process that it belongs to.
-    with ProcessPoolExecutor(1, get_context("fork"), _deaf) as process:
+    with ProcessPoolExecutor(1, get_context("fork"), _begin) as process:
         yield process.submit(promise, config, count).result
 
 
-def _deaf() -> None:
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A fork would wait forever for the threads that its parent had.
+    torch.set_num_threads(1)

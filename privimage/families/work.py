@@ -1,19 +1,21 @@
 """Estimates of the work of a stage, from a short measurement."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from privimage.distributed.microbatch import activations
 from privimage.models.benchmark import SIZES, benchmark_classifier
 from privimage.models.label_features import LabelFeatures, PublicFeatures, body_of, field_means
 from privimage.models.resnet import classifier, resnet9
 
-FEW = 8  # images to begin with: a large network is slow enough with them
+FEW = 2  # images to begin with: a private step of a large network is slow enough with them
 PARAMETER_BYTES = 20  # of training: weights, gradient, two moments and the average in float32
 ENOUGH = 0.3  # seconds of a measurement; the overhead of calls is small beside its last part
 
@@ -85,20 +87,50 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int, pa
     """Seconds of `run(n)` divided by n; n grows from `images` to `at_once`, as far as it can be measured in
     `patience` times `ENOUGH`.
     """
-    found, largest = _growing(run, images, at_once, patience * ENOUGH)
-    threads = torch.get_num_threads()
-    if threads == 1:
+    # One thread waits for nobody, whatever else the machine does.
+    with threads(1):
+        found, largest = _growing(run, images, at_once, patience * ENOUGH)
+    several = torch.get_num_threads()
+    if several == 1 or not threads_help():
         return found
-    # On cores that other work has, threads wait for each other far longer than they work
-    # (`benchmarks/busy.py`), above all in operations as small as these. One thread waits for nobody. It gets
-    # its share of the images: on a machine that is idle it takes as long for them as all threads for all.
-    # Once: all is set up.
-    own = max(1, largest // threads)
-    torch.set_num_threads(1)
+    # As many images for each as that thread had take as long, where cores are idle. Once: all is set up.
+    together = min(several * largest, at_once)
+    return min(found, _seconds(run, together) / together)
+
+
+@lru_cache
+def threads_help() -> bool:
+    """Whether all threads of this process are faster than one at present, by a few convolutions.
+
+    On cores that other work has, threads wait for each other far longer than they work
+    (`benchmarks/busy.py`), above all in short operations.
+    """
+    kernel = torch.full((32, 32, 3, 3), 1e-3)
+
+    def layers(images: int) -> Tensor:
+        maps = torch.ones(images, 32, 16, 16)
+        for _ in range(5):
+            maps = F.silu(F.conv2d(maps, kernel, padding=1))
+        return maps
+
+    alone, together = [], []
+    # In turn: what other work takes, it takes from both. The best of three: the first sets things up.
+    for _ in range(3):
+        with threads(1):
+            alone.append(_seconds(layers, 16))
+        together.append(_seconds(layers, 16))
+    return min(together) < min(alone)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's operations by `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        return min(found, _seconds(run, own) / own)
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _growing(run: Callable[[int], Tensor], images: int, at_once: int, enough: float) -> tuple[float, int]:

@@ -150,3 +150,7 @@ def test_a_promise_is_found_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"^process \d+$") as raised:
         plan_run(config)
     assert str(os.getpid()) not in str(raised.value)
+    # On a single core it would take from what is measured, twice its time.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    with pytest.raises(UserError, match=f"^process {os.getpid()}$"):
+        plan_run(config)

@@ -8,6 +8,7 @@ import torch
 from ranks import TINY
 from torch import Tensor
 
+from privimage.commands import plan
 from privimage.config import load
 from privimage.distributed.microbatch import activations, block_size, fitting, pieces
 from privimage.distributed.precision import resolved
@@ -37,7 +38,7 @@ def test_a_fast_pass_is_measured_with_the_images_that_it_will_have(monkeypatch: 
     monkeypatch.setattr(work, "_seconds", lambda forward, images: 1e-3 * len(forward(images)) ** 0.5)
     forward = Pass()
     seconds = work.seconds_of_a_pass(forward, CPU, "fp32", 50)
-    assert sorted(set(forward.sizes)) == [8, 50]
+    assert sorted(set(forward.sizes)) == [2, 50]
     assert seconds == pytest.approx(1e-3 * 50**-0.5)  # of the last size: overhead is shared by 50 images
     assert forward.dtypes == {torch.float32}
 
@@ -46,13 +47,13 @@ def test_a_slow_pass_is_measured_with_few_images(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(work, "ENOUGH", 0.0)
     forward = Pass()
     work.seconds_of_a_pass(forward, CPU, "bf16", 50)
-    assert set(forward.sizes) == {8} and forward.dtypes == {torch.bfloat16}
+    assert set(forward.sizes) == {2} and forward.dtypes == {torch.bfloat16}
 
 
 def test_no_more_images_than_the_stage_has() -> None:
     forward = Pass()
-    work.seconds_of_a_pass(forward, CPU, "fp32", 3)
-    assert set(forward.sizes) == {3}
+    work.seconds_of_a_pass(forward, CPU, "fp32", 1)
+    assert set(forward.sizes) == {1}
 
 
 def test_activations_are_what_the_backward_pass_keeps() -> None:
@@ -70,7 +71,7 @@ def test_fine_tuning_is_as_long_as_its_private_steps(monkeypatch: pytest.MonkeyP
 
     def measured(run: Callable[[int], Tensor], images: int, most: int, patience: float) -> float:
         norms.append(run(3))
-        assert (images, most) == (5, 5)
+        assert (images, most) == (2, 5)
         return 1000.0
 
     monkeypatch.setattr(base, "seconds_an_image", measured)
@@ -162,22 +163,67 @@ def test_a_measurement_ends_in_time_with_as_many_images_as_it_allows(
     assert now <= work.ENOUGH * patience
 
 
-@pytest.mark.parametrize(("threads", "at_once"), [(1, 64), (2, 64), (2, 8)])
-def test_threads_that_wait_for_each_other_are_not_taken_for_work(
-    threads: int, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 0.0
+class Machine:
+    """A clock, and a computation whose time depends on the number of threads."""
 
-    def run(images: int) -> Tensor:
-        nonlocal now
-        # Of one thread 10 ms an image; two threads wait for a second whatever there is to do.
-        now += 0.01 * images if torch.get_num_threads() == 1 else 1.0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, together: Callable[[int], float]) -> None:
+        self.now, self.together, self.seen = 0.0, together, []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def __call__(self, images: int) -> Tensor:
+        self.seen.append((torch.get_num_threads(), images))
+        self.now += 0.01 * images if torch.get_num_threads() == 1 else self.together(images)
         return torch.zeros(images)
 
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    torch.set_num_threads(threads)
+
+@pytest.mark.parametrize(
+    ("at_once", "help_", "together", "seconds", "last"),
+    [
+        # Of two threads that share the work each has as many images as one had in the time.
+        (64, True, lambda images: 0.005 * images, 0.005, (2, 26)),
+        (8, True, lambda images: 0.005 * images, 0.005, (2, 8)),
+        # Threads that begin to wait meanwhile are not taken for work; those that waited are not asked.
+        (64, True, lambda images: 1.0, 0.01, (2, 26)),
+        (64, False, lambda images: 1.0, 0.01, (1, 13)),
+    ],
+)
+def test_a_machine_is_as_fast_as_one_thread_or_all(
+    at_once: int,
+    help_: bool,
+    together: Callable[[int], float],
+    seconds: float,
+    last: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Machine(monkeypatch, together)
+    monkeypatch.setattr(work, "threads_help", lambda: help_)
+    with work.threads(2):
+        assert work.seconds_an_image(run, 2, at_once) == pytest.approx(seconds)
+        assert torch.get_num_threads() == 2
+    assert [threads for threads, _ in run.seen].count(2) == help_ and run.seen[-1] == last
+
+
+@pytest.mark.parametrize(("seconds", "help_"), [(0.05, True), (1.0, False)])
+def test_threads_help_unless_they_wait_for_each_other(
+    seconds: float, help_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Machine(monkeypatch, lambda images: seconds)
+    monkeypatch.setattr(work.F, "silu", lambda maps: maps * run(len(maps)).sum())
+    work.threads_help.cache_clear()
     try:
-        assert work.seconds_an_image(run, 8, at_once) == pytest.approx(0.01)
-        assert torch.get_num_threads() == threads
+        with work.threads(2):
+            assert work.threads_help() is help_
     finally:
-        torch.set_num_threads(1)
+        work.threads_help.cache_clear()
+
+
+def test_a_plan_leaves_the_threads_of_its_process_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook goes on after it. Where threads do not help, one measures."""
+    seen = []
+    monkeypatch.setattr(plan, "_planned", lambda *_: seen.append(torch.get_num_threads()))
+    with work.threads(2):
+        for given, help_ in (("null", True), ("null", False), ("3", False)):
+            monkeypatch.setattr(plan, "threads_help", lambda help_=help_: help_)
+            plan.plan_run(load(TINY, [f"runtime.threads={given}"]))
+            assert torch.get_num_threads() == 2
+    assert seen == [2, 1, 3]
