@@ -50,7 +50,7 @@ LARGEST = 0.6  # of the set in a batch: more buys hardly any signal
 # Epochs of the CNN of the evaluation: what is measured with, and how few there may be for the sake of more
 # images, which teach more than more looks (docs/results.md, "How many images"); images that it sees in all,
 # beyond which looks bring nothing; and images for a small set, where more than it has teach more too.
-EPOCHS, FEW_EPOCHS, SEEN, OF_SMALL = 20.0, 5.0, 150_000, 8000
+EPOCHS, FEW_EPOCHS, SEEN, OF_SMALL = 20.0, 5.0, 150_000, 16_000
 
 
 def choose(config: Config, facts: Facts, measure: Callable[[Config], Speeds]) -> Choices:

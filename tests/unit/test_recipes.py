@@ -107,7 +107,7 @@ def test_the_more_images_the_cnn_has_the_fewer_looks_it_takes_at_each() -> None:
     set of 1,437 taught more than four times as many looks at 2,000.
     """
     small, large = recipe(2000, 24), recipe(200_000, 24)
-    assert small.synthesize.samples == 8000 and small.evaluate.cnn_epochs == 18
+    assert small.synthesize.samples == 16_000 and small.evaluate.cnn_epochs == 9
     assert large.synthesize.samples == 50_000 and large.evaluate.cnn_epochs == 4
 
 
