@@ -80,8 +80,8 @@ def plan_run(config: Config) -> RunPlan:
     # N and classes come from the configuration or from what is known of a public set.
     count, classes = public_size(config)
     # One thread measures sooner where threads wait, and what it measures is what a run has there.
-    most = config.runtime.threads or (torch.get_num_threads() if threads_help() else 1)
-    with threads(most):
+    most = torch.get_num_threads()
+    with threads(config.runtime.threads or (most if threads_help(most) else 1)):
         return _planned(config, count, classes)
 
 

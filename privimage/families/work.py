@@ -91,7 +91,7 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int, pa
     with threads(1):
         found, largest = _growing(run, images, at_once, patience * ENOUGH)
     several = torch.get_num_threads()
-    if several == 1 or not threads_help():
+    if not threads_help(several):
         return found
     # As many images for each as that thread had take as long, where cores are idle. Once: all is set up.
     together = min(several * largest, at_once)
@@ -99,12 +99,14 @@ def seconds_an_image(run: Callable[[int], Tensor], images: int, at_once: int, pa
 
 
 @lru_cache
-def threads_help() -> bool:
-    """Whether all threads of this process are faster than one at present, by a few convolutions.
+def threads_help(count: int) -> bool:
+    """Whether `count` threads are faster than one at present, by a few convolutions.
 
     On cores that other work has, threads wait for each other far longer than they work
     (`benchmarks/busy.py`), above all in short operations.
     """
+    if count == 1:
+        return False
     kernel = torch.full((32, 32, 3, 3), 1e-3)
 
     def layers(images: int) -> Tensor:
@@ -118,7 +120,8 @@ def threads_help() -> bool:
     for _ in range(3):
         with threads(1):
             alone.append(_seconds(layers, 16))
-        together.append(_seconds(layers, 16))
+        with threads(count):
+            together.append(_seconds(layers, 16))
     return min(together) < min(alone)
 
 

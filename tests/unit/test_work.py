@@ -177,17 +177,20 @@ class Machine:
 
 
 @pytest.mark.parametrize(
-    ("at_once", "help_", "together", "seconds", "last"),
+    ("several", "at_once", "help_", "together", "seconds", "last"),
     [
         # Of two threads that share the work each has as many images as one had in the time.
-        (64, True, lambda images: 0.005 * images, 0.005, (2, 26)),
-        (8, True, lambda images: 0.005 * images, 0.005, (2, 8)),
+        (2, 64, True, lambda images: 0.005 * images, 0.005, (2, 26)),
+        (2, 8, True, lambda images: 0.005 * images, 0.005, (2, 8)),
         # Threads that begin to wait meanwhile are not taken for work; those that waited are not asked.
-        (64, True, lambda images: 1.0, 0.01, (2, 26)),
-        (64, False, lambda images: 1.0, 0.01, (1, 13)),
+        (2, 64, True, lambda images: 1.0, 0.01, (2, 26)),
+        (2, 8, True, lambda images: 1.0, 0.01, (2, 8)),
+        (2, 64, False, lambda images: 1.0, 0.01, (1, 13)),
+        (1, 64, False, lambda images: 1.0, 0.01, (1, 13)),
     ],
 )
 def test_a_machine_is_as_fast_as_one_thread_or_all(
+    several: int,
     at_once: int,
     help_: bool,
     together: Callable[[int], float],
@@ -196,10 +199,10 @@ def test_a_machine_is_as_fast_as_one_thread_or_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Machine(monkeypatch, together)
-    monkeypatch.setattr(work, "threads_help", lambda: help_)
-    with work.threads(2):
+    monkeypatch.setattr(work, "threads_help", lambda count: help_)
+    with work.threads(several):
         assert work.seconds_an_image(run, 2, at_once) == pytest.approx(seconds)
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == several
     assert [threads for threads, _ in run.seen].count(2) == help_ and run.seen[-1] == last
 
 
@@ -211,8 +214,10 @@ def test_threads_help_unless_they_wait_for_each_other(
     monkeypatch.setattr(work.F, "silu", lambda maps: maps * run(len(maps)).sum())
     work.threads_help.cache_clear()
     try:
-        with work.threads(2):
-            assert work.threads_help() is help_
+        assert work.threads_help(2) is help_
+        # One thread has nobody to help it, and is not measured for that.
+        before = len(run.seen)
+        assert not work.threads_help(1) and len(run.seen) == before
     finally:
         work.threads_help.cache_clear()
 
@@ -223,7 +228,7 @@ def test_a_plan_leaves_the_threads_of_its_process_as_they_were(monkeypatch: pyte
     monkeypatch.setattr(plan, "_planned", lambda *_: seen.append(torch.get_num_threads()))
     with work.threads(2):
         for given, help_ in (("null", True), ("null", False), ("3", False)):
-            monkeypatch.setattr(plan, "threads_help", lambda help_=help_: help_)
+            monkeypatch.setattr(plan, "threads_help", lambda count, help_=help_: help_)
             plan.plan_run(load(TINY, [f"runtime.threads={given}"]))
             assert torch.get_num_threads() == 2
     assert seen == [2, 1, 3]
